@@ -1,0 +1,98 @@
+"""What is known about each data set, in one place: nobody else writes a class count or a spectrogram shape.
+
+Sources: the training lists and loaders published with OGM-GE (CVPR 2022) and Data Remixing (ICML 2025).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class AudioRecipe:
+    """How a waveform becomes a spectrogram of one fixed shape.
+
+    `shape` is (rows, columns) of the stored float32 array: (frequency, time) for `logstft` and `logmel`,
+    (time, mel) for `fbank`. `rate` is in Hz; None keeps the file's own rate.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rate: int | None
+
+
+AUDIO_RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        AudioRecipe("logstft", (257, 188), 22_050),
+        AudioRecipe("fbank", (1024, 128), None),
+        AudioRecipe("logmel", (32, 32), 8_000),
+    )
+}
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One data set: where it lies, its classes, and how its clips are fed.
+
+    `classes` is sorted (class index = rank); None means "as stat.csv says". `frames` is how many frames of a clip
+    are fed, `image_size` the side in pixels they are fed at, `audio_recipe` a key of `AUDIO_RECIPES`; None for the
+    two means "as found in the folder". `counts` are the published (train, test) numbers of clips,
+    `train_class_counts` the published train clips per class. `model` and `learning_rate` are the defaults for
+    training, the latter one rate for every method so that a comparison is fair.
+    """
+
+    name: str
+    root: Path
+    classes: tuple[str, ...] | None
+    frames: int
+    image_size: int
+    audio_recipe: str | None
+    model: str = "resnet18"
+    learning_rate: float = 1e-3
+    counts: tuple[int, int] | None = None
+    train_class_counts: dict[str, int] | None = None
+
+
+SPECS = {
+    spec.name: spec
+    for spec in (
+        DatasetSpec(
+            "demo",
+            Path("data/demo"),
+            tuple("0123456789"),
+            frames=2,
+            image_size=32,
+            audio_recipe="logmel",
+            model="resnet18_thin",
+        ),
+        DatasetSpec(
+            "CREMAD",
+            Path("data/CREMAD"),
+            ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD"),
+            frames=2,
+            image_size=224,
+            audio_recipe="logstft",
+            counts=(6698, 744),
+            train_class_counts={"ANG": 1166, "HAP": 1148, "DIS": 1142, "FEA": 1138, "SAD": 1131, "NEU": 973},
+        ),
+        DatasetSpec(
+            "KineticSound",
+            Path("data/KineticSound"),
+            None,
+            frames=3,
+            image_size=224,
+            audio_recipe="fbank",
+            counts=(14799, 2597),
+        ),
+        DatasetSpec("folder", Path("data/folder"), None, frames=2, image_size=224, audio_recipe=None),
+    )
+}
+
+
+def get_spec(name: str) -> DatasetSpec:
+    """The spec called `name`. Raises `UserError` naming the allowed ones."""
+    if name not in SPECS:
+        raise UserError(f"--dataset {name}: unknown data set; allowed: {', '.join(SPECS)}")
+    return SPECS[name]
