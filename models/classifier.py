@@ -1,0 +1,78 @@
+"""The audio-visual classifier of Data Remixing (official network, DESIGN section 1).
+
+Shapes: B batch, T frames, F x W spectrogram, S x S pixels, D features per modality (512 for ResNet-18), C classes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.encoders import Trunk
+from models.fusion import FUSIONS
+
+# Channels of the first stage. The thin one makes the quick start a matter of minutes on two cores.
+MODELS = {"resnet18": 64, "resnet18_thin": 16}
+
+
+class Output(NamedTuple):
+    """Logits (B, C) of the three heads; None where the modality was masked. Then the features (B, D) they came from."""
+
+    joint: Tensor
+    audio: Tensor | None
+    video: Tensor | None
+    audio_features: Tensor
+    video_features: Tensor
+
+
+class AVClassifier(nn.Module):
+    """Two ResNet-18 trunks, a fusion head `head` and the unimodal heads `head_audio` and `head_video`.
+
+    Module names are the official code's, so that its checkpoints load (`concat` fusion, `resnet18`).
+    """
+
+    def __init__(self, n_classes: int, model: str = "resnet18", fusion_method: str = "concat"):
+        super().__init__()
+        width = MODELS[model]
+        self.audio_net = Trunk(1, width)
+        self.visual_net = Trunk(3, width)
+        features = self.audio_net.features
+        self.head = FUSIONS[fusion_method](features, n_classes)
+        self.head_audio = nn.Linear(features, n_classes)
+        self.head_video = nn.Linear(features, n_classes)
+
+    def encode_audio(self, audio: Tensor) -> Tensor:
+        """(B, 1, F, W) -> (B, D)."""
+        return self.audio_net(audio).mean(dim=(2, 3))
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """(B, T, 3, S, S) -> (B, D): the frames share the batch dimension in the trunk and are averaged after it."""
+        maps = self.visual_net(video.flatten(0, 1))  # (B*T, D, s, s)
+        return maps.mean(dim=(2, 3)).unflatten(0, video.shape[:2]).mean(dim=1)
+
+    def forward(self, audio: Tensor | None, video: Tensor | None, kept: str = "both") -> Output:
+        """Logits of all heads for `kept` in both, audio, video.
+
+        The feature of a masked modality is zero. Its encoder runs only if its input is given (the official code's
+        `--masked_encoder run`: BatchNorm statistics move and gradients are zeros); with None it stays untouched.
+        """
+        a = self.encode_audio(audio) if audio is not None else None
+        v = self.encode_video(video) if video is not None else None
+        if kept == "audio":
+            v = _zero_features(v, a)
+        elif kept == "video":
+            a = _zero_features(a, v)
+        return Output(
+            joint=self.head(a, v, kept),
+            audio=self.head_audio(a) if kept != "video" else None,
+            video=self.head_video(v) if kept != "audio" else None,
+            audio_features=a,
+            video_features=v,
+        )
+
+
+def _zero_features(masked: Tensor | None, like: Tensor) -> Tensor:
+    """Zeros for the masked modality: in its graph, so that its gradients are zeros, when its encoder ran."""
+    if masked is None:
+        return torch.zeros_like(like)
+    return masked.masked_fill(torch.ones_like(masked, dtype=torch.bool), 0.0)
