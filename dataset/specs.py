@@ -14,19 +14,21 @@ class AudioRecipe:
     """How a waveform becomes a spectrogram of one fixed shape.
 
     `shape` is (rows, columns) of the stored float32 array: (frequency, time) for `logstft` and `logmel`,
-    (time, mel) for `fbank`. `rate` is in Hz; None keeps the file's own rate.
+    (time, mel) for `fbank`. `rate` is in Hz; None keeps the file's own rate. `channels` says what becomes of several
+    channels: "mean" or "first", as the code that each recipe comes from does.
     """
 
     name: str
     shape: tuple[int, int]
     rate: int | None
+    channels: str = "mean"
 
 
 AUDIO_RECIPES = {
     recipe.name: recipe
     for recipe in (
         AudioRecipe("logstft", (257, 188), 22_050),
-        AudioRecipe("fbank", (1024, 128), None),
+        AudioRecipe("fbank", (1024, 128), None, channels="first"),
         AudioRecipe("logmel", (32, 32), 8_000),
     )
 }
@@ -37,10 +39,11 @@ class DatasetSpec:
     """One data set: where it lies, its classes, and how its clips are fed.
 
     `classes` is sorted (class index = rank); None means "as stat.csv says". `frames` is how many frames of a clip
-    are fed, `image_size` the side in pixels they are fed at, `audio_recipe` a key of `AUDIO_RECIPES`; None for the
-    two means "as found in the folder". `counts` are the published (train, test) numbers of clips,
-    `train_class_counts` the published train clips per class. `model` and `learning_rate` are the defaults for
-    training, the latter one rate for every method so that a comparison is fair.
+    are fed, `stored_frames` how many are kept on disk at most (None: one for each second there is), `image_size` the
+    side in pixels they are fed at, `audio_recipe` a key of `AUDIO_RECIPES`; None means "as found
+    in the folder". `counts` are the published (train, test) numbers of clips, `train_class_counts` the published
+    train clips per class. `by_actor`: clip ids start with the actor's number. `model` and `learning_rate` are the
+    defaults for training, the latter one rate for every method so that a comparison is fair.
     """
 
     name: str
@@ -53,6 +56,8 @@ class DatasetSpec:
     learning_rate: float = 1e-3
     counts: tuple[int, int] | None = None
     train_class_counts: dict[str, int] | None = None
+    stored_frames: int | None = None
+    by_actor: bool = False
 
 
 SPECS = {
@@ -76,6 +81,7 @@ SPECS = {
             audio_recipe="logstft",
             counts=(6698, 744),
             train_class_counts={"ANG": 1166, "HAP": 1148, "DIS": 1142, "FEA": 1138, "SAD": 1131, "NEU": 973},
+            by_actor=True,
         ),
         DatasetSpec(
             "KineticSound",
@@ -85,6 +91,7 @@ SPECS = {
             image_size=224,
             audio_recipe="fbank",
             counts=(14799, 2597),
+            stored_frames=10,
         ),
         DatasetSpec("folder", Path("data/folder"), None, frames=2, image_size=224, audio_recipe=None),
     )

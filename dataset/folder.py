@@ -1,0 +1,99 @@
+"""A prepared folder, checked and ready to be read: clips, labels and files of each part."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dataset.check import Problem, Report, inspect_folder
+from dataset.lists import read_record
+from dataset.specs import DatasetSpec
+from dataset.splits import hold_out, hold_out_actors
+from utils.errors import UserError
+
+# No list could be trusted with these, so --allow_missing does not pass over them.
+LIST_KINDS = ("wrong_classes", "empty_list", "bad_row", "unsafe_clip", "unknown_label", "duplicate_clip")
+LIST_KINDS += ("clip_in_two_parts",)
+
+
+class Part(NamedTuple):
+    """N clips: ids, class indices (N,) int64, the sorted frames of each, the spectrogram of each."""
+
+    clips: list[str]
+    labels: np.ndarray
+    frames: list[list[Path]]
+    spectrograms: list[Path]
+
+
+class Folder(NamedTuple):
+    """A training folder. `missing` are the problems of clips left out; `split` is what is known of how it was split."""
+
+    root: Path
+    classes: list[str]
+    parts: dict[str, Part]
+    audio_shape: tuple[int, int]
+    missing: list[Problem]
+    split: dict
+
+
+def load_folder(root: Path | str, spec: DatasetSpec, allow_missing: bool = False) -> Folder:
+    """Inspect a training folder at header level (seconds for 15,000 clips) and list its files.
+
+    Raises `UserError` with the number of problems, the first few and what to type. With `allow_missing`, clips
+    without sound files are left out and listed in `Folder.missing`; a faulty list is an error all the same.
+    """
+    report = inspect_folder(root, spec, deep=False)
+    wrong_lists = [problem for problem in report.problems if problem.kind in LIST_KINDS]
+    if wrong_lists or (report.problems and not allow_missing):
+        raise UserError(_complaint(report, wrong_lists or report.problems, spec, only_files=not wrong_lists))
+    parts = {name: _part(report, name) for name in report.parts}
+    for name, part in parts.items():
+        if not part.clips:
+            raise UserError(f"{report.root}: no sound clip in {name}.csv; {_doctor(report.root, spec)} lists why")
+    split = read_record(report.root, "split.json")
+    return Folder(report.root, report.classes, parts, report.audio_shape, report.problems, split)
+
+
+def split_validation(part: Part, fraction: float, seed: int, by_actor: bool) -> tuple[Part, Part]:
+    """(train, validation): `fraction` of the clips, of each class alike; no actor in both where `by_actor`.
+
+    Deterministic from `seed`; the order of the clips is kept. Raises `UserError` where a part would be empty.
+    """
+    if by_actor:
+        held = hold_out_actors(part.clips, part.labels.tolist(), fraction, seed)
+    else:
+        held = hold_out(part.labels, fraction, seed)
+    return _select(part, ~held), _select(part, held)
+
+
+def _select(part: Part, mask: np.ndarray) -> Part:
+    rows = np.flatnonzero(mask)
+    return Part(
+        [part.clips[i] for i in rows],
+        part.labels[rows],
+        [part.frames[i] for i in rows],
+        [part.spectrograms[i] for i in rows],
+    )
+
+
+def _part(report: Report, name: str) -> Part:
+    index = {label: i for i, label in enumerate(report.classes)}
+    rows = [(clip, index[label], report.files[clip]) for clip, label in report.parts[name] if clip in report.files]
+    return Part(
+        [clip for clip, _, _ in rows],
+        np.array([label for _, label, _ in rows], dtype=np.int64),
+        [[Path(path) for path in files.frames] for _, _, files in rows],
+        [Path(files.spectrogram) for _, _, files in rows],
+    )
+
+
+def _complaint(report: Report, problems: list[Problem], spec: DatasetSpec, only_files: bool) -> str:
+    """One line: how many, the first few, what to type."""
+    first = "; ".join(f"{problem.path or problem.clip}: {problem.reason}" for problem in problems[:3])
+    more = f"; and {len(problems) - 3:,} more" if len(problems) > 3 else ""
+    go_on = "; --allow_missing goes on without these clips" if only_files else ""
+    return f"{report.root}: {len(problems):,} problem(s): {first}{more}. {_doctor(report.root, spec)} lists all{go_on}"
+
+
+def _doctor(root: Path, spec: DatasetSpec) -> str:
+    return f"python -m dataset.prepare --check {root} --dataset {spec.name}"

@@ -1,0 +1,84 @@
+"""Which clip is in which part: the published lists, splits that share no actor, and validation parts.
+
+Every split is a function of clip ids, labels and a seed, so two machines make the same one.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from utils.errors import UserError
+
+TRIALS = 500  # random choices of actors of which the most even one is taken; more change the shares by < 0.1 point
+
+
+def actor_of(clip: str) -> str:
+    """The actor of a CREMA-D clip: the first field of its id, `1001_DFA_ANG_XX` -> `1001`."""
+    return clip.split("_", 1)[0]
+
+
+def hold_out(labels: Sequence[int], fraction: float, seed: int) -> np.ndarray:
+    """(N,) bool, True for a random `fraction` of each class (rounded, but at least one clip where a class has two).
+
+    Raises `UserError` unless 0 < fraction < 1 and both parts get a clip.
+    """
+    labels = np.asarray(labels)
+    _check_fraction(fraction)
+    held = np.zeros(len(labels), dtype=bool)
+    generator = np.random.default_rng(seed)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held[generator.permutation(members)[:count]] = True
+    _check_parts(held, fraction)
+    return held
+
+
+def hold_out_actors(clips: Sequence[str], labels: Sequence, fraction: float, seed: int) -> np.ndarray:
+    """(N,) bool, True for all clips of about `fraction` of the actors; class shares as even as can be.
+
+    Of `TRIALS` seeded random choices of actors, the one whose class shares and size deviate least from the whole.
+    The order of `clips` does not matter. Raises `UserError` where there are fewer than two actors.
+    """
+    _check_fraction(fraction)
+    actors = sorted({actor_of(clip) for clip in clips})
+    if len(actors) < 2:
+        raise UserError(f"clips of {len(actors)} actor(s) cannot be split by actor; use --split official")
+    classes = sorted(set(labels))
+    row, column = {name: i for i, name in enumerate(actors)}, {name: i for i, name in enumerate(classes)}
+    table = np.zeros((len(actors), len(classes)))  # clips of each actor in each class
+    for clip, label in zip(clips, labels, strict=True):
+        table[row[actor_of(clip)], column[label]] += 1
+    count = min(max(1, round(fraction * len(actors))), len(actors) - 1)
+    generator = np.random.default_rng(seed)
+    choices = np.stack([generator.permutation(len(actors))[:count] for _ in range(TRIALS)])
+    taken = table[choices].sum(1)  # (TRIALS, classes)
+    shares = taken / taken.sum(1, keepdims=True)
+    uneven = np.abs(shares - table.sum(0) / table.sum()).max(1) + np.abs(taken.sum(1) / table.sum() - fraction)
+    chosen = {actors[i] for i in choices[uneven.argmin()]}
+    return np.array([actor_of(clip) in chosen for clip in clips])
+
+
+def describe(parts: dict[str, list[tuple[str, str]]], by_actor: bool) -> dict:
+    """Numbers for the record of a split: clips, class shares in percent and, by actor, actors and shared actors."""
+    numbers = {"clips": {part: len(rows) for part, rows in parts.items()}}
+    numbers["class_percent"] = {
+        part: {name: round(100 * count / len(rows), 2) for name, count in sorted(Counter(y for _, y in rows).items())}
+        for part, rows in parts.items()
+    }
+    if by_actor:
+        actors = {part: {actor_of(clip) for clip, _ in rows} for part, rows in parts.items()}
+        numbers["actors"] = {part: len(names) for part, names in actors.items()}
+        numbers["shared_actors"] = len(set.intersection(*actors.values()))
+    return numbers
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise UserError(f"--val_fraction {fraction}: must be between 0 and 1, for example 0.1")
+
+
+def _check_parts(held: np.ndarray, fraction: float) -> None:
+    if held.all() or not held.any():
+        raise UserError(f"--val_fraction {fraction}: leaves one part of {len(held)} clips empty")
