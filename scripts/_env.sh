@@ -1,0 +1,152 @@
+# Sourced by every script here: go to the repository root and set $PYTHON to an interpreter that has the packages.
+#
+# The current python3 is used if it has them, and is never changed. Otherwise .venv is made once, finished after an
+# interruption, and brought up to date when a requirements file changes. ENV_FILES names the requirements files.
+# Written for bash 3.2 (macOS) as well.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ENV_FILES=${ENV_FILES:-requirements.txt}
+ENV_GB=6 # what .venv takes with the CUDA build of torch
+
+# Prints the first thing Python lacks of the requirements files in its arguments. It reads names and versions only:
+# importing torch would cost seconds at every start. Only lower bounds count (`==` too is one): a newer set of packages
+# that somebody installed on purpose is theirs to judge.
+ENV_CHECK='
+import re, sys
+from importlib import metadata, util
+MODULES = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2"}  # imported by another name
+def numbers(text):
+    return [int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3]]
+def lacks(line):
+    name = re.match(r"[\w.-]+", line)[0]
+    if util.find_spec(MODULES.get(name, name.replace("-", "_"))) is None:
+        return name
+    try:
+        found = metadata.version(name)
+    except metadata.PackageNotFoundError:  # cv2 is installed under several names
+        return name if name.startswith("torch") else ""
+    lowest = re.search(r"[>=]=\s*([\d.]+)", line)
+    return f"{lowest[0]} of {name} (has {found})" if lowest and numbers(found) < numbers(lowest[1]) else ""
+if sys.version_info < (3, 11):
+    print("Python 3.11")
+    sys.exit()
+for path in sys.argv[1:]:
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            line = line.split("#")[0].strip()
+            if line and lacks(line):
+                print(lacks(line))
+                sys.exit()
+'
+
+env_say() { echo "env: $*" >&2; }
+
+env_stop() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# env_lacks PYTHON [FILE...]: what it lacks, in a few words; nothing if it has everything
+env_lacks() {
+    local python=$1
+    shift
+    "$python" -c "$ENV_CHECK" "$@" 2>/dev/null </dev/null || echo "an interpreter that starts"
+}
+
+# The first `NAME` on PATH for each NAME given, .venv's own aside: .venv may be active, and half-made.
+env_on_path() {
+    local name found
+    for name in "$@"; do
+        while IFS= read -r found; do
+            [ "$(dirname "$found")" -ef .venv/bin ] || echo "$found"
+        done < <(type -ap "$name")
+    done
+}
+
+env_sum() { cksum <"$1"; }
+
+# The markers are written last: a .venv without them is not taken for a whole one, whatever it holds.
+env_whole() {
+    local file
+    for file in $ENV_FILES; do
+        [ "$(cat ".venv/.installed-$file" 2>/dev/null)" = "$(env_sum "$file")" ] || return 1
+    done
+    [ -z "$(env_lacks .venv/bin/python $ENV_FILES)" ]
+}
+
+env_make_interpreter() {
+    local base python free
+    while IFS= read -r python; do
+        [ -n "$(env_lacks "$python")" ] || { base=$python && break; }
+    done < <(env_on_path python3 python python3.14 python3.13 python3.12 python3.11)
+    [ -n "${base:-}" ] || env_stop "Python: found none of 3.11 or newer; install one and run this again"
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
+    [ "$(uname -s)" != Linux ] || [ "${free:-$ENV_GB}" -ge "$ENV_GB" ] ||
+        env_stop ".venv: needs about $ENV_GB GB, the disk has $free GB left; free some and run this again"
+    find .venv -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} + # remains of a broken one
+    "$base" -m venv .venv ||
+        env_stop ".venv: '$base -m venv .venv' failed (see above); on Debian or Ubuntu: sudo apt install python3-venv"
+}
+
+env_install() {
+    local log=.venv/.install.log file lack flags=() status=0 again="run this again, it goes on where it stopped"
+    for file in $ENV_FILES; do flags+=(-r "$file"); done
+    # pip's errors go to the terminal and to a log, its progress bars to the terminal alone
+    { .venv/bin/python -m pip install --disable-pip-version-check "${flags[@]}" 2>&1 >&3 | tee "$log" >&2; } 3>&1 ||
+        status=$?
+    if [ "$status" -ne 0 ]; then
+        if grep -qi "no space left" "$log"; then
+            env_stop ".venv: the disk is full; free about $ENV_GB GB (twice that while unpacking) and $again"
+        elif grep -qiE "resolution|new connection|unreachable|timed out|proxyerror|name or service|nodename" "$log"; then
+            env_stop ".venv: the packages cannot be downloaded (no network?); connect and $again"
+        elif grep -qi "no matching distribution" "$log"; then
+            env_stop ".venv: a package has no build for $(.venv/bin/python -V), $(uname -sm) (see above); try another Python"
+        fi
+        env_stop ".venv: pip failed (see above); $again"
+    fi
+    lack=$(env_lacks .venv/bin/python $ENV_FILES)
+    [ -z "$lack" ] || env_stop ".venv: still lacks $lack after installation; delete .venv and run this again"
+    for file in $ENV_FILES; do
+        env_sum "$file" >".venv/.tmp-marker" && mv ".venv/.tmp-marker" ".venv/.installed-$file"
+    done
+}
+
+env_make() {
+    local lack
+    mkdir -p .venv 2>/dev/null || env_stop ".venv: cannot be made in $PWD; is it writable, and is .venv no file?"
+    if command -v flock >/dev/null; then # macOS has none: there, do not start two scripts at once the first time
+        exec 9>.venv/.lock
+        flock -n 9 || { env_say "another script is making .venv, waiting for it" && flock 9; }
+    fi
+    if ! env_whole; then
+        lack=$(env_lacks .venv/bin/python)
+        if [ -n "$lack" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+            env_say "making .venv for $ENV_FILES: about $ENV_GB GB, a few minutes, once"
+            env_make_interpreter
+        else
+            env_say ".venv is not finished, or $ENV_FILES changed: installing what is missing, up to $ENV_GB GB, minutes"
+        fi
+        env_install
+        env_say ".venv is ready"
+    fi
+    exec 9>&-
+}
+
+env_pick() {
+    local current lack
+    current=$(type -p python3 || type -p python || true)
+    if [ -n "$current" ] && ! [ "$(dirname "$current")" -ef .venv/bin ]; then
+        lack=$(env_lacks "$current" $ENV_FILES)
+        if [ -z "$lack" ]; then
+            PYTHON=$current
+            return
+        fi
+    fi
+    if ! env_whole; then
+        [ -z "${lack:-}" ] || env_say "$current lacks $lack: using .venv (or activate an environment that has it all)"
+        env_make
+    fi
+    PYTHON=$PWD/.venv/bin/python
+}
+
+env_pick

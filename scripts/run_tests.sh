@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Lint, formatting and every test; flags go to pytest: bash scripts/run_tests.sh -k remix -x
+# Runs on 2 CPU cores without GPU, network or data; tests that need one of them skip and say so.
+ENV_FILES="requirements.txt requirements-dev.txt"
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+
+# ruff's word is heard before the tests and counted after them, so that one run tells everything
+lint=0
+"$PYTHON" -m ruff check . || lint=1
+"$PYTHON" -m ruff format --check . || lint=1
+tests=0
+"$PYTHON" -m pytest -q "$@" || tests=$?
+if [ "$lint" -ne 0 ]; then
+    echo "error: ruff found something, see above the tests; type: ruff check --fix . && ruff format ." >&2
+    exit 1
+fi
+exit "$tests"
