@@ -37,7 +37,8 @@ def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path` that takes its place when the block ends well.
 
-    After an exception or a kill, `path` is what it was before or absent, never half new. A folder already there is replaced.
+    After an exception or a kill, `path` is what it was before or absent, never half new. A folder that is already
+    there is replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

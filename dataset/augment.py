@@ -1,0 +1,133 @@
+"""Which frames of a clip are seen, and through which window: drawn for a whole epoch at once, applied batch by batch.
+
+Drawing and applying are apart, so that every data path (files or resident, host or GPU) sees the same crops for the
+same seed, and a resumed epoch the same as an uninterrupted one.
+
+Shapes: N clips, T frames picked per clip, M frames in a call, H x W stored pixels, S x S fed pixels.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP_AREA = (0.08, 1.0)  # share of the frame, torchvision's RandomResizedCrop default
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+
+
+class Views(NamedTuple):
+    """What is seen of each clip: frame numbers (N, T), boxes (N, T, 4: top, left, height, width) and flips (N, T)."""
+
+    picks: Tensor
+    boxes: Tensor
+    flips: Tensor
+
+    def rows(self, rows) -> "Views":
+        return Views(*(field[rows] for field in self))
+
+    def to(self, device: torch.device) -> "Views":
+        return Views(*(field.to(device, non_blocking=True) for field in self))
+
+
+def pick_frames(counts: Tensor, picks: int, generator: torch.Generator | None) -> Tensor:
+    """Frame numbers (N, picks) for clips of `counts` (N,) frames: the clip is cut in `picks` equal segments.
+
+    With `generator` a random frame of each segment, without it the middle one: seg = floor(n / picks), pick i draws
+    from [i*seg, (i+1)*seg - 1] or takes min(i*seg + floor(seg/2), n-1). A clip with fewer frames than picks repeats
+    them in order.
+    """
+    n = counts[:, None]  # (N, 1)
+    i = torch.arange(picks)[None, :]  # (1, T)
+    seg = n // picks
+    if generator is None:
+        inside = seg // 2
+    else:
+        draw = torch.rand(len(counts), picks, generator=generator, dtype=torch.float64)
+        inside = (draw * seg).long()
+    return torch.where(n < picks, i * n // picks, torch.minimum(i * seg + inside, n - 1))
+
+
+def random_boxes(sizes: Tensor, generator: torch.Generator) -> Tensor:
+    """Crop boxes (M, 4) for frames of `sizes` (M, 2) as height, width: RandomResizedCrop's distribution, vectorised.
+
+    Up to ten tries of a uniform area share and a log-uniform aspect ratio; the first that fits is placed uniformly.
+    If none fits, the largest centred box with the ratio clamped, as torchvision does.
+    """
+    m = len(sizes)
+    height, width = sizes.double().unbind(1)  # (M,)
+    area = (height * width) * _uniform(CROP_ATTEMPTS, m, CROP_AREA, generator)  # (tries, M)
+    ratio = _uniform(CROP_ATTEMPTS, m, tuple(map(math.log, CROP_RATIO)), generator).exp()
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(0, keepdim=True)  # the first that fits
+    w, h = w.gather(0, first)[0], h.gather(0, first)[0]
+
+    frame_ratio = width / height
+    low, high = CROP_RATIO
+    none = ~fits.any(0)
+    w = torch.where(none, torch.where(frame_ratio > high, (height * high).round(), width), w)
+    h = torch.where(none, torch.where(frame_ratio < low, (width / low).round(), height), h)
+
+    place = torch.rand(2, m, generator=generator, dtype=torch.float64)
+    top = torch.where(none, ((height - h) / 2).floor(), (place[0] * (height - h + 1)).floor())
+    left = torch.where(none, ((width - w) / 2).floor(), (place[1] * (width - w + 1)).floor())
+    return torch.stack([top, left, h, w], dim=1).long()
+
+
+def draw_views(counts: Tensor, sizes: Tensor, picks: int, generator: torch.Generator | None) -> Views:
+    """Views of N clips with `counts` (N,) frames of `sizes` (N, 2) pixels; without `generator` the evaluation's."""
+    n = len(counts)
+    frames = pick_frames(counts, picks, generator)
+    per_frame = sizes.repeat_interleave(picks, dim=0)  # (N*T, 2)
+    if generator is None:
+        boxes = torch.cat([torch.zeros_like(per_frame), per_frame], dim=1)
+        flips = torch.zeros(n, picks, dtype=torch.bool)
+    else:
+        boxes = random_boxes(per_frame, generator)
+        flips = torch.rand(n, picks, generator=generator) < 0.5
+    return Views(frames, boxes.view(n, picks, 4), flips)
+
+
+def crop_resize(frames: Tensor, boxes: Tensor, flips: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Cut a box out of each frame, resize it to `size` x `size` and mirror it where asked, for a whole batch at once.
+
+    frames (M, 3, H, W) uint8, boxes (M, 4), flips (M,) -> (M, 3, S, S) in [0, 255] of `dtype`. Bilinear with
+    antialiasing as PIL's: a triangle filter as wide as the reduction, over the pixels of the box. It is separable, so
+    each axis is one matrix product with a weight matrix per frame; a mirror image is a reversed weight matrix.
+    """
+    height, width = frames.shape[-2:]
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], height, size)  # (M, S, H)
+    columns = resize_weights(boxes[:, 1], boxes[:, 3], width, size)  # (M, S, W)
+    columns = torch.where(flips[:, None, None], columns.flip(1), columns)
+    pixels = frames.to(dtype)
+    pixels = pixels @ columns.to(dtype).transpose(1, 2)[:, None]  # (M, 3, H, S)
+    return rows.to(dtype)[:, None] @ pixels  # (M, 3, S, S)
+
+
+def resize_weights(start: Tensor, extent: Tensor, length: int, size: int) -> Tensor:
+    """Weights (M, S, length) that resize [start, start + extent) of an axis of `length` pixels to `size` pixels."""
+    start, extent = start.float()[:, None, None], extent.float()[:, None, None]
+    scale = extent / size
+    support = scale.clamp(min=1.0)  # half the filter's width, in source pixels
+    out = torch.arange(size, device=start.device)[None, :, None]
+    pixel = torch.arange(length, device=start.device)[None, None, :] + 0.5
+    centre = start + (out + 0.5) * scale
+    weights = (1 - (pixel - centre).abs() / support).clamp(min=0.0)
+    weights = weights * ((pixel > start) & (pixel < start + extent))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """(..., 3, S, S) in [0, 255] to ImageNet's mean 0 and standard deviation 1 per channel."""
+    mean = torch.tensor(IMAGENET_MEAN, device=pixels.device, dtype=pixels.dtype)[:, None, None] * 255
+    std = torch.tensor(IMAGENET_STD, device=pixels.device, dtype=pixels.dtype)[:, None, None] * 255
+    return (pixels - mean) / std
+
+
+def _uniform(rows: int, columns: int, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
+    low, high = bounds
+    return low + (high - low) * torch.rand(rows, columns, generator=generator, dtype=torch.float64)

@@ -1,0 +1,234 @@
+"""Clips as batches on the device: one interface, two paths (resident arrays, or files read by workers).
+
+Both draw the same views for the same generator, so they feed the same pictures.
+
+Shapes: N clips, B clips of a batch on this process, T frames, S x S pixels, (F, W) spectrogram.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as vision
+
+from dataset.augment import Views, crop_resize, draw_views, normalise
+from dataset.folder import Part
+from dataset.pack import Pack, frame_size, open_pack, pack_bytes, read_frame, read_spectrogram, stored_size
+from utils.distributed import barrier, is_main, rank, world_size
+from utils.errors import UserError
+
+CACHES = ("auto", "none", "ram", "device")
+SHARE_OF_RAM = 0.5  # of what is free; the rest is for the run itself and its neighbours
+SHARE_OF_DEVICE = 0.6
+
+
+class ClipBatch(NamedTuple):
+    """This process's share of one planned batch, on the device.
+
+    clips (B,) indices into the part; kept: both, audio or video; audio (B, 1, F, W) and video (B, T, 3, S, S), None
+    where it is masked and not asked for; labels (B,); total: clips of the batch over all processes; share: this
+    process's part of them, 0 if it got none and repeats one to keep step with the others.
+    """
+
+    clips: Tensor
+    kept: str
+    audio: Tensor | None
+    video: Tensor | None
+    labels: Tensor
+    total: int
+    share: float
+
+
+class Job(NamedTuple):
+    """One planned batch before it is loaded: indices (B,) and views on the CPU."""
+
+    clips: Tensor
+    views: Views
+    kept: str
+    audio: bool
+    video: bool
+    total: int
+    share: float
+
+
+class Clips:
+    """A part of a training folder as batches. Subclasses say where frames and spectrograms come from."""
+
+    def __init__(self, part: Part, feed: "Feed", sizes: Tensor):
+        self.names = part.clips
+        self.frames, self.image_size, self.device = feed.frames, feed.image_size, feed.device
+        self.counts = torch.tensor([len(f) for f in part.frames])
+        self.sizes = sizes  # (N, 2) height and width of each clip's stored frames
+        self.labels = torch.as_tensor(part.labels).to(feed.device)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def epoch(
+        self, plan: list, generator: torch.Generator | None = None, load_masked: bool = False
+    ) -> Iterator[ClipBatch]:
+        """Load the batches of `plan`, a list of (clip indices, kept modality), in order.
+
+        With `generator` frames and crops are random (training), without it fixed (evaluation). `load_masked` gives
+        the masked modality's input too. Under torchrun each process gets every world_size-th clip of each batch, the
+        views having been drawn for the whole plan, so that N processes see what one would.
+        """
+        if not plan:
+            return
+        order = torch.cat([batch.clips for batch in plan])
+        views = draw_views(self.counts[order], self.sizes[order], self.frames, generator)
+        jobs, start = [], 0
+        for batch in plan:
+            total = len(batch.clips)
+            mine = torch.arange(start, start + total)[rank() :: world_size()]
+            share = len(mine) / total
+            mine = mine if len(mine) else torch.tensor([start])
+            audio, video = (load_masked or batch.kept in ("both", name) for name in ("audio", "video"))
+            jobs.append(Job(order[mine], views.rows(mine), batch.kept, audio, video, total, share))
+            start += total
+        yield from self._load(jobs)
+
+    def _load(self, jobs: list[Job]) -> Iterator[ClipBatch]:
+        raise NotImplementedError
+
+    def _batch(self, job: Job, audio: Tensor | None, pixels: Tensor | None) -> ClipBatch:
+        """Finish on the device: audio (B, F, W), pixels (B*T, 3, S, S) in [0, 255]."""
+        if pixels is not None:
+            pixels = normalise(pixels).unflatten(0, (-1, self.frames))  # (B, T, 3, S, S)
+        if audio is not None:
+            audio = audio[:, None]  # (B, 1, F, W)
+        clips = job.clips.to(self.device, non_blocking=True)
+        return ClipBatch(clips, job.kept, audio, pixels, self.labels[clips], job.total, job.share)
+
+
+class ResidentClips(Clips):
+    """Clips held in memory: on the compute device, or (cache ram) on the host and gathered there batch by batch."""
+
+    def __init__(self, part: Part, pack: Pack, feed: "Feed"):
+        size = torch.tensor(pack.frames.shape[-2:]).expand(len(part.clips), 2)
+        super().__init__(part, feed, size)
+        self.store = store = feed.device if feed.cache == "device" else torch.device("cpu")
+        # Memory-mapped arrays are read-only, which PyTorch warns of; nothing here writes to them.
+        self.pixels = _as_tensor(pack.frames).to(store)  # (K, 3, H, W)
+        self.spectrograms = _as_tensor(pack.spectrograms).to(store)  # (N, F, W)
+        self.first = torch.as_tensor(pack.first)
+
+    def _load(self, jobs: list[Job]) -> Iterator[ClipBatch]:
+        for job in jobs:
+            audio = pixels = None
+            if job.audio:
+                audio = self.spectrograms[job.clips.to(self.store)].to(self.device, non_blocking=True)
+            if job.video:
+                rows = (self.first[job.clips][:, None] + job.views.picks).flatten()  # (B*T,)
+                stored = self.pixels[rows.to(self.store)].to(self.device, non_blocking=True)
+                views = job.views.to(self.device)
+                boxes, flips = views.boxes.flatten(0, 1), views.flips.flatten()
+                pixels = crop_resize(stored, boxes, flips, self.image_size)
+            yield self._batch(job, audio, pixels)
+
+
+class FileClips(Clips):
+    """Clips read from their files by `workers` processes on every epoch: the plain path, whose memory does not grow."""
+
+    def __init__(self, part: Part, feed: "Feed", audio_shape: tuple[int, int]):
+        super().__init__(part, feed, torch.tensor([frame_size(paths[0]) for paths in part.frames]))
+        self.jobs: list[Job] = []
+        self.loader = DataLoader(
+            _JobReader(part, feed.image_size, audio_shape),
+            sampler=self.jobs,  # filled anew for each epoch, so that the workers live on
+            batch_size=None,
+            num_workers=feed.workers,
+            persistent_workers=feed.workers > 0,
+            pin_memory=feed.device.type == "cuda",
+        )
+
+    def _load(self, jobs: list[Job]) -> Iterator[ClipBatch]:
+        self.jobs[:] = jobs
+        for job, (audio, pixels, mistake) in zip(jobs, self.loader, strict=True):
+            if mistake:
+                raise UserError(mistake)
+            audio, pixels = (x.to(self.device, non_blocking=True) if x is not None else None for x in (audio, pixels))
+            yield self._batch(job, audio, pixels.float() if pixels is not None else None)
+
+
+class _JobReader(Dataset):
+    """Reads a whole batch in a worker: spectrograms (B, F, W) float32 and frames (B*T, 3, S, S) uint8."""
+
+    def __init__(self, part: Part, image_size: int, audio_shape: tuple[int, int]):
+        self.part, self.image_size, self.audio_shape = part, image_size, audio_shape
+
+    def __getitem__(self, job: Job) -> tuple[Tensor | None, Tensor | None, str]:
+        try:
+            audio = self._audio(job) if job.audio else None
+            return audio, self._video(job) if job.video else None, ""
+        except UserError as error:  # one line in the main process instead of a worker's stack trace
+            return None, None, str(error)
+
+    def _audio(self, job: Job) -> Tensor:
+        paths = (self.part.spectrograms[i] for i in job.clips.tolist())
+        return torch.stack([torch.from_numpy(read_spectrogram(path, self.audio_shape)) for path in paths])
+
+    def _video(self, job: Job) -> Tensor:
+        frames, side = [], [self.image_size, self.image_size]
+        rows = zip(job.clips.tolist(), *(field.tolist() for field in job.views), strict=True)
+        for clip, picks, boxes, flips in rows:
+            for pick, box, flip in zip(picks, boxes, flips, strict=True):
+                image = torch.from_numpy(read_frame(self.part.frames[clip][pick])).permute(2, 0, 1)
+                image = vision.resized_crop(image, *box, size=side, antialias=True)
+                frames.append(image.flip(2) if flip else image)
+        return torch.stack(frames)
+
+
+class Feed(NamedTuple):
+    """How clips are fed: `frames` per clip at `image_size` pixels, to `device`, by the path `cache`."""
+
+    frames: int
+    image_size: int
+    device: torch.device
+    cache: str
+    workers: int
+
+
+def make_clips(root: Path, name: str, part: Part, audio_shape: tuple[int, int], feed: Feed) -> Clips:
+    """Part `name` of a checked training folder on the data path of `feed`, whose `cache` is not auto any more."""
+    if feed.cache == "none":
+        return FileClips(part, feed, audio_shape)
+    size = stored_size(part)
+    if not is_main():
+        barrier()  # the main process makes the pack, the others map the same file
+    pack = open_pack(root, name, part, size, audio_shape)
+    if is_main():
+        barrier()
+    return ResidentClips(part, pack, feed)
+
+
+def choose_cache(parts: list[Part], audio_shape: tuple[int, int], device: torch.device) -> str:
+    """The fastest path on which all `parts` surely fit: the GPU's memory, else the host's, else files."""
+    needed = sum(pack_bytes(part, stored_size(part), audio_shape) for part in parts)
+    if device.type == "cuda" and needed < SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    return "ram" if needed < SHARE_OF_RAM * available_ram() else "none"
+
+
+def available_ram() -> int:
+    """Bytes of host memory that can be taken without swapping, a container's limit included where there is one."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    except (OSError, ValueError, StopIteration):  # not Linux, no container, or "max"
+        pass
+    return free
+
+
+def _as_tensor(array) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)

@@ -1,0 +1,158 @@
+"""The pack: every frame of a part decoded once to uint8 and every spectrogram in one array, both memory-mappable.
+
+Written beside the training folder as `<root>/.pack/<part>-<key>/`, where the key is a digest of what it was made from
+(clips, and the size and time of each file): a changed source has another key, so an outdated pack is never read. The
+folder is made under a temporary name and renamed when whole, so neither is half of one.
+
+Shapes: N clips, K frames in all, H x W stored pixels, (F, W) spectrogram.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from dataset.folder import Part
+from utils.errors import UserError
+
+FORMAT = 1  # raise when the layout changes, so that older packs are made anew
+
+
+class Pack(NamedTuple):
+    """frames (K, 3, H, W) uint8 RGB; spectrograms (N, F, W) float32; first, counts (N,): a clip's rows in `frames`."""
+
+    frames: np.ndarray
+    spectrograms: np.ndarray
+    first: np.ndarray
+    counts: np.ndarray
+
+
+def frame_size(path: Path) -> tuple[int, int]:
+    """Height and width in pixels, from the file's header."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.height, image.width
+
+
+def stored_size(part: Part) -> tuple[int, int]:
+    """Height and width the pack keeps: the most common size of the clips' first frames. Others are resized to it."""
+    return Counter(frame_size(frames[0]) for frames in part.frames).most_common(1)[0][0]
+
+
+def pack_bytes(part: Part, size: tuple[int, int], audio_shape: tuple[int, int]) -> int:
+    """What the pack of a part takes in memory or on disk."""
+    frames = sum(len(frames) for frames in part.frames)
+    return frames * 3 * size[0] * size[1] + len(part.clips) * 4 * audio_shape[0] * audio_shape[1]
+
+
+def open_pack(root: Path, name: str, part: Part, size: tuple[int, int], audio_shape: tuple[int, int]) -> Pack:
+    """The pack of part `name`, made now if there is none for these very files.
+
+    Raises `UserError` for a frame or spectrogram that cannot be read. Where `root` cannot be written, the arrays are
+    held in memory instead, and a line says so.
+    """
+    counts = np.array([len(frames) for frames in part.frames], dtype=np.int64)
+    first = np.concatenate([[0], counts.cumsum()[:-1]]) if len(counts) else counts
+    key = _key(part, size)
+    folder = root / ".pack" / f"{name}-{key}"
+    if not (folder / "pack.json").exists():
+        try:
+            _write(folder, name, part, size, audio_shape)
+        except OSError as error:
+            print(f"{root}: no pack written ({error.strerror}); holding the clips in this process's memory instead")
+            return Pack(*_decode(part, size, audio_shape, np.empty), first, counts)
+    frames = np.load(folder / "frames.npy", mmap_mode="r", allow_pickle=False)
+    spectrograms = np.load(folder / "spectrograms.npy", mmap_mode="r", allow_pickle=False)
+    return Pack(frames, spectrograms, first, counts)
+
+
+def read_frame(path: Path) -> np.ndarray:
+    """One frame, (H, W, 3) uint8 RGB. Raises `UserError` if it cannot be decoded."""
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise UserError(f"{path}: not a readable JPEG; look with: python -m dataset.prepare --check {path.parents[2]}")
+    return image
+
+
+def read_spectrogram(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """One spectrogram, float32 of `shape`. Raises `UserError` if the file is unreadable, misshapen or not finite."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: unreadable spectrogram ({error})") from None
+    if array.shape != tuple(shape):
+        raise UserError(f"{path}: spectrogram of shape {array.shape}, expected {tuple(shape)}; prepare the folder anew")
+    if not np.isfinite(array).all():
+        raise UserError(f"{path}: spectrogram with NaN or infinite values; prepare the clip anew")
+    return array.astype(np.float32, copy=False)
+
+
+def _key(part: Part, size: tuple[int, int]) -> str:
+    digest = hashlib.sha256(f"{FORMAT} {size}".encode())
+    for clip, frames, spectrogram in zip(part.clips, part.frames, part.spectrograms, strict=True):
+        digest.update(clip.encode())
+        for path in (*frames, spectrogram):
+            status = os.stat(path)
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _write(folder: Path, name: str, part: Part, size: tuple[int, int], audio_shape: tuple[int, int]) -> None:
+    folder.parent.mkdir(exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if pack_bytes(part, size, audio_shape) > free:
+        raise OSError(28, "not enough room on the disk")
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+    try:
+
+        def make_array(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+            file = "frames.npy" if dtype is np.uint8 else "spectrograms.npy"
+            return np.lib.format.open_memmap(temporary / file, mode="w+", dtype=dtype, shape=shape)
+
+        for array in _decode(part, size, audio_shape, make_array):
+            array.flush()
+        (temporary / "pack.json").write_text(json.dumps({"clips": len(part.clips), "size": size, "format": FORMAT}))
+        os.chmod(temporary, 0o755)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "pack.json").exists():  # another process made the same pack meanwhile: use that one
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in folder.parent.glob(f"{name}-*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _decode(part: Part, size: tuple[int, int], audio_shape: tuple[int, int], make_array) -> tuple[np.ndarray, ...]:
+    total = sum(len(frames) for frames in part.frames)
+    frames = make_array((total, 3, *size), np.uint8)
+    spectrograms = make_array((len(part.clips), *audio_shape), np.float32)
+    first = np.concatenate([[0], np.cumsum([len(f) for f in part.frames])])
+
+    def decode(i: int) -> None:
+        for row, path in enumerate(part.frames[i], start=first[i]):
+            image = read_frame(path)
+            if image.shape[:2] != size:
+                shrinks = image.shape[0] > size[0]
+                image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+            frames[row] = image.transpose(2, 0, 1)
+        spectrograms[i] = read_spectrogram(part.spectrograms[i], audio_shape)
+
+    # Threads do: OpenCV decodes outside Python's lock.
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        jobs = pool.map(decode, range(len(part.clips)))
+        for _ in tqdm(jobs, total=len(part.clips), desc="pack clips", unit="clip", leave=False):
+            pass
+    return frames, spectrograms

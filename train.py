@@ -1,0 +1,530 @@
+"""Data Remixing (ICML 2025) and its baselines for audio-visual classification: one loop for all of them.
+
+    python train.py --train                                              # Remix on the demo data
+    python train.py --train --method baseline                            # joint training
+    python train.py --train --dataset CREMAD --epochs 60 --warmup 10     # DESIGN of the paper
+    python train.py --dataset CREMAD --checkpoint runs/NAME/best.pth     # evaluate
+
+Read it downward: flags, predict and evaluate, one training epoch, main. An epoch's plan is a list of batches, each
+(clip indices, kept modality); joint training keeps both, Remix one. Everything else is the same.
+"""
+
+import argparse
+import os
+import sys
+import time
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import remix
+from dataset.clips import CACHES, Clips, Feed, choose_cache, make_clips
+from dataset.demo import ensure_demo
+from dataset.folder import Folder, Part, load_folder, split_validation
+from dataset.specs import SPECS, get_spec
+from models import FUSIONS, MODELS, AVClassifier, Output
+from utils import distributed
+from utils.checkpoint import load_checkpoint, load_weights, model_weights, save_checkpoint
+from utils.cli import Parser, number
+from utils.console import epoch_line, progress, result_table
+from utils.errors import UserError, run_main
+from utils.logging import RunLog, claim_folder, environment
+from utils.metrics import accuracy, confusion, f1_macro
+from utils.plots import plot_confusion, plot_curves
+from utils.seeding import epoch_generator, rng_state, seed_everything, set_rng_state
+
+# ---------------------------------------------------------------------------------------------------------- flags
+
+METHODS = ("remix", "baseline", "audio", "video")
+
+# What a preset fills in for flags that were not given. `fair` leaves one learning rate for every method: the data
+# set's. `official` is the official code's behaviour, its two unexplained learning rates included.
+OFFICIAL = {
+    "batch_size": 64,
+    "epochs": 60,
+    "warmup": 10,
+    "optimizer": "adam",
+    "lr_decay_step": 30,
+    "lr_decay_ratio": 0.1,
+    "alpha": 0.5,
+    "beta": 0.5,
+    "gamma1": 1.0,
+    "gamma2": 1.0,
+    "fusion_method": "concat",
+    "score": "kl",
+    "keep": "hard",
+    "rescore_every": 1,
+    "batch_order": "sequential",
+}
+PRESETS = {
+    "fair": OFFICIAL | {"masked_encoder": "skip"},
+    "official": OFFICIAL | {"masked_encoder": "run"},
+}
+OFFICIAL_RATES = {"remix": 5e-5, "baseline": 1e-3, "audio": 1e-3, "video": 1e-3}
+# What may differ when a run goes on: where it runs and how long, not what it computes.
+RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "gpu_ids", "device", "data_root"}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", default="demo", choices=SPECS, help="data set (demo)")
+    g.add_argument("--data_root", metavar="DIR", help="training folder (data/<data set>)")
+    g.add_argument("--n_classes", type=number(int, 2), metavar="N", help="classes, checked against the data (theirs)")
+    g.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.0, help="share of train held out (0)")
+    g.add_argument("--allow_missing", action="store_true", help="train without the clips that are broken (off)")
+    g.add_argument("--image_size", type=number(int, 8), metavar="S", help="side frames are fed at, pixels (data set's)")
+    g.add_argument("--cache", default="auto", choices=CACHES, help="where decoded clips are held (auto)")
+    g.add_argument("--num_workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
+                   help="processes that read files with --cache none (cores, 8 at most)")  # fmt: skip
+
+    g = p.add_argument_group("model")
+    g.add_argument("--model", choices=MODELS, help="trunk of either modality (data set's)")
+    g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (concat)")
+    g.add_argument("--checkpoint", metavar="FILE", help="weights to evaluate, or with --train to start from (none)")
+
+    g = p.add_argument_group("method")
+    g.add_argument("--method", default="remix", choices=METHODS,
+                   help="Data Remixing, joint training, or one modality alone (remix)")  # fmt: skip
+    g.add_argument("--preset", default="fair", choices=PRESETS, help="defaults of the flags not given (fair)")
+    g.add_argument("--warmup", type=number(int, 0), metavar="N", help="joint epochs before Remix (10)")
+    g.add_argument("--score", choices=remix.SCORES, help="difficulty of a clip in a modality (kl)")
+    g.add_argument("--keep", choices=remix.KEEP, help="modality a clip keeps (hard)")
+    g.add_argument("--rescore_every", type=number(int, 1), metavar="K", help="epochs between two scorings (1)")
+    g.add_argument("--batch_order", choices=remix.ORDERS, help="order of the homogeneous batches (sequential)")
+    g.add_argument("--masked_encoder", choices=("skip", "run"), help="in a batch of the other modality (skip)")
+    g.add_argument("--alpha", type=number(float, 0), help="weight of the audio loss in joint batches (0.5)")
+    g.add_argument("--beta", type=number(float, 0), help="weight of the video loss in joint batches (0.5)")
+    g.add_argument("--gamma1", type=number(float, 0), help="weight of the video loss in video batches (1)")
+    g.add_argument("--gamma2", type=number(float, 0), help="weight of the audio loss in audio batches (1)")
+
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", "--epoch", type=number(int, 1), metavar="N", help="epochs, warm-up included (60)")
+    g.add_argument("--batch_size", type=number(int, 2), metavar="B", help="clips a step, over all processes (64)")
+    g.add_argument("--optimizer", choices=("adam", "sgd"), help="adam, or sgd with momentum 0.9 (adam)")
+    g.add_argument("--learning_rate", type=number(float, 0, open_low=True), help="at the start (data set's)")
+    g.add_argument("--lr_decay_step", type=number(int, 1), metavar="N", help="epochs between decays (30)")
+    g.add_argument("--lr_decay_ratio", type=number(float, 0, 1, open_low=True), help="factor at a decay (0.1)")
+    g.add_argument("--encoder_lr_decay", type=number(float, 0), default=1.0, help="factor on the encoders' rate (1)")
+    g.add_argument("--random_seed", type=number(int, 0), default=42, help="seed (42)")
+
+    g = p.add_argument_group("system")
+    g.add_argument("--train", action="store_true", help="train; without it --checkpoint is evaluated (off)")
+    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="CUDA where there is one (auto)")
+    g.add_argument("--gpu_ids", metavar="IDS", help="GPUs, comma separated (all visible)")
+    g.add_argument("--log_path", default="runs", metavar="DIR", help="folder of the runs (runs)")
+    g.add_argument("--run_name", metavar="NAME", help="this run's folder (data set, method, seed and time)")
+    g.add_argument("--resume", action="store_true", help="go on with --run_name from its last.pth (off)")
+    args = p.parse_args(argv)
+
+    spec = get_spec(args.dataset)
+    preset = dict(PRESETS[args.preset])
+    preset["learning_rate"] = OFFICIAL_RATES[args.method] if args.preset == "official" else spec.learning_rate
+    preset |= {"model": spec.model, "image_size": spec.image_size, "data_root": str(spec.root)}
+    args.from_preset = {name: value for name, value in preset.items() if getattr(args, name) is None}
+    vars(args).update(args.from_preset)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """What no single flag can know. Raises `UserError`."""
+    if not args.train and not args.checkpoint:
+        raise UserError("nothing to do: type --train to train, or --checkpoint FILE to evaluate")
+    if args.resume and not (args.train and args.run_name):
+        raise UserError("--resume: type --train and the --run_name to go on with")
+    if args.resume and args.checkpoint:
+        raise UserError("--resume and --checkpoint: choose one; --resume reads the run's own last.pth")
+    if args.method == "remix" and args.warmup > args.epochs:
+        raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}; Remix would never start")
+    if args.gpu_ids is not None and not all(part.strip().isdigit() for part in args.gpu_ids.split(",")):
+        raise UserError(f"--gpu_ids {args.gpu_ids}: comma separated numbers are wanted, such as 0,1")
+
+
+# ------------------------------------------------------------------------------------------- predict and evaluate
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, clips: Clips, kept: str, batch_size: int, name: str) -> dict[str, Tensor]:
+    """Logits (N, C) of the heads joint, audio and video for all clips in order: evaluation mode, no augmentation.
+
+    One pass serves evaluation and the scoring of Remix. Every process does its share and gets the whole.
+    """
+    model.eval()
+    plan = remix.batches_of(len(clips), batch_size, kept, generator=None)
+    logits: dict[str, Tensor] = {}
+    with progress(name, len(clips), distributed.is_main()) as bar:
+        for batch in clips.epoch(plan):
+            if batch.share > 0:
+                output = model(batch.audio, batch.video, kept)
+                for head in ("joint", "audio", "video"):
+                    values = getattr(output, head)
+                    if values is not None:
+                        values = values.float()
+                        logits.setdefault(head, values.new_zeros(len(clips), values.shape[1]))[batch.clips] = values
+            bar.update(batch.total)
+    return {head: distributed.sum_over_ranks(values) for head, values in logits.items()}
+
+
+def evaluate(logits: dict[str, Tensor], labels: Tensor, part: str) -> dict[str, float | None]:
+    """Flat numbers of one part ("test" or "val"): accuracies are fractions in [0, 1], None for a head not trained."""
+    numbers = {f"{part}_acc": accuracy(logits["joint"], labels)}
+    for head in ("audio", "video"):
+        numbers[f"{part}_acc_{head}"] = accuracy(logits[head], labels) if head in logits else None
+    numbers[f"{part}_f1_macro"] = f1_macro(logits["joint"], labels)
+    numbers[f"{part}_loss"] = F.cross_entropy(logits["joint"], labels).item()
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------ one training epoch
+
+
+def loss_terms(output: Output, labels: Tensor, kept: str, args: argparse.Namespace) -> dict[str, Tensor]:
+    """The loss of a batch, term by term; their sum is trained on. One formula: a masked modality has no term.
+
+    joint batches      CE(head) + alpha * CE(head_audio) + beta * CE(head_video)
+    video batches      CE(head on [0, v]) + gamma1 * CE(head_video)
+    audio batches      CE(head on [a, 0]) + gamma2 * CE(head_audio)
+    """
+    weights = (
+        {"audio": args.alpha, "video": args.beta} if kept == "both" else {"audio": args.gamma2, "video": args.gamma1}
+    )
+    terms = {"joint": F.cross_entropy(output.joint, labels)}
+    for head, weight in weights.items():
+        logits = getattr(output, head)
+        if logits is not None:
+            terms[head] = weight * F.cross_entropy(logits, labels)
+    return terms
+
+
+def train_epoch(
+    model: nn.Module,
+    clips: Clips,
+    plan: list[remix.Batch],
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """One epoch over `plan`; returns the mean loss per clip and its terms. Raises `UserError` if it is not finite."""
+    model.train()
+    views = epoch_generator(args.random_seed, epoch, "views")
+    sums: dict[str, Tensor] = {}  # on the device: the host reads them once, at the end
+    planned = sum(len(batch.clips) for batch in plan)
+    with progress(f"epoch {epoch} train", planned, distributed.is_main()) as bar:
+        for batch in clips.epoch(plan, views, load_masked=args.masked_encoder == "run"):
+            with frozen_batchnorm(model) if len(batch.clips) == 1 else nullcontext():
+                output = model(batch.audio, batch.video, batch.kept)
+            terms = loss_terms(output, batch.labels, batch.kept, args)
+            # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
+            loss = sum(terms.values()) * (batch.share * distributed.world_size())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            for name, term in terms.items():
+                weighted = term.detach() * (batch.share * batch.total)
+                sums[name] = sums.get(name, 0) + weighted
+            bar.update(batch.total)
+    means = {name: (distributed.sum_over_ranks(total) / planned).item() for name, total in sums.items()}
+    loss = sum(means.values())
+    if not torch.isfinite(torch.tensor(loss)):
+        raise UserError(
+            f"epoch {epoch}: the loss is {loss}; last.pth is of the epoch before; try a lower --learning_rate"
+        )
+    return {"train_loss": loss} | {f"train_loss_{name}": mean for name, mean in means.items()}
+
+
+class frozen_batchnorm:
+    """BatchNorm on its running statistics: those of a single clip are no statistics, and 1 x 1 maps have none."""
+
+    def __init__(self, model: nn.Module):
+        self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.eval()
+
+    def __exit__(self, *_) -> None:
+        for norm in self.norms:
+            norm.train()
+
+
+# -------------------------------------------------------------------------------------------------------------- set-up
+
+
+def choose_device(args: argparse.Namespace) -> torch.device:
+    """The device of this process. Starts one process per GPU by torchrun where several are to be used."""
+    available = torch.cuda.device_count() if args.device != "cpu" else 0
+    if args.device == "cuda" and not available:
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; type --device cpu, or leave the flag out")
+    if not available:
+        if args.gpu_ids is not None:
+            print(f"no CUDA device in use: --gpu_ids {args.gpu_ids} has no effect, running on the CPU")
+        return distributed.start("cpu")
+    if "WORLD_SIZE" not in os.environ:
+        ids = list(range(available)) if args.gpu_ids is None else [int(part) for part in args.gpu_ids.split(",")]
+        if max(ids) >= available or len(set(ids)) < len(ids):
+            raise UserError(
+                f"--gpu_ids {args.gpu_ids}: this machine has {available} GPU(s), numbered from 0, each usable once"
+            )
+        ids = ids if args.train else ids[:1]
+        visible = (
+            os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else None
+        )
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in ids)
+        if len(ids) > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(ids)}"]
+            os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+    return distributed.start("cuda")
+
+
+def load_parts(args: argparse.Namespace) -> tuple[Folder, dict[str, Part]]:
+    """The checked training folder and its parts train, test and, where asked for or there, val."""
+    spec = get_spec(args.dataset)
+    root = Path(args.data_root)
+    if args.dataset == "demo" and root == spec.root:
+        if distributed.is_main():
+            ensure_demo(root)
+        distributed.barrier()
+    folder = load_folder(root, spec, args.allow_missing)
+    if args.n_classes not in (None, len(folder.classes)):
+        raise UserError(f"--n_classes {args.n_classes}: {root}/stat.csv names {len(folder.classes)} classes")
+    parts = dict(folder.parts)
+    if args.val_fraction:
+        if "val" in parts:
+            raise UserError(f"--val_fraction: {root} has a val.csv already; leave the flag out")
+        by_actor = folder.split.get("kind") == "actor"
+        parts["train"], parts["val"] = split_validation(parts["train"], args.val_fraction, args.random_seed, by_actor)
+    return folder, parts
+
+
+def make_optimizer(model: AVClassifier, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4: the official settings."""
+    encoders = [*model.audio_net.parameters(), *model.visual_net.parameters()]
+    inside = {id(parameter) for parameter in encoders}
+    heads = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    groups = [{"params": encoders, "lr": args.learning_rate * args.encoder_lr_decay}, {"params": heads}]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
+    return torch.optim.Adam(groups, lr=args.learning_rate, weight_decay=1e-4, fused=True)
+
+
+def flags(args: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(args).items() if name != "from_preset"}
+
+
+def check_same_run(args: argparse.Namespace, before: dict) -> None:
+    """Raises `UserError` if a flag that changes the result differs from the run to be resumed."""
+    now = flags(args)
+    changed = [f"--{name} {before[name]} (now {now[name]})" for name in before
+               if name in now and name not in RESUMABLE and now[name] != before[name]]  # fmt: skip
+    if changed:
+        raise UserError(f"--resume: the run was started with {', '.join(changed)}; only these may change: "
+                        f"{', '.join(sorted(RESUMABLE - {'resume'}))}")  # fmt: skip
+
+
+def describe_run(args: argparse.Namespace, folder: Folder, clips: dict[str, Clips], device: torch.device) -> dict:
+    """What config.json holds: every flag, what a preset filled in, the data, versions, commit and hardware."""
+    data = {
+        "classes": folder.classes,
+        "clips": {name: len(part) for name, part in clips.items()},
+        "missing": len(folder.missing),
+        "split": folder.split,
+    }
+    return flags(args) | {"from_preset": args.from_preset, "data": data} | environment(device, distributed.world_size())
+
+
+def announce(args: argparse.Namespace, folder: Folder, clips: dict[str, Clips], cache: str, run: Path) -> None:
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in clips.items())
+    where = {"device": "resident on the GPU", "ram": "resident in memory", "none": "read from files"}[cache]
+    print(f"{args.dataset}: {sizes} clips of {len(folder.classes)} classes, {where}")
+    if folder.missing:
+        print(f"left out: {len(folder.missing)} broken clips (--allow_missing); config.json counts them")
+    filled = ", ".join(f"{name} {value}" for name, value in args.from_preset.items())
+    print(f"preset {args.preset}: {filled}")
+    print(f"{args.method} for {args.epochs} epochs; run folder {run}")
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = choose_device(args)
+    started = time.perf_counter()
+
+    # run folder and seed
+    run_name = args.run_name or f"{args.dataset}_{args.method}_seed{args.random_seed}_{datetime.now():%Y%m%d-%H%M%S}"
+    run = claim_folder(args.log_path, run_name, args.resume) if args.train and distributed.is_main() else None
+    seed_everything(args.random_seed)
+
+    # data
+    folder, parts = load_parts(args)
+    used = {name: part for name, part in parts.items() if args.train or name == "test"}
+    cache = args.cache if args.cache != "auto" else choose_cache(list(used.values()), folder.audio_shape, device)
+    feed = Feed(get_spec(args.dataset).frames, args.image_size, device, cache, args.num_workers)
+    clips = {name: make_clips(folder.root, name, part, folder.audio_shape, feed) for name, part in used.items()}
+    inputs = args.method if args.method in ("audio", "video") else "both"  # what the network is given
+
+    # model
+    bare = AVClassifier(len(folder.classes), args.model, args.fusion_method)
+    bare = bare.to(device, memory_format=torch.channels_last)
+    if args.checkpoint:
+        load_weights(bare, load_checkpoint(args.checkpoint)["model"], args.checkpoint)
+
+    def predict_all(part: str) -> dict[str, Tensor]:
+        return predict(bare, clips[part], inputs, 4 * args.batch_size, f"{part} predictions")
+
+    if not args.train:
+        print(result_table({args.checkpoint: evaluate(predict_all("test"), clips["test"].labels, "test")}))
+        return
+    # In a homogeneous batch the masked encoder has no gradients, on purpose; the processes agree on which one it is.
+    many = distributed.world_size() > 1
+    model = DistributedDataParallel(bare, find_unused_parameters=True) if many else bare
+
+    # optimizer
+    optimizer = make_optimizer(bare, args)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
+
+    # resume, in this order: weights, optimizer, scheduler, generators, then the loop's own state. Epochs draw from
+    # (seed, epoch, purpose) alone; the global generators are put back for whatever else may draw.
+    first_epoch, best, kept = 0, {}, None
+    if args.resume:
+        state = load_checkpoint(Path(args.log_path) / run_name / "last.pth")
+        check_same_run(args, state["config"])
+        load_weights(bare, state["model"], "last.pth")
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        set_rng_state(state["rng"])
+        best, kept, first_epoch = state["best"], state["kept"], state["epoch"] + 1
+
+    log = RunLog(run, describe_run(args, folder, clips, device), first_epoch) if distributed.is_main() else None
+    if log:
+        announce(args, folder, clips, cache, run)
+
+    # loop
+    for epoch in range(first_epoch, args.epochs):
+        remixing = args.method == "remix" and epoch >= args.warmup
+        numbers = {"epoch": epoch, "phase": "remix" if remixing else inputs.replace("both", "joint")}
+        numbers["lr"] = scheduler.get_last_lr()[-1]
+        clock = time.perf_counter()
+        order = epoch_generator(args.random_seed, epoch, "plan")
+        if remixing:
+            if kept is None or (epoch - args.warmup) % args.rescore_every == 0:
+                logits = predict_all("train")
+                low_is_hard = remix.difficulty(logits["audio"], logits["video"], args.score, clips["train"].labels,
+                                               epoch_generator(args.random_seed, epoch, "score"))  # fmt: skip
+                kept = remix.decouple(low_is_hard, args.keep).cpu()
+                if log:
+                    write_partition(log, epoch, clips["train"], folder.classes, logits, kept)
+            plan = remix.reassemble(kept, args.batch_size, args.batch_order, order)
+        else:
+            plan = remix.batches_of(len(clips["train"]), args.batch_size, inputs, order)
+        for name in ("audio", "video"):
+            numbers[f"n_{name}"] = sum(len(b.clips) for b in plan if b.kept == name) if remixing else None
+        numbers["seconds_score"], clock = lap(clock)
+
+        numbers |= train_epoch(model, clips["train"], plan, optimizer, epoch, args)
+        scheduler.step()
+        numbers["seconds_train"], clock = lap(clock)
+
+        for part in clips.keys() - {"train"}:
+            numbers |= evaluate(predict_all(part), clips[part].labels, part)
+        numbers["seconds_eval"], clock = lap(clock)
+        trained = sum(len(batch.clips) for batch in plan)
+        numbers["clips_per_second"] = trained / (numbers["seconds_score"] + numbers["seconds_train"])
+
+        improved = update_best(best, numbers)
+        if log:
+            log.epoch(numbers)
+            print(epoch_line(numbers, args.epochs), flush=True)
+            state = {"model": model_weights(bare), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best,
+                     "scheduler": scheduler.state_dict(), "kept": kept, "rng": rng_state(), "config": flags(args),
+                     "classes": folder.classes}  # fmt: skip
+            save_checkpoint(run / "last.pth", state)
+            if improved:
+                save_checkpoint(run / "best.pth", state)
+
+    # summary
+    logits = predict_all("test")
+    if log:
+        finish(log, args, folder, best, logits, clips["test"].labels, time.perf_counter() - started)
+    distributed.stop()
+
+
+def write_partition(
+    log: RunLog, epoch: int, clips: Clips, classes: list[str], logits: dict[str, Tensor], kept: Tensor
+) -> None:
+    """partition.csv and the histograms: the KL whatever the score, and what each clip keeps."""
+    kl = torch.stack([remix.kl_from_uniform(logits[name]) for name in ("audio", "video")], dim=1).cpu()
+    labels = [classes[label] for label in clips.labels.tolist()]
+    log.partition(epoch, clips.names, labels, kl, [remix.NAMES[modality] for modality in kept.tolist()])
+
+
+def update_best(best: dict, numbers: dict) -> bool:
+    """Keep the best epochs; True if this one is to be best.pth: by validation where there is some, else by test."""
+    better = {
+        part: numbers[f"{part}_acc"] > best.get(f"best_{part}_acc", -1)
+        for part in ("test", "val")
+        if f"{part}_acc" in numbers
+    }
+    for part, is_better in better.items():
+        if is_better:
+            best |= {f"best_{part}_acc": numbers[f"{part}_acc"], f"best_{part}_epoch": numbers["epoch"]}
+            best[f"at_best_{part}"] = {name: value for name, value in numbers.items() if name.startswith("test_")}
+    return better.get("val", better["test"])
+
+
+def finish(
+    log: RunLog,
+    args: argparse.Namespace,
+    folder: Folder,
+    best: dict,
+    logits: dict[str, Tensor],
+    labels: Tensor,
+    seconds: float,
+) -> None:
+    """summary.json, the pictures and the result table."""
+    last = evaluate(logits, labels, "test")
+    honest = best.get("at_best_val")
+    log.figure(
+        "curves", plot_curves(log.history, f"{args.dataset}, {args.method}, seed {args.random_seed}"), args.epochs - 1
+    )
+    matrices = {name: confusion(values, labels) for name, values in logits.items()}
+    log.figure(
+        "confusion",
+        plot_confusion(matrices, folder.classes, f"{args.dataset}, {args.method}, last epoch"),
+        args.epochs - 1,
+    )
+    log.summary({
+        "method": args.method, "dataset": args.dataset, "seed": args.random_seed, "epochs": args.epochs,
+        "best_test_acc": best["best_test_acc"], "best_test_epoch": best["best_test_epoch"],
+        "last_test_acc": last["test_acc"], "test_acc_at_best_val": honest["test_acc"] if honest else None,
+        "test_acc_audio": last["test_acc_audio"], "test_acc_video": last["test_acc_video"],
+        "f1_macro": last["test_f1_macro"], "total_seconds": seconds, "missing": len(folder.missing),
+    })  # fmt: skip
+    rows = {
+        "last epoch": last,
+        f"best on test (papers' protocol), epoch {best['best_test_epoch']}": best["at_best_test"],
+    }
+    if honest:
+        rows[f"best on validation, epoch {best['best_val_epoch']}"] = honest
+    print(f"\n{result_table(rows)}\n\n{seconds:.0f} s; curves.png, confusion.png and the weights are in {log.folder}")
+    print(f"curves of all runs: tensorboard --logdir {args.log_path}")
+
+
+def lap(clock: float) -> tuple[float, float]:
+    """Seconds since `clock`, the device having finished, and the time now."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    now = time.perf_counter()
+    return now - clock, now
+
+
+if __name__ == "__main__":
+    run_main(main)

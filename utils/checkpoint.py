@@ -1,0 +1,63 @@
+"""Checkpoints: written whole or not at all, read without running code, the official repository's included."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+from utils.files import atomic_path
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` (tensors, numbers, strings, dicts, lists) to `path` atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path: Path | str) -> dict:
+    """Read a checkpoint onto the CPU with `weights_only=True`. Raises `UserError` for what is missing or not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen types here, all of which mean the same to the user
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: not a checkpoint that is safe to read ({reason})") from None
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path}: no `model` entry; expected a checkpoint of this project or of the official code")
+    return state
+
+
+def model_weights(model: nn.Module) -> dict:
+    """The state dict without the prefixes that DistributedDataParallel and torch.compile put before the names."""
+    return {_plain_name(name): value for name, value in model.state_dict().items()}
+
+
+def load_weights(model: nn.Module, weights: dict, source: Path | str) -> None:
+    """Load `weights` into a bare model, whatever wrapper saved them. Raises `UserError` naming what does not fit."""
+    weights = {_plain_name(name): value for name, value in weights.items()}
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    extra = [name for name in weights if name not in own]
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    complaints = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
+        if names
+    ]
+    if complaints:
+        raise UserError(
+            f"{source}: does not fit this network: {'; '.join(complaints)}; "
+            "check --dataset, --model, --n_classes and --fusion_method"
+        )
+    model.load_state_dict(weights)
+
+
+def _plain_name(name: str) -> str:
+    return name.replace("_orig_mod.", "").removeprefix("module.")

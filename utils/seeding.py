@@ -1,0 +1,47 @@
+"""Randomness that depends on nothing but (seed, epoch, purpose): an epoch repeats the same whatever came before it."""
+
+import random
+
+import numpy as np
+import torch
+
+STREAMS = ("plan", "views", "score", "balance")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices): the network's initial weights come from here."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def epoch_generator(seed: int, epoch: int, stream: str) -> torch.Generator:
+    """A CPU generator for one purpose (`STREAMS`) in one epoch, independent of every other and of the run's history.
+
+    So a resumed run draws what the uninterrupted one would have drawn, without any generator's state being saved.
+    """
+    state = np.random.SeedSequence([seed, epoch, STREAMS.index(stream)]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def rng_state() -> dict:
+    """The state of every global generator, in types that `torch.load(weights_only=True)` reads."""
+    name, keys, *rest = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *map(float, rest)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Put back what `rng_state` gave; CUDA's only where the number of devices is the same."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
