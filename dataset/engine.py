@@ -1,0 +1,460 @@
+"""The engine of preparation: raw clips to frames and spectrograms, on all cores, resumable at any moment.
+
+A clip is finished when its files are in place *and* a line in `.prepare/clips.jsonl` says from what and how they were
+made. Files appear by renaming, the line comes after them, so a kill at any moment costs the clips in work, no more.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset import audio, video
+from dataset.check import Files, Problem, frame_names, inspect_clip, jpeg_fault, npy_fault, source_fault
+from dataset.lists import check_clip_id
+from dataset.specs import AUDIO_RECIPES, AudioRecipe
+from utils.errors import UserError
+from utils.files import TEMPORARY, atomic_folder, atomic_path
+
+RULES = 1  # raise when the same source and settings give other files: every clip is then made again
+SILENCE = 1e-6  # largest sample of a sound that is reported as silent
+
+
+class Clip(NamedTuple):
+    """One clip to prepare. `audio` may be the video itself (the track inside it).
+
+    A `video` that is a folder of .jpg and an `audio` that is a .npy are taken over instead of decoded.
+    """
+
+    name: str
+    video: Path
+    audio: Path
+
+
+class Summary(NamedTuple):
+    """What a run did: clips made, found finished, skipped (with reasons) and used with a remark; bytes on disk."""
+
+    made: int
+    kept: int
+    skipped: list[Problem]
+    remarks: list[Problem]
+    bytes: int
+    seconds: float
+
+
+class Settings(NamedTuple):
+    """What besides the source decides what the files of a clip are."""
+
+    recipe: str
+    channels: str
+    stored_frames: int | None
+    jpeg_quality: int = video.JPEG_QUALITY
+    rules: int = RULES
+
+
+class Outcome(NamedTuple):
+    """How one clip went: remarks where it was made, else the fault."""
+
+    fault: Problem | None
+    remarks: list[str]
+
+
+def prepare_clips(
+    clips: list[Clip],
+    out: Path | str,
+    recipe: AudioRecipe,
+    workers: int | None = None,
+    channels: str | None = None,
+    quiet: bool = False,
+    stored_frames: int | None = None,
+) -> Summary:
+    """Make `out/visual/<clip>/*.jpg` and `out/audio/<clip>.npy` of every clip that is not there already.
+
+    `workers` processes (None: one per core; 1: none besides this one); `channels` "mean" or "first" (None: as the
+    recipe says); at most `stored_frames` frames a clip. A clip that cannot be made is in `Summary.skipped` and has no
+    files. Raises `UserError` for unsafe or repeated names, a folder in use by another run, a full disk.
+    """
+    begin, out = time.monotonic(), Path(out)
+    settings = Settings(recipe.name, channels or recipe.channels, stored_frames)
+    _check_names(clips)
+    with _locked(out):
+        _remove_leftovers(out)
+        _write_json(out / "prepare.json", _record_of(settings))
+        journal = _Journal(out / ".prepare" / "clips.jsonl")
+        todo = _unfinished(clips, out, settings, journal, quiet)
+        skipped = _make_all(todo, len(clips), out, settings, journal, workers, quiet)
+        journal.finish(len(todo) > 0)
+    remarks = [
+        Problem("remark", clip.name, str(clip.video), remark, "")
+        for clip in clips
+        for remark in journal.records.get(clip.name, {}).get("remarks", [])
+    ]
+    size = sum(
+        record["spectrogram"] + sum(record["frames"])
+        for clip in clips
+        if (record := journal.records.get(clip.name)) is not None
+    )
+    made = len(todo) - len(skipped)
+    return Summary(made, len(clips) - len(todo), skipped, remarks, size, time.monotonic() - begin)
+
+
+def _check_names(clips: list[Clip]) -> None:
+    seen = set()
+    for clip in clips:
+        check_clip_id(clip.name)
+        if clip.name in seen:
+            raise UserError(f"clip {clip.name}: listed twice; delete one of them")
+        seen.add(clip.name)
+
+
+def _record_of(settings: Settings) -> dict:
+    return {
+        "audio_recipe": settings.recipe,
+        "channels": settings.channels,
+        "frames": "k * floor(frames per second)",
+        "stored_frames": settings.stored_frames,
+        "jpeg_quality": settings.jpeg_quality,
+        "rules": settings.rules,
+    }
+
+
+def _make_all(
+    todo: list[Clip], total: int, out: Path, settings: Settings, journal: "_Journal", workers: int | None, quiet: bool
+) -> list[Problem]:
+    """Make every clip, note it in the journal as soon as its files are in place. Returns the skipped ones."""
+    skipped = []
+    faults = {clip.name: fault for clip in todo if (fault := _source_fault(clip)) is not None}
+    for name, fault in faults.items():
+        _forget(out, name, journal)
+        skipped.append(fault)
+    sound = [clip for clip in todo if clip.name not in faults]
+    with tqdm(total=total, initial=total - len(sound), desc="preparing", unit="clip", disable=quiet) as bar:
+        for clip, outcome in _outcomes(sound, out, settings, workers):
+            if outcome.fault is None:
+                journal.add(clip.name, _describe(out, clip, settings, outcome.remarks))
+            else:
+                _forget(out, clip.name, journal)
+                skipped.append(outcome.fault)
+                bar.set_postfix(skipped=len(skipped))
+            bar.update()
+    return sorted(skipped, key=lambda fault: fault.clip)
+
+
+def _source_fault(clip: Clip) -> Problem | None:
+    for kind, path in (("video", clip.video), ("audio", clip.audio)):
+        if reason := source_fault(path):
+            return Problem(f"{kind}: {reason.split(',')[0]}", clip.name, str(path), reason, "")
+    return None
+
+
+def _forget(out: Path, name: str, journal: "_Journal") -> None:
+    """Remove files made of another source or with other settings: they would pass for what was asked for."""
+    journal.records.pop(name, None)
+    shutil.rmtree(out / "visual" / name, ignore_errors=True)
+    (out / "audio" / f"{name}.npy").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One clip
+
+
+def make_clip(clip: Clip, out: Path, settings: Settings) -> Outcome:
+    """Make the files of one clip; runs in a worker. Only an error of the output side (a full disk) is raised."""
+    phase, path = "audio", clip.audio
+    try:
+        values, remarks = _spectrogram(clip.audio, settings)
+        phase, path = "video", clip.video
+        with atomic_path(out / "audio" / f"{clip.name}.npy", sync=False) as temporary:
+            np.save(temporary, values)
+            remarks += _frames(clip.video, out / "visual" / clip.name, settings.stored_frames)
+    except OSError:
+        raise
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+    except Exception as error:  # a decoder's surprise at one file must not end the work on 15,000 others; it is named
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    else:
+        return Outcome(None, remarks)
+    return Outcome(Problem(f"{phase}: {reason.split(' (')[0].split(';')[0]}", clip.name, str(path), reason, ""), [])
+
+
+def _spectrogram(path: Path, settings: Settings) -> tuple[np.ndarray, list[str]]:
+    recipe = AUDIO_RECIPES[settings.recipe]
+    if path.suffix == ".npy":
+        return _taken_spectrogram(path, recipe), []
+    wave, rate = audio.load_wave(path, channels=settings.channels)
+    remarks = ["silent sound"] if np.abs(wave).max() < SILENCE else []
+    return audio.spectrogram(wave, rate, recipe), remarks
+
+
+def _taken_spectrogram(path: Path, recipe: AudioRecipe) -> np.ndarray:
+    """A spectrogram that somebody else made, as it is. Raises `UserError` unless it has the recipe's shape and type."""
+    reason, shape = npy_fault(str(path), {})
+    if not reason and shape != recipe.shape:
+        reason = f"spectrogram of shape {shape}; {recipe.name} makes {recipe.shape}, see --audio_recipe"
+    if reason:
+        raise UserError(f"{path}: {reason}")
+    values = np.load(path, allow_pickle=False)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: NaN or infinity in it; make it again")
+    return values
+
+
+def _frames(path: Path, folder: Path, most: int | None) -> list[str]:
+    """Put the frames into place; returns remarks."""
+    if path.is_dir():
+        _take_frames(path, folder)
+        return []
+    result = video.extract_frames(path, folder, most)
+    remarks = []
+    if most is not None and result.kept < most:
+        remarks.append(f"{result.kept} frames, shorter than {most} s")
+    elif result.decoded < result.rate:
+        remarks.append(f"shorter than 1 s ({result.decoded} frames at {result.rate:.4g} per second)")
+    if result.rate > 240:
+        remarks.append(f"{result.rate:.4g} frames per second in its header: frames lie further apart than a second")
+    return remarks
+
+
+def _take_frames(source: Path, folder: Path) -> None:
+    """Link (or copy) every frame of a folder that somebody else made; nothing is decoded."""
+    names = frame_names(str(source))
+    if not names:
+        raise UserError(f"{source}: no .jpg in it")
+    with atomic_folder(folder) as unfinished:
+        for name in names:
+            if reason := jpeg_fault(str(source / name)):
+                raise UserError(f"{source}: {name}: {reason}")
+            try:
+                os.link(source / name, unfinished / name)  # no second copy on the same disk
+            except OSError:
+                shutil.copyfile(source / name, unfinished / name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many clips
+
+
+def _outcomes(clips: list[Clip], out: Path, settings: Settings, workers: int | None) -> Iterator[tuple[Clip, Outcome]]:
+    """(clip, outcome) in the order they are done."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers or cores, len(clips) // 8)  # starting a process takes longer than a few clips
+    try:
+        if workers <= 1:
+            with _one_thread(settings):
+                for clip in clips:
+                    yield clip, make_clip(clip, out, settings)
+        else:
+            yield from _pooled(clips, out, settings, workers)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error}); free space there, then type the same command") from None
+
+
+def _pooled(clips: list[Clip], out: Path, settings: Settings, workers: int) -> Iterator[tuple[Clip, Outcome]]:
+    """The same on `workers` processes. A clip that kills its process (decoders do crash) is a fault of that clip."""
+    waiting, running = deque(clips), {}
+    while waiting:
+        pool = _pool(workers, settings)
+        try:
+            while waiting or running:
+                while waiting and len(running) < 4 * workers:
+                    future = pool.submit(make_clip, waiting[0], out, settings)
+                    running[future] = waiting.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    outcome = future.result()
+                    yield running.pop(future), outcome
+        except BrokenProcessPool:
+            suspects, running = list(running.values()), {}
+            for clip in suspects:
+                yield clip, _alone(clip, out, settings)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _alone(clip: Clip, out: Path, settings: Settings) -> Outcome:
+    """The outcome of a clip that may have killed its process, in a process of its own."""
+    with _pool(1, settings) as pool:
+        try:
+            pool.submit(os.getpid).result()
+        except BrokenProcessPool:
+            raise RuntimeError("worker processes do not start; a script must call main() under __main__") from None
+        try:
+            return pool.submit(make_clip, clip, out, settings).result()
+        except BrokenProcessPool:
+            reason = "the decoder crashed on it; get the file again"
+            return Outcome(Problem("video: decoder crashed", clip.name, str(clip.video), reason, ""), [])
+
+
+def _pool(workers: int, settings: Settings) -> ProcessPoolExecutor:
+    # Spawned, not forked: a fork copies the locks of PyTorch's and OpenCV's threads in whatever state they are.
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(settings,))
+
+
+def _start_worker(settings: Settings) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _enter_one_thread(settings)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed must not go on writing beside the run that is started next."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _enter_one_thread(settings: Settings) -> Callable[[], None]:
+    """Let every library use one thread: the processes are the parallelism. Returns what undoes it."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # faults come by name in the summary
+    import cv2
+
+    level, threads = cv2.utils.logging.getLogLevel(), cv2.getNumThreads()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    cv2.setNumThreads(1)
+    undo = [lambda: cv2.utils.logging.setLogLevel(level), lambda: cv2.setNumThreads(threads)]
+    if settings.recipe in ("fbank", "logmel") or "torch" in sys.modules:
+        import torch
+
+        torch_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        undo.append(lambda: torch.set_num_threads(torch_threads))
+    return lambda: [step() for step in undo]
+
+
+@contextlib.contextmanager
+def _one_thread(settings: Settings) -> Iterator[None]:
+    undo = _enter_one_thread(settings)
+    try:
+        yield
+    finally:
+        undo()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is finished
+
+
+class _Journal:
+    """`.prepare/clips.jsonl`: one line for each finished clip, appended as it is finished, sorted at the end."""
+
+    def __init__(self, path: Path):
+        self.path, self.records = path, {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill is no record
+                    record = json.loads(line)
+                    self.records[record.pop("clip")] = record
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
+        self.file.write("\n")  # ends a line that a kill cut
+
+    def add(self, clip: str, record: dict) -> None:
+        self.records[clip] = record
+        self.file.write(json.dumps({"clip": clip, **record}) + "\n")
+
+    def finish(self, changed: bool) -> None:
+        """Write the file anew: sorted, one line a clip, whatever the order of the run was."""
+        self.file.close()
+        with atomic_path(self.path) as temporary:
+            lines = [json.dumps({"clip": clip, **self.records[clip]}) + "\n" for clip in sorted(self.records)]
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _unfinished(clips: list[Clip], out: Path, settings: Settings, journal: _Journal, quiet: bool) -> list[Clip]:
+    """The clips whose files are not there as the journal says, or were made of another source or otherwise."""
+    if not journal.records:
+        return list(clips)
+    headers = {}
+    looking = tqdm(clips, desc="looking", unit="clip", disable=quiet, leave=False)
+    return [clip for clip in looking if not _finished(clip, out, settings, journal.records.get(clip.name), headers)]
+
+
+def _finished(clip: Clip, out: Path, settings: Settings, record: dict | None, headers: dict) -> bool:
+    if record is None or record.get("settings") != list(settings):
+        return False
+    source = _stamps(clip)
+    if None not in source and record.get("source") != source:  # a raw file removed after preparation is no change
+        return False
+    files = inspect_clip(str(out), clip.name, headers)
+    return not isinstance(files, Problem) and _sizes(files) == (record.get("frames"), record.get("spectrogram"))
+
+
+def _describe(out: Path, clip: Clip, settings: Settings, remarks: list[str]) -> dict:
+    folder = f"{out}/visual/{clip.name}"
+    files = Files([f"{folder}/{name}" for name in frame_names(folder)], f"{out}/audio/{clip.name}.npy", (0, 0))
+    frames, spectrogram = _sizes(files)
+    return {
+        "settings": list(settings),
+        "source": _stamps(clip),
+        "frames": frames,
+        "spectrogram": spectrogram,
+        "remarks": remarks,
+    }
+
+
+def _sizes(files: Files) -> tuple[list[int], int]:
+    return [os.stat(path).st_size for path in files.frames], os.stat(files.spectrogram).st_size
+
+
+def _stamps(clip: Clip) -> list:
+    """[bytes, modification time] of the sources, None for one that is not there; a folder stands for its listing."""
+    stamps = []
+    for path in (clip.video, clip.audio):
+        try:
+            found = os.stat(path)
+            stamps.append([found.st_size, found.st_mtime_ns])
+        except OSError:
+            stamps.append(None)
+    return stamps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep a second run out of the folder. The lock ends with the process, also when that is killed."""
+    try:
+        (out / ".prepare").mkdir(parents=True, exist_ok=True)
+        file = open(out / ".prepare" / "lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
+    with file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # no such locks on this system
+        except BlockingIOError:
+            raise UserError(f"{out}: another preparation is at work there; wait for it or name another --out") from None
+        yield
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what killed runs left under temporary names."""
+    for folder in (out, out / "visual", out / "audio", out / ".prepare"):
+        if folder.is_dir():
+            for entry in os.scandir(folder):
+                if entry.name.startswith(TEMPORARY):
+                    shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
