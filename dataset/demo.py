@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dataset.audio import LOGMEL_SAMPLES, load_wave
 from dataset.specs import AUDIO_RECIPES, SPECS
 from utils.errors import UserError, run_main
 from utils.files import atomic_path
@@ -36,6 +37,7 @@ VERSION = 1
 
 DIGITS = SPECS["demo"].classes
 SPEECH_ROOT = SPECS["demo"].root.with_name("demo_speech")
+FEW = 200  # clips: below it, starting worker processes takes longer than the work
 RECORD = "demo.json"  # written last: a folder without it is not a whole demo data set
 
 # The telephone keypad (ITU-T Q.23): a key sounds its row's and its column's frequency together, in Hz.
@@ -70,7 +72,7 @@ class DemoSettings:
     grain: float = 0.03  # standard deviation of the camera's noise, drawn for every frame
 
     # audio: signal-to-noise ratios are those of the whole clip's mean powers, in dB
-    samples: int = 8192  # 1.024 s at 8 kHz
+    samples: int = LOGMEL_SAMPLES  # 1.024 s at 8 kHz: the spectrogram takes all of it
     tone_snr_db: tuple[float, float] = (-24.0, -8.0)
     speech_snr_db: tuple[float, float] = (-5.0, 10.0)  # of the recording's own length, not of the padding around it
     level: float = 0.1  # root mean square of what is written, where 1 is full scale
@@ -235,18 +237,8 @@ def find_recordings(folder: Path) -> list[Path]:
 
 
 def read_recording(path: Path) -> np.ndarray:
-    """A recording as (n,) float64 at the demo's rate, channels averaged. Raises `UserError` if unreadable or silent."""
-    import soundfile
-    from scipy.signal import resample_poly
-
-    try:
-        sound, rate = soundfile.read(path, always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise UserError(f"--speech: {path} cannot be read as sound ({error}); replace it or move it away") from None
-    sound, wanted = sound.mean(axis=1), AUDIO_RECIPES["logmel"].rate
-    if rate != wanted and len(sound):
-        common = math.gcd(rate, wanted)
-        sound = resample_poly(sound, wanted // common, rate // common)
+    """A recording as (n,) float32 at the demo's rate, channels averaged. Raises `UserError` if broken or silent."""
+    sound, _ = load_wave(path, AUDIO_RECIPES["logmel"].rate)
     if not np.any(sound):
         raise UserError(f"--speech: {path} is silent; replace it or move it away")
     return sound
@@ -483,7 +475,11 @@ def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, rec
         _write_raw(plan, scans, making, settings, quiet)
         raw = making / "raw"
         clips = [Clip(c.name, raw / "video" / f"{c.name}.avi", raw / "audio" / f"{c.name}.wav") for c in plan]
-        prepare_clips(clips, making, AUDIO_RECIPES["logmel"], quiet=quiet)
+        workers = 1 if len(clips) < FEW else None
+        skipped = prepare_clips(clips, making, AUDIO_RECIPES["logmel"], workers, quiet=quiet).skipped
+        if skipped:  # we wrote these files a moment ago: only a full disk or a broken installation spoils them
+            raise UserError(f"{skipped[0].path}: {skipped[0].reason}; is there room on the disk? run this again")
+        shutil.rmtree(making / ".prepare")  # for resuming, which is not done here, and full of times of the clock
         parts = {part: [(c.name, c.digit) for c in plan if c.part == part] for part in ("train", "test")}
         write_lists(making, DIGITS, parts, {"source": "demo", "seed": settings.seed})
         _write_clips_csv(plan, making / "clips.csv")
@@ -553,7 +549,8 @@ def main(argv: list[str] | None = None) -> int:
     made = ensure_demo(out, args.speech, DemoSettings(seed=args.seed))
     counts = {part: len((out / f"{part}.csv").read_text(encoding="utf-8").splitlines()) for part in ("train", "test")}
     print(f"{out}: {counts['train']} train + {counts['test']} test clips, {'made' if made else 'already there'}")
-    print(f"train on it: bash scripts/run_train.sh --dataset demo --data_root {out}")
+    where = "" if out == SPECS["demo"].root else f" --dataset demo --data_root {out}"
+    print(f"train on it: bash scripts/run_train.sh{where}")
     return 0
 
 

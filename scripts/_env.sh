@@ -97,10 +97,10 @@ env_install() {
     if [ "$status" -ne 0 ]; then
         if grep -qi "no space left" "$log"; then
             env_stop ".venv: the disk is full; free about $ENV_GB GB (twice that while unpacking) and $again"
-        elif grep -qiE "resolution|new connection|unreachable|timed out|proxyerror|name or service|nodename" "$log"; then
+        elif grep -qiE "name resolution|new connection|unreachable|timed out|proxyerror|not known" "$log"; then
             env_stop ".venv: the packages cannot be downloaded (no network?); connect and $again"
         elif grep -qi "no matching distribution" "$log"; then
-            env_stop ".venv: a package has no build for $(.venv/bin/python -V), $(uname -sm) (see above); try another Python"
+            env_stop ".venv: no build of a package for $(.venv/bin/python -V) on $(uname -sm); try another Python"
         fi
         env_stop ".venv: pip failed (see above); $again"
     fi
@@ -143,7 +143,7 @@ env_pick() {
         fi
     fi
     if ! env_whole; then
-        [ -z "${lack:-}" ] || env_say "$current lacks $lack: using .venv (or activate an environment that has it all)"
+        [ -z "${lack:-}" ] || env_say "$current lacks $lack: using .venv (or activate another environment)"
         env_make
     fi
     PYTHON=$PWD/.venv/bin/python
