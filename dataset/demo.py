@@ -492,7 +492,7 @@ def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, rec
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
-            f"{root}: the disk is full; the demo data needs about 100 MB, free some and run again"
+            f"{root}: the disk is full; the demo data needs about 200 MB, free some and run again"
         ) from None
     finally:
         _remove(making, old)

@@ -124,7 +124,7 @@ env_make() {
             env_say "making .venv for $ENV_FILES: about $ENV_GB GB, a few minutes, once"
             env_make_interpreter
         else
-            env_say ".venv is not finished, or $ENV_FILES changed: installing what is missing, up to $ENV_GB GB, minutes"
+            env_say ".venv is unfinished or $ENV_FILES changed: installing what is missing (up to $ENV_GB GB, minutes)"
         fi
         env_install
         env_say ".venv is ready"

@@ -1,0 +1,276 @@
+"""scripts/_env.sh with a fake Python and a fake pip: which environment is used, made, finished, and what is said.
+
+The repository's scripts and requirements files are copied to a folder with a space in its name. The fake interpreter
+answers `-m venv` and `-m pip` itself and hands everything else to the real one, which sees only the fake packages.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+BASH = shutil.which("bash")
+
+pytestmark = pytest.mark.skipif(BASH is None, reason="no bash on this machine")
+
+FAKE_PYTHON = r"""#!__BASH__
+here=$(cd "$(dirname "$0")" && pwd)
+case "$1 ${2:-}" in
+"-m venv")
+    echo "venv" >>"$FAKE_LOG"
+    mkdir -p "$3/bin" "$3/site" && cp "$0" "$3/bin/python"
+    ;;
+"-m pip")
+    [ "$3" != --version ] || exit 0
+    echo "pip ${*:3}" >>"$FAKE_LOG"
+    if [ -n "${FAKE_PIP_SAYS:-}" ]; then echo "ERROR: $FAKE_PIP_SAYS" >&2; exit 1; fi
+    sleep "${FAKE_PIP_SECONDS:-0}"
+    while [ $# -gt 0 ]; do
+        if [ "$1" = -r ]; then __REAL__ "$FAKE_INSTALL" "$here/../site" "$2"; shift; fi
+        shift
+    done
+    ;;
+"-m ruff" | "-m pytest")
+    echo "$2 ${*:3}" >>"$FAKE_LOG"
+    [ "$2" != ruff ] || exit "${FAKE_RUFF:-0}"
+    echo "3 passed in 0.01s"
+    ;;
+*) PYTHONPATH="$here/../site" exec __REAL__ -S "$@" ;;
+esac
+"""
+
+# argv: site folder, then requirements files or name==version
+FAKE_INSTALL = r"""
+import re, sys
+from pathlib import Path
+modules = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2"}
+for item in sys.argv[2:]:
+    for line in Path(item).read_text().splitlines() if Path(item).exists() else [item]:
+        line = line.split("#")[0].strip()
+        if line:
+            name, version = re.match(r"([\w.-]+)[>=]=([\d.+\w]+)", line).groups()
+            folder = Path(sys.argv[1], modules.get(name, name.replace("-", "_")))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "__init__.py").touch()
+            info = Path(sys.argv[1], f"{name.replace('-', '_')}-{version}.dist-info")
+            info.mkdir(exist_ok=True)
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+"""
+
+
+class Machine:
+    """A copy of the scripts, a fake python3 on PATH, and a log of what it was asked to do."""
+
+    def __init__(self, folder: Path):
+        self.repo, self.bin, self.log = folder / "my repo", folder / "bin", folder / "log"
+        self.install = folder / "install.py"
+        for path in (self.repo, self.bin, folder / "site"):
+            path.mkdir(parents=True)
+        shutil.copytree(REPO / "scripts", self.repo / "scripts")
+        for name in ("requirements.txt", "requirements-dev.txt"):
+            shutil.copy(REPO / name, self.repo)
+        self.install.write_text(FAKE_INSTALL)
+        python = self.bin / "python3"
+        python.write_text(FAKE_PYTHON.replace("__BASH__", BASH).replace("__REAL__", f"'{sys.executable}'"))
+        python.chmod(0o755)
+        self.log.touch()
+        self.environ = os.environ | {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "FAKE_LOG": str(self.log),
+            "FAKE_INSTALL": str(self.install),
+        }
+        self.environ.pop("ENV_FILES", None)
+
+    def have(self, *items: str) -> None:
+        """Install requirements files of the copy, or name==version, beside python3."""
+        items = [str(self.repo / item) if item.endswith(".txt") else item for item in items]
+        subprocess.run([sys.executable, self.install, self.bin.parent / "site", *items], check=True)
+
+    def start(self, script: str, **environ: str) -> subprocess.Popen:
+        command = [BASH, "-c", script, "bash"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd="/", env=self.environ | environ | {"REPO": str(self.repo)}, stdout=pipe, stderr=pipe, text=True
+        )
+
+    def run(self, script: str = 'source "$REPO/scripts/_env.sh"; echo "$PYTHON"', **environ: str):
+        process = self.start(script, **environ)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(script, process.returncode, out.strip(), err)
+
+    def calls(self) -> list[str]:
+        """What the fake interpreter was asked to do, first words only."""
+        return [line.split()[0] for line in self.log.read_text().splitlines()]
+
+    @property
+    def own(self) -> str:
+        return str(self.repo / ".venv" / "bin" / "python")
+
+
+@pytest.fixture
+def machine(tmp_path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_the_current_python_is_used_when_it_has_the_packages(machine):
+    machine.have("requirements.txt")
+    result = machine.run()
+    assert (result.returncode, result.stdout, result.stderr) == (0, str(machine.bin / "python3"), "")
+    assert machine.calls() == []
+    assert not (machine.repo / ".venv").exists()
+
+
+@pytest.mark.parametrize("newer", ["torch==2.12.1", "torch==2.11.0+cu128", "opencv-python-headless==9.0"])
+def test_a_newer_set_of_packages_is_used(machine, newer):
+    machine.have(newer)
+    for line in (machine.repo / "requirements.txt").read_text().splitlines():
+        if line[:1].isalpha() and not line.startswith(newer.split("==")[0] + "="):
+            machine.have(line.split("#")[0].strip())
+    assert machine.run().stdout == str(machine.bin / "python3")
+
+
+@pytest.mark.parametrize(
+    ("packages", "lacks"),
+    [
+        ([], "torch"),
+        (["torch==2.11.0"], "torchvision"),  # somebody's torch without its companions
+        (["torch==2.9.1", "torchvision==0.24.1", "torchaudio==2.9.1"], "==2.11.0 of torch (has 2.9.1)"),
+    ],
+)
+def test_otherwise_venv_is_made_once(machine, packages, lacks):
+    machine.have(*packages)
+    result = machine.run()
+    assert (result.returncode, result.stdout) == (0, machine.own)
+    assert f"lacks {lacks}: using .venv" in result.stderr
+    assert "minutes" in result.stderr
+    assert machine.calls() == ["venv", "pip"]
+    again = machine.run()
+    assert again.stdout == machine.own
+    assert machine.calls() == ["venv", "pip"]
+
+
+def test_an_interrupted_installation_is_finished(machine):
+    broken = machine.run(FAKE_PIP_SAYS="Killed")
+    assert broken.returncode == 2
+    assert broken.stderr.splitlines()[-1].startswith("error: .venv: pip failed")
+    mended = machine.run()
+    assert mended.stdout == machine.own
+    assert "unfinished" in mended.stderr
+    assert machine.calls() == ["venv", "pip", "pip"]
+
+
+def test_a_kill_in_the_middle_of_pip_is_noticed(machine):
+    process = machine.start('source "$REPO/scripts/_env.sh"', FAKE_PIP_SECONDS="2")
+    while "pip" not in machine.calls():
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert machine.run().stdout == machine.own
+    assert machine.calls() == ["venv", "pip", "pip"]
+
+
+def test_a_venv_whose_python_is_gone_is_made_anew(machine):
+    machine.run()
+    own = Path(machine.own)
+    own.unlink()
+    own.symlink_to("/nowhere/python3.10")
+    assert machine.run().stdout == machine.own
+    assert machine.calls() == ["venv", "pip"] * 2
+
+
+def test_a_package_removed_from_venv_is_put_back(machine):
+    machine.run()
+    shutil.rmtree(machine.repo / ".venv" / "site" / "tqdm")
+    assert machine.run().stdout == machine.own
+    assert machine.calls() == ["venv", "pip", "pip"]
+
+
+def test_changed_requirements_are_installed(machine):
+    machine.run()
+    with open(machine.repo / "requirements.txt", "a") as file:
+        file.write("einops>=0.8\n")
+    result = machine.run()
+    assert result.stdout == machine.own
+    assert "changed" in result.stderr
+    assert (machine.repo / ".venv" / "site" / "einops").is_dir()
+    assert machine.calls() == ["venv", "pip", "pip"]
+
+
+def test_an_activated_half_made_venv_is_finished_from_outside(machine):
+    machine.run(FAKE_PIP_SAYS="Killed")
+    inside = Path(machine.own)
+    shutil.copy(inside, inside.with_name("python3"))
+    inside.unlink()
+    result = machine.run(PATH=f"{inside.parent}:{machine.environ['PATH']}")
+    assert (result.returncode, result.stdout) == (0, machine.own)
+
+
+def test_two_scripts_at_once_install_once(machine):
+    if shutil.which("flock") is None:
+        pytest.skip("no flock on this machine")
+    script = 'source "$REPO/scripts/_env.sh"; echo "$PYTHON"'
+    both = [machine.start(script, FAKE_PIP_SECONDS="0.7") for _ in range(2)]
+    results = [process.communicate(timeout=60) for process in both]
+    assert [out.strip() for out, _ in results] == [machine.own] * 2
+    assert machine.calls() == ["venv", "pip"]
+    assert any("waiting for it" in err for _, err in results)
+
+
+@pytest.mark.parametrize(
+    ("says", "told"),
+    [
+        ("Could not install packages due to an OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("Failed to establish a new connection: [Errno -2] Name or service not known", "cannot be downloaded"),
+        ("No matching distribution found for torch==2.11.0", "no build of a package"),
+    ],
+)
+def test_a_failed_installation_is_told_in_one_line(machine, says, told):
+    result = machine.run(FAKE_PIP_SAYS=says)
+    assert result.returncode == 2
+    assert told in result.stderr.splitlines()[-1]
+    assert result.stderr.count("error: ") == 1
+
+
+def test_tests_get_their_packages_in_venv_and_never_in_the_current_environment(machine):
+    machine.have("requirements.txt")
+    result = machine.run('bash "$REPO/scripts/run_tests.sh" -k "two words"')
+    assert (result.returncode, result.stdout) == (0, "3 passed in 0.01s")
+    log = machine.log.read_text().splitlines()
+    assert log[0] == "venv"
+    assert log[1].endswith("-r requirements.txt -r requirements-dev.txt")
+    assert log[2:] == ["ruff check .", "ruff format --check .", "pytest -q -k two words"]
+    assert not (machine.bin.parent / "site" / "pytest").exists()
+
+
+def test_ruff_s_findings_fail_the_run_but_do_not_hide_the_tests(machine):
+    machine.have("requirements.txt", "requirements-dev.txt")
+    result = machine.run('bash "$REPO/scripts/run_tests.sh"', FAKE_RUFF="1")
+    assert (result.returncode, result.stdout) == (1, "3 passed in 0.01s")
+    assert "error: ruff" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "leading"),
+    [("run_train.sh", ["--train"]), ("run_baseline.sh", ["--train", "--method", "baseline"])],
+)
+def test_flags_are_passed_through(machine, script, leading):
+    machine.have("requirements.txt")
+    (machine.repo / "train.py").write_text("import sys; print(sys.argv[1:])")
+    result = machine.run(f'bash "$REPO/scripts/{script}" --epochs 2 --log_path "my runs"')
+    assert result.stdout == str([*leading, "--epochs", "2", "--log_path", "my runs"])
+
+
+def test_every_script_parses_and_says_what_it_is_for():
+    scripts = sorted((REPO / "scripts").glob("*.sh"))
+    assert {"run_train.sh", "run_baseline.sh", "run_tests.sh", "prepare_demo.sh"} <= {path.name for path in scripts}
+    for path in [*scripts, REPO / ".ci" / "run"]:
+        subprocess.run([BASH, "-n", path], check=True)
+        lines = path.read_text().splitlines()
+        assert any(line.startswith("# ") for line in lines[:2]), path
+        assert max(map(len, lines)) <= 120, path
+    assert os.access(REPO / ".ci" / "run", os.X_OK)
