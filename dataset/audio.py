@@ -4,6 +4,7 @@ Everything runs on the CPU in float32. librosa and PyAV are imported only where 
 of a WAV file work without both.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from utils.errors import UserError
 
 MAX_SECONDS = 600  # per clip; the data sets have 10-second clips, so a longer one is a damaged header
 RATES = (1_000, 400_000)  # Hz; outside it the header is damaged
+NO_TRACK = "no audio track"
 BLOCK = 2**18  # samples read at a time, so that memory follows what is in the file and not what its header promises
 
 LOGSTFT_SAMPLES = 66_150  # 3 s at 22,050 Hz
@@ -88,9 +90,9 @@ def _read_track(path: Path) -> tuple[np.ndarray, int]:
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with av.open(os.path.abspath(path)) as container:
             if not container.streams.audio:
-                raise UserError(f"{path}: no audio track")
+                raise UserError(f"{path}: {NO_TRACK}")
             stream = container.streams.audio[0]
             _check_rate(path, stream.rate)
             chunks, total = [np.zeros((0, max(1, stream.channels)), dtype=np.float32)], 0

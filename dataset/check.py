@@ -151,21 +151,21 @@ def _npy_header(file) -> tuple[tuple, np.dtype, int]:
     return shape, dtype, file.tell()
 
 
-def source_fault(path: Path) -> str:
-    """Why a raw file cannot be prepared, '' if it may: missing, empty, or a git-lfs pointer."""
+def source_fault(path: Path | str) -> tuple[str, str]:
+    """(kind, reason) why a raw file cannot be prepared, ('', '') if it may: missing, empty, or a git-lfs pointer."""
     try:
         size = os.stat(path).st_size
         if size == 0:
-            return "empty file"
-        if size < 1024:
+            return "empty_file", "empty file; get it again"
+        if size < 1024 and not os.path.isdir(path):
             with open(path, "rb") as file:
                 if file.read(len(LFS_HEADER)) == LFS_HEADER:
-                    return "git-lfs pointer, not the file itself; run git lfs pull in the raw folder"
+                    return "lfs_pointer", "git-lfs pointer, not the file itself; run git lfs pull in the raw folder"
     except FileNotFoundError:
-        return "no such file"
+        return "missing_file", "no such file"
     except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return ""
+        return "unreadable_file", f"cannot be read ({error.strerror})"
+    return "", ""
 
 
 def frame_names(folder: str) -> list[str]:

@@ -155,9 +155,10 @@ def _make_all(
 
 
 def _source_fault(clip: Clip) -> Problem | None:
-    for kind, path in (("video", clip.video), ("audio", clip.audio)):
-        if reason := source_fault(path):
-            return Problem(f"{kind}: {reason.split(',')[0]}", clip.name, str(path), reason, "")
+    for path in (clip.video, clip.audio):
+        kind, reason = source_fault(path)
+        if reason:
+            return Problem(kind, clip.name, str(path), reason, "")
     return None
 
 
@@ -174,10 +175,10 @@ def _forget(out: Path, name: str, journal: "_Journal") -> None:
 
 def make_clip(clip: Clip, out: Path, settings: Settings) -> Outcome:
     """Make the files of one clip; runs in a worker. Only an error of the output side (a full disk) is raised."""
-    phase, path = "audio", clip.audio
+    kind, path = "broken_sound", clip.audio
     try:
         values, remarks = _spectrogram(clip.audio, settings)
-        phase, path = "video", clip.video
+        kind, path = "broken_video", clip.video
         with atomic_path(out / "audio" / f"{clip.name}.npy", sync=False) as temporary:
             np.save(temporary, values)
             remarks += _frames(clip.video, out / "visual" / clip.name, settings.stored_frames)
@@ -189,7 +190,9 @@ def make_clip(clip: Clip, out: Path, settings: Settings) -> Outcome:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
         return Outcome(None, remarks)
-    return Outcome(Problem(f"{phase}: {reason.split(' (')[0].split(';')[0]}", clip.name, str(path), reason, ""), [])
+    return Outcome(
+        Problem("no_audio_track" if reason == audio.NO_TRACK else kind, clip.name, str(path), reason, ""), []
+    )
 
 
 def _spectrogram(path: Path, settings: Settings) -> tuple[np.ndarray, list[str]]:
@@ -296,7 +299,7 @@ def _alone(clip: Clip, out: Path, settings: Settings) -> Outcome:
             return pool.submit(make_clip, clip, out, settings).result()
         except BrokenProcessPool:
             reason = "the decoder crashed on it; get the file again"
-            return Outcome(Problem("video: decoder crashed", clip.name, str(clip.video), reason, ""), [])
+            return Outcome(Problem("broken_video", clip.name, str(clip.video), reason, ""), [])
 
 
 def _pool(workers: int, settings: Settings) -> ProcessPoolExecutor:

@@ -46,7 +46,7 @@ def check_clip_id(clip: str) -> None:
 def read_classes(path: Path | str) -> list[str]:
     """The class names in stat.csv, sorted: the index of a class is its rank. Raises `UserError`."""
     names = []
-    for line, row in _rows(Path(path)):
+    for line, row in read_rows(Path(path)):
         if len(row) != 1 or not row[0]:
             raise UserError(
                 f"{path}, line {line}: {','.join(row)[:80]!r} is not one class name; quote names with commas"
@@ -96,7 +96,7 @@ def scan_clips(
     """The good rows of a list and a `Fault` for each other one. Raises `UserError` only where there is no list."""
     known = None if classes is None else set(classes)
     rows, faults, first_line = [], [], {}
-    for line, row in _rows(Path(path)):
+    for line, row in read_rows(Path(path)):
         fault = _fault(row, line, known, first_line)
         if fault is None:
             first_line[row[0]] = line
@@ -129,8 +129,8 @@ def _fault(row: list[str], line: int, known: set[str] | None, first_line: dict[s
     return None
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, stripped fields) of every line that is not blank."""
+def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, stripped fields) of every line that is not blank. Raises `UserError` where it is no CSV file."""
     try:
         if path.stat().st_size > MAX_LIST_BYTES:
             raise UserError(f"{path}: larger than {MAX_LIST_BYTES >> 20} MiB; this is no list")

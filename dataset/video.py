@@ -1,6 +1,7 @@
 """Video files to frames: one a second, by OpenCV."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,9 @@ class _Frames:
     def __iter__(self) -> Iterator[np.ndarray]:
         import cv2
 
-        capture = cv2.VideoCapture(str(self.path))
+        # An absolute path: FFmpeg takes "name:..." for a protocol. One thread: the clips are what runs in parallel.
+        source = os.path.abspath(self.path)
+        capture = cv2.VideoCapture(source, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
         try:
             self._open(capture, cv2)
             step = max(1, math.floor(self.rate))
@@ -89,9 +92,42 @@ class _Frames:
     def result(self) -> Extracted:
         if self.kept == 0:
             raise UserError(f"{self.path}: no frame can be decoded; get the file again")
-        lost = self.promised - self.decoded if self.ended else 0
-        if lost > self.rate and lost > self.promised / 2:
+        if self.ended and breaks_off(self.decoded, self.promised, self.rate):
             raise UserError(
                 f"{self.path}: breaks off after {self.decoded} of {self.promised} frames; get the file again"
             )
         return Extracted(self.kept, self.decoded, self.promised, self.rate)
+
+
+def packet_fault(path: Path, needs_sound: bool) -> tuple[str, str]:
+    """(kind, reason) why a video will not do, ('', '') if it may: packets are counted, one frame is decoded."""
+    import av
+
+    try:
+        with av.open(os.path.abspath(path)) as container:
+            if not container.streams.video:
+                return "broken_video", "no video track"
+            if needs_sound and not container.streams.audio:
+                return "no_audio_track", "no audio track"
+            stream = container.streams.video[0]
+            promised = stream.frames or _promised(container, stream)
+            packets = list(container.demux(stream))
+            found = sum(1 for packet in packets if packet.size)
+            if not any(packet.decode() for packet in packets[:30]):
+                return "broken_video", "no frame can be decoded; get the file again"
+    except (av.FFmpegError, OSError, ValueError) as error:
+        return "broken_video", f"not a readable video ({' '.join(str(error).split())[:120]}); get the file again"
+    if breaks_off(found, promised, float(stream.average_rate or 0)):
+        return "broken_video", f"breaks off after {found} of {promised} frames; get the file again"
+    return "", ""
+
+
+def _promised(container, stream) -> int:
+    """Frames that the header promises by its duration, 0 where it does not say."""
+    seconds = (container.duration or 0) / 1_000_000
+    return int(seconds * float(stream.average_rate or 0))
+
+
+def breaks_off(found: int, promised: int, rate: float) -> bool:
+    """Is more missing than rounding and late tracks explain: a second, and half of the video?"""
+    return promised - found > rate and promised - found > promised / 2
