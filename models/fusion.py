@@ -48,7 +48,7 @@ class FiLM(nn.Module):
 
     def forward(self, a: Tensor, v: Tensor, kept: str = "both") -> Tensor:
         if kept == "video":
-            return self.fc_out(v)
+            return self.fc_out(v + a)  # gamma 1; beta is the zero feature, which keeps a running encoder in the graph
         gamma, beta = self.fc(a).chunk(2, dim=1)  # (B, D) each
         return self.fc_out(gamma * v + beta)  # (B, C)
 
@@ -63,10 +63,8 @@ class Gated(nn.Module):
         self.fc_out = nn.Linear(features, n_classes)
 
     def forward(self, a: Tensor, v: Tensor, kept: str = "both") -> Tensor:
-        projected = self.fc_y(v)  # (B, D)
-        if kept != "video":
-            projected = torch.sigmoid(self.fc_x(a)) * projected
-        return self.fc_out(projected)  # (B, C)
+        gate = 1 + a if kept == "video" else torch.sigmoid(self.fc_x(a))  # (B, D); a masked a is zero
+        return self.fc_out(gate * self.fc_y(v))  # (B, C)
 
 
 FUSIONS = {"concat": Concat, "sum": Sum, "film": FiLM, "gated": Gated}

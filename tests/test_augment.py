@@ -1,0 +1,92 @@
+"""Frame choice, crops and resizing against the segment rule, torchvision and PIL."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.stats import ks_2samp
+from sklearn.datasets import load_sample_images
+from torchvision.transforms import RandomResizedCrop
+
+from dataset.augment import crop_resize, draw_views, normalise, pick_frames, random_boxes
+
+
+@given(n=st.integers(1, 60), picks=st.integers(1, 6), seed=st.integers(0, 5))
+def test_segment_rule(n, picks, seed):
+    counts = torch.tensor([n])
+    middle = pick_frames(counts, picks, None)[0].tolist()
+    drawn = pick_frames(counts, picks, torch.Generator().manual_seed(seed))[0].tolist()
+    seg = n // picks
+    for i in range(picks):
+        assert 0 <= middle[i] < n and 0 <= drawn[i] < n
+        if seg:
+            assert middle[i] == min(i * seg + seg // 2, n - 1)
+            assert i * seg <= drawn[i] <= (i + 1) * seg - 1
+    if not seg:  # frames repeat, in order, all of them used
+        assert middle == drawn == sorted(middle) and set(middle) == set(range(n))
+
+
+def test_training_reaches_every_frame_of_a_segment_alike():
+    picks = pick_frames(torch.full((6000,), 10), 2, torch.Generator().manual_seed(0))
+    counts = torch.bincount(picks[:, 1], minlength=10)[5:]
+    assert torch.all((counts - 1200).abs() < 6 * 31)  # six standard deviations of a binomial
+
+
+@pytest.mark.parametrize(("height", "width"), [(360, 480), (32, 32), (100, 900), (900, 100)])
+def test_boxes_are_distributed_as_torchvisions(height, width):
+    draws = 3000
+    ours = random_boxes(torch.tensor([[height, width]]).expand(draws, 2), torch.Generator().manual_seed(0)).numpy()
+    random.seed(0)
+    torch.manual_seed(0)
+    image = torch.zeros(1, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(draws)])
+    for column, name in enumerate(("top", "left", "height", "width")):
+        assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3, name
+    top, left, h, w = ours.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    assert (h > 0).all() and (w > 0).all()
+
+
+@pytest.mark.parametrize("size", [224, 600])
+def test_pixels_equal_pils_antialiased_resize(size):
+    for photograph in load_sample_images().images:
+        height, width = photograph.shape[:2]
+        boxes = random_boxes(torch.tensor([[height, width]]).expand(6, 2), torch.Generator().manual_seed(1))
+        boxes[0] = torch.tensor([0, 0, height, width])
+        flips = torch.tensor([False, True] * 3)
+        frames = torch.from_numpy(photograph.copy()).permute(2, 0, 1).expand(6, -1, -1, -1)
+        ours = crop_resize(frames, boxes, flips, size).permute(0, 2, 3, 1).numpy()
+        for picture, (top, left, h, w), flip in zip(ours, boxes.tolist(), flips.tolist(), strict=True):
+            image = Image.fromarray(photograph).crop((left, top, left + w, top + h))
+            expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), dtype=float)
+            expected = expected[:, ::-1] if flip else expected
+            assert np.abs(picture - expected).mean() < 0.5  # PIL rounds to whole levels twice
+
+
+def test_a_whole_frame_at_its_own_size_is_untouched():
+    frames = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    boxes = torch.tensor([[0, 0, 32, 32]]).expand(4, 4)
+    torch.testing.assert_close(crop_resize(frames, boxes, torch.zeros(4, dtype=torch.bool), 32), frames.float())
+
+
+def test_evaluation_sees_the_whole_frame_unflipped():
+    views = draw_views(torch.tensor([3, 5]), torch.tensor([[40, 50], [60, 70]]), 2, None)
+    assert views.picks.tolist() == [[0, 1], [1, 3]]
+    assert views.boxes.tolist() == [[[0, 0, 40, 50]] * 2, [[0, 0, 60, 70]] * 2]
+    assert not views.flips.any()
+
+
+def test_half_of_the_frames_are_flipped_each_on_its_own():
+    flips = draw_views(torch.full((4000,), 3), torch.full((4000, 2), 32), 2, torch.Generator().manual_seed(0)).flips
+    assert abs(flips.float().mean().item() - 0.5) < 0.04
+    assert abs((flips[:, 0] == flips[:, 1]).float().mean().item() - 0.5) < 0.05
+
+
+def test_normalise_is_imagenets():
+    white = normalise(torch.full((1, 3, 2, 2), 255.0))[0, :, 0, 0]
+    expected = [(1 - m) / s for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)]
+    np.testing.assert_allclose(white.numpy(), expected, rtol=1e-5)
