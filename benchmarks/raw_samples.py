@@ -70,9 +70,7 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if track is not None:
-            frame = av.AudioFrame.from_ndarray(
-                np.ascontiguousarray(sound.T), format="fltp", layout=track.layout.name
-            )
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound.T), format="fltp", layout=track.layout.name)
             frame.sample_rate = sound_rate
             container.mux(track.encode(frame))
             container.mux(track.encode(None))

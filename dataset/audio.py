@@ -1,7 +1,8 @@
 """Sound files to waveforms, waveforms to spectrograms of one fixed shape (the recipes of DESIGN section 2).
 
-Everything runs on the CPU in float32. librosa and PyAV are imported only where they are needed: `fbank` and `logmel`
-of a WAV file work without both.
+Recipes compute in float64 and store float32: the logarithm of an almost silent band magnifies the rounding of float32
+to more than 1e-4, and two machines would then make two data sets. librosa and PyAV are imported only where they are
+needed: `fbank` and `logmel` of a WAV file work without both.
 """
 
 import os
@@ -64,7 +65,8 @@ def _read_wav(path: Path) -> tuple[np.ndarray, int]:
             _check_length(path, total, file.samplerate)
             return np.concatenate(blocks), file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
-        raise UserError(f"{path}: no readable sound file ({_short(error)}); get the file again") from None
+        why = getattr(error, "error_string", error)  # without the path, which the line names already
+        raise UserError(f"{path}: no readable sound file ({_short(why)}); get the file again") from None
 
 
 def _read_pcm16(path: Path) -> tuple[np.ndarray, int]:
@@ -132,7 +134,7 @@ def _check_length(path: Path, samples: int, rate: int) -> None:
         raise UserError(f"{path}: more than {MAX_SECONDS} s of sound; cut it to the clip")
 
 
-def _short(error: BaseException) -> str:
+def _short(error: object) -> str:
     return " ".join(str(error).split())[:120]
 
 
@@ -175,8 +177,9 @@ def logstft(wave: np.ndarray) -> np.ndarray:
     """
     import librosa
 
-    wave = np.clip(_repeat(wave, LOGSTFT_SAMPLES), -1, 1)
-    stft = librosa.stft(wave, n_fft=512, hop_length=353)
+    wave = np.clip(_repeat(wave, LOGSTFT_SAMPLES), -1, 1).astype(np.float64)
+    # The padding is written out because librosa changed its default (reflection before 0.10); 2 columns differ.
+    stft = librosa.stft(wave, n_fft=512, hop_length=353, pad_mode="constant")
     return _checked(np.log(np.abs(stft) + 1e-7), "logstft")
 
 
@@ -190,7 +193,7 @@ def fbank(wave: np.ndarray, rate: int) -> np.ndarray:
 
     if len(wave) < round(0.025 * rate):
         raise UserError(f"{1000 * len(wave) / rate:.0f} ms of sound; fbank needs at least one window of 25 ms")
-    samples = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))[None]
+    samples = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float64))[None]
     rows = kaldi.fbank(
         samples - samples.mean(),
         htk_compat=True,
@@ -212,7 +215,7 @@ def logmel(wave: np.ndarray) -> np.ndarray:
     """
     import torch
 
-    wave = torch.from_numpy(_repeat(wave, LOGMEL_SAMPLES))
+    wave = torch.from_numpy(_repeat(wave, LOGMEL_SAMPLES)).double()
     with torch.no_grad():
         return _checked(torch.log(_mel()(wave)[:, :32] + 1e-6).numpy(), "logmel")
 
@@ -224,7 +227,7 @@ def _mel():
     if not _MEL:
         from torchaudio.transforms import MelSpectrogram
 
-        _MEL.append(MelSpectrogram(sample_rate=8_000, n_fft=512, win_length=512, hop_length=256, n_mels=32))
+        _MEL.append(MelSpectrogram(sample_rate=8_000, n_fft=512, win_length=512, hop_length=256, n_mels=32).double())
     return _MEL[0]
 
 

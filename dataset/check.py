@@ -263,9 +263,11 @@ def inspect_clip(root: str, clip: str, headers: dict[bytes, tuple[int, int]]) ->
 
 def _wanted_shape(root: Path, spec: DatasetSpec, files: dict[str, Files]) -> tuple[int, int] | None:
     """The shape every spectrogram must have: what prepare recorded, else the spec's, else what most files have."""
-    recipe = AUDIO_RECIPES.get(read_record(root, "prepare.json").get("audio_recipe", spec.audio_recipe))
-    if recipe is not None:
-        return recipe.shape
+    name = read_record(root, "prepare.json").get("audio_recipe", spec.audio_recipe)
+    if name is not None:
+        if name not in tuple(AUDIO_RECIPES):
+            raise UserError(f"{root / 'prepare.json'}: audio_recipe {name!r} is unknown; prepare the folder again")
+        return AUDIO_RECIPES[name].shape
     shapes = Counter(found.shape for found in files.values())
     return shapes.most_common(1)[0][0] if shapes else None
 

@@ -99,7 +99,7 @@ def prepare_clips(
         skipped = _make_all(todo, len(clips), out, settings, journal, workers, quiet)
         journal.finish(len(todo) > 0)
     remarks = [
-        Problem("remark", clip.name, str(clip.video), remark, "")
+        Problem(remark.split(" (")[0], clip.name, "", remark, "")
         for clip in clips
         for remark in journal.records.get(clip.name, {}).get("remarks", [])
     ]
@@ -225,11 +225,11 @@ def _frames(path: Path, folder: Path, most: int | None) -> list[str]:
     result = video.extract_frames(path, folder, most)
     remarks = []
     if most is not None and result.kept < most:
-        remarks.append(f"{result.kept} frames, shorter than {most} s")
+        remarks.append(f"shorter than {most} s ({result.kept} frames)")
     elif result.decoded < result.rate:
         remarks.append(f"shorter than 1 s ({result.decoded} frames at {result.rate:.4g} per second)")
     if result.rate > 240:
-        remarks.append(f"{result.rate:.4g} frames per second in its header: frames lie further apart than a second")
+        remarks.append(f"odd frame rate ({result.rate:.4g} per second in its header, so frames may be far apart)")
     return remarks
 
 
@@ -282,24 +282,28 @@ def _pooled(clips: list[Clip], out: Path, settings: Settings, workers: int) -> I
                     yield running.pop(future), outcome
         except BrokenProcessPool:
             suspects, running = list(running.values()), {}
-            for clip in suspects:
-                yield clip, _alone(clip, out, settings)
+            yield from _suspects(suspects, out, settings)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _alone(clip: Clip, out: Path, settings: Settings) -> Outcome:
-    """The outcome of a clip that may have killed its process, in a process of its own."""
-    with _pool(1, settings) as pool:
-        try:
-            pool.submit(os.getpid).result()
-        except BrokenProcessPool:
-            raise RuntimeError("worker processes do not start; a script must call main() under __main__") from None
-        try:
-            return pool.submit(make_clip, clip, out, settings).result()
-        except BrokenProcessPool:
-            reason = "the decoder crashed on it; get the file again"
-            return Outcome(Problem("broken_video", clip.name, str(clip.video), reason, ""), [])
+def _suspects(clips: list[Clip], out: Path, settings: Settings) -> Iterator[tuple[Clip, Outcome]]:
+    """The same in one process, clip by clip, so that the clip that kills it is known."""
+    waiting = deque(clips)
+    while waiting:
+        with _pool(1, settings) as pool:
+            try:
+                pool.submit(os.getpid).result()
+            except BrokenProcessPool:
+                raise RuntimeError("worker processes do not start; a script must call main() under __main__") from None
+            try:
+                while waiting:
+                    outcome = pool.submit(make_clip, waiting[0], out, settings).result()
+                    yield waiting.popleft(), outcome
+            except BrokenProcessPool:
+                clip = waiting.popleft()
+                reason = "the decoder crashed on it; get the file again"
+                yield clip, Outcome(Problem("broken_video", clip.name, str(clip.video), reason, ""), [])
 
 
 def _pool(workers: int, settings: Settings) -> ProcessPoolExecutor:

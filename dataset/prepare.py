@@ -126,7 +126,7 @@ def _print_summary(spec: DatasetSpec, out: Path, split: Split, summary: Summary)
         f"{summary.seconds:.1f} s" + (f", {summary.made / summary.seconds:.1f} clips/s" if summary.made else "")
     )
     _print_problems("skipped (all of them in skipped.csv)", summary.skipped)
-    _print_problems("used, with a remark", [remark._replace(kind=remark.reason) for remark in summary.remarks])
+    _print_problems("used, with a remark", summary.remarks)
     counts = ", ".join(f"{part} {len(rows):,}" for part, rows in split.parts.items())
     shared = split.record.get("shared_actors")
     actors = "" if shared is None else f"; actors in both parts: {shared}"
@@ -209,7 +209,7 @@ def _print_problems(title: str, problems: list[Problem]) -> None:
         some = [problem for problem in problems if problem.kind == kind]
         print(f"  {kind}: {len(some):,}")
         for problem in some[:SHOWN]:
-            print(f"    {': '.join(text for text in (problem.path, problem.reason) if text)}")
+            print(f"    {': '.join(text for text in (problem.path or problem.clip, problem.reason) if text)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,275 @@
+"""Waveforms and spectrograms: against independent computations, and against files that lie about themselves."""
+
+import struct
+import subprocess
+import sys
+import wave as wave_module
+from pathlib import Path
+
+import av
+import librosa
+import numpy as np
+import pytest
+import scipy.signal
+import soundfile
+
+from benchmarks.raw_samples import tone, write_video, write_wav
+from dataset import audio
+from dataset.audio import fbank, load_wave, logmel, logstft, resample, spectrogram
+from dataset.specs import AUDIO_RECIPES
+from utils.errors import UserError
+
+SPEECH = Path(__file__).resolve().parents[2] / "shared" / "data" / "spoken_digits" / "recordings"
+
+
+def sound(seconds, rate, seed=0):
+    """Speech-like: a glide with harmonics whose loudness changes, in noise."""
+    time = np.arange(round(seconds * rate)) / rate
+    rng = np.random.default_rng(seed)
+    voice = sum(np.sin(2 * np.pi * k * (120 + 30 * time) * time) / k for k in range(1, 8))
+    return (0.2 * voice * (1 + np.sin(7 * time)) + 0.01 * rng.normal(size=len(time))).astype(np.float32)
+
+
+# Recipes against numpy ------------------------------------------------------------------------------------------------
+
+
+def frames_of(wave, window, hop):
+    count = 1 + (len(wave) - window) // hop
+    return np.stack([wave[i * hop : i * hop + window] for i in range(count)]).astype(np.float64)
+
+
+def reference_logstft(wave):
+    """(n,) at 22,050 Hz: repeat to 3 s, clip, zero-padded centred STFT with a periodic Hann window, log."""
+    wave = np.tile(wave, -(-66_150 // len(wave)))[:66_150].clip(-1, 1)
+    window = scipy.signal.get_window("hann", 512, fftbins=True)
+    return np.log(np.abs(np.fft.rfft(frames_of(np.pad(wave, 256), 512, 353) * window)).T + 1e-7)
+
+
+def reference_fbank(wave, rate):
+    """Kaldi's filter banks from its documentation: 25 ms frames, DC removed, pre-emphasis .97, 128 mel triangles."""
+    wave = wave.astype(np.float64) - wave.mean(dtype=np.float64)
+    size, hop = int(rate * 0.025), int(rate * 0.010)
+    frames = frames_of(wave, size, hop)
+    frames = frames - frames.mean(1, keepdims=True)
+    frames = frames - 0.97 * np.concatenate([frames[:, :1], frames[:, :-1]], 1)
+    padded = 1 << (size - 1).bit_length()
+    power = np.abs(np.fft.rfft(frames * np.hanning(size), padded)) ** 2
+
+    def mel(f):
+        return 1127 * np.log(1 + f / 700)
+
+    edges = np.linspace(mel(20), mel(rate / 2), 130)
+    bins = mel(np.arange(padded // 2) * rate / padded)
+    low, mid, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    bank = np.maximum(0, np.minimum((bins - low) / (mid - low), (high - bins) / (high - mid)))
+    rows = np.log(np.maximum(power[:, :-1] @ bank.T, np.finfo(np.float32).eps))[:1024]
+    rows = np.pad(rows, ((0, 1024 - len(rows)), (0, 0)))
+    return (rows + 4.503877) / (2 * 5.141276)
+
+
+def reference_logmel(wave):
+    """8 kHz, 8,192 samples, reflected edges, HTK mel triangles 0 to 4,000 Hz."""
+    wave = np.tile(wave, -(-8_192 // len(wave)))[:8_192]
+    window = scipy.signal.get_window("hann", 512, fftbins=True)
+    power = np.abs(np.fft.rfft(frames_of(np.pad(wave, 256, "reflect"), 512, 256) * window)) ** 2
+    bank = librosa.filters.mel(sr=8_000, n_fft=512, n_mels=32, htk=True, norm=None, dtype=np.float64)
+    return np.log(bank @ power.T[:, :32] + 1e-6)
+
+
+@pytest.mark.parametrize("seconds", [0.4, 0.999, 1.0, 2.5, 3.0, 5.0])
+def test_logstft(seconds):
+    wave = sound(seconds, 22_050)
+    values = logstft(wave)
+    assert values.dtype == np.float32 and values.shape == (257, 188)
+    assert np.abs(values - reference_logstft(wave)).max() < 1e-4
+
+
+def test_logstft_clips_and_repeats():
+    loud = sound(1.3, 22_050) * 20
+    assert np.abs(loud).max() > 1
+    assert np.abs(logstft(loud) - logstft(loud.clip(-1, 1))).max() == 0
+    assert np.abs(logstft(loud) - logstft(np.concatenate([loud] * 4))).max() == 0
+
+
+@pytest.mark.parametrize(("seconds", "rate"), [(2.0, 16_000), (6.0, 44_100), (10.0, 48_000), (10.4, 16_000)])
+def test_fbank(seconds, rate):
+    wave = sound(seconds, rate)
+    values = fbank(wave, rate)
+    assert values.dtype == np.float32 and values.shape == (1024, 128)
+    assert np.abs(values - reference_fbank(wave, rate)).max() < 1e-4
+
+
+def test_fbank_pads_before_scaling():
+    assert np.allclose(fbank(sound(1, 16_000), 16_000)[200:], 4.503877 / (2 * 5.141276))
+    with pytest.raises(UserError, match="25 ms"):
+        fbank(sound(0.02, 16_000), 16_000)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.024, 2.0])
+def test_logmel(seconds):
+    wave = sound(seconds, 8_000)
+    values = logmel(wave)
+    assert values.dtype == np.float32 and values.shape == (32, 32)
+    assert np.abs(values - reference_logmel(wave)).max() < 1e-4
+
+
+def test_the_whole_way_from_a_file_equals_librosa(tmp_path):
+    """16 kHz WAV to spectrogram, against librosa.load as in OGM-GE's loader."""
+    path = write_wav(tmp_path / "a.wav", 2.5, 16_000)
+    expected = reference_logstft(librosa.load(path, sr=22_050)[0])
+    values = spectrogram(*load_wave(path), AUDIO_RECIPES["logstft"])
+    assert np.abs(np.exp(values) - np.exp(expected)).max() < 1e-4
+
+
+def test_resampling_keeps_a_tone():
+    time = np.arange(16_000) / 16_000
+    wanted = np.sin(2 * np.pi * 440 * np.arange(22_050) / 22_050)
+    found = resample(np.sin(2 * np.pi * 440 * time).astype(np.float32), 16_000, 22_050)
+    assert found.dtype == np.float32 and len(found) == 22_050
+    assert np.abs(found - wanted)[500:-500].max() < 1e-3
+    assert np.abs(found - scipy.signal.resample_poly(np.sin(2 * np.pi * 440 * time), 441, 320))[500:-500].max() < 2e-3
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason="the spoken digits are not on this machine")
+def test_real_speech():
+    paths = sorted(SPEECH.glob("*_0.wav"))[:20]
+    assert paths
+    for path in paths:
+        wave, rate = load_wave(path)
+        assert rate == 8_000 and np.isfinite(logmel(wave)).all()
+        # Recordings are far quieter in some bands than in others, and torchaudio's filter bank itself is float32.
+        assert np.abs(logmel(wave) - reference_logmel(wave)).max() < 2e-4
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_channels_are_averaged_or_the_first_is_taken(tmp_path):
+    both = tone(0.5, 44_100, 2)
+    soundfile.write(tmp_path / "a.wav", both, 44_100, subtype="FLOAT")
+    mean, rate = load_wave(tmp_path / "a.wav")
+    assert rate == 44_100 and mean.dtype == np.float32 and np.allclose(mean, both.mean(1), atol=1e-7)
+    assert np.array_equal(load_wave(tmp_path / "a.wav", channels="first")[0], both[:, 0])
+    assert abs(len(load_wave(tmp_path / "a.wav", rate=22_050)[0]) - 11_025) <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_track_inside_a_video_is_exact(tmp_path, channels):
+    """PCM in a QuickTime file comes back sample for sample."""
+    wave = (tone(1.0, 16_000, channels) * 32_767).astype(np.int16)
+    with av.open(str(tmp_path / "a.mov"), "w") as container:
+        track = container.add_stream("pcm_s16le", rate=16_000)
+        track.layout = "mono" if channels == 1 else "stereo"
+        frame = av.AudioFrame.from_ndarray(wave.reshape(1, -1), format="s16", layout=track.layout.name)
+        frame.sample_rate = 16_000
+        container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    found, rate = load_wave(tmp_path / "a.mov", channels="first")
+    assert rate == 16_000 and np.array_equal(found, wave[:, 0].astype(np.float32) / 32_768)
+    assert np.allclose(load_wave(tmp_path / "a.mov")[0], wave.mean(1) / 32_768, atol=1e-6)
+
+
+def test_a_compressed_track(tmp_path):
+    wave = tone(2.0, 44_100, 2)
+    path = write_video(tmp_path / "a.mp4", 2.0, 25, (64, 48), wave)
+    found, rate = load_wave(path, channels="first")
+    assert rate == 44_100 and abs(len(found) - len(wave)) < 4_096
+    start = 4_096
+    lag = np.argmax(scipy.signal.correlate(found[start : start + 22_050], wave[:22_050, 0], "full")) - 22_049 + start
+    assert np.corrcoef(found[5_000 + lag : 40_000 + lag], wave[5_000:40_000, 0])[0, 1] > 0.98
+
+
+def test_a_video_without_sound(tmp_path):
+    with pytest.raises(UserError, match="no audio track"):
+        load_wave(write_video(tmp_path / "a.mp4", 0.5, 25, (64, 48)))
+
+
+def wav_header(data_bytes, channels=1, rate=16_000, bits=16):
+    block = channels * bits // 8
+    fmt = struct.pack("<HHIIHH", 1, channels, rate, min(rate * block, 2**32 - 1), block % 65_536, bits)
+    size = min(data_bytes + 36, 2**32 - 1)
+    return (
+        b"RIFF"
+        + struct.pack("<I", size)
+        + b"WAVEfmt "
+        + struct.pack("<I", 16)
+        + fmt
+        + b"data"
+        + struct.pack("<I", data_bytes)
+    )
+
+
+def test_memory_follows_the_file_and_not_its_header(tmp_path):
+    """A header that promises 4 GB over one second of sound, read where only 1.5 GB are to be had."""
+    path = tmp_path / "a.wav"
+    path.write_bytes(wav_header(0xFFFFFFF0) + np.zeros(16_000, "<i2").tobytes())
+    code = (
+        "import resource, sys, soundfile, numpy\n"
+        "from dataset.audio import load_wave, _read_pcm16\n"
+        "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 1_500_000_000,) * 2)\n"
+        "from pathlib import Path\n"
+        "print(len(load_wave(sys.argv[1])[0]), len(_read_pcm16(Path(sys.argv[1]))[0]))\n"
+    )
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc to limit memory")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["16000", "16000"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"RIFF",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        wav_header(0),
+        wav_header(0xFFFFFFF0, rate=3) + b"\0" * 64,
+        wav_header(0xFFFFFFF0, rate=4_000_000_000) + b"\0" * 64,
+        wav_header(64, channels=0) + b"\0" * 64,
+        wav_header(64, channels=60_000) + b"\0" * 64,
+        np.random.default_rng(0).bytes(5_000),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.wav", "a.mp4"])
+def test_broken_sounds_are_one_line_errors(tmp_path, data, name):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        load_wave(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_too_long_and_not_finite(tmp_path, monkeypatch):
+    path = write_wav(tmp_path / "a.wav", 3)
+    monkeypatch.setattr(audio, "MAX_SECONDS", 2)
+    with pytest.raises(UserError, match="more than 2 s"):
+        load_wave(path)
+    soundfile.write(tmp_path / "b.wav", np.full(1_000, np.nan), 16_000, subtype="FLOAT")
+    with pytest.raises(UserError, match="NaN"):
+        load_wave(tmp_path / "b.wav")
+    with pytest.raises(UserError, match="no samples"):
+        spectrogram(np.zeros(0, np.float32), 16_000, AUDIO_RECIPES["fbank"])
+
+
+def test_without_soundfile_16_bit_wav_still_reads(tmp_path, monkeypatch):
+    path = write_wav(tmp_path / "a.wav", 0.5, channels=2)
+    expected = load_wave(path)[0]
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    assert np.array_equal(load_wave(path)[0], expected)
+    with wave_module.open(str(tmp_path / "b.wav"), "wb") as file:
+        file.setparams((1, 1, 8_000, 0, "NONE", ""))
+        file.writeframes(b"\x80" * 100)
+    with pytest.raises(UserError, match="8-bit"):
+        load_wave(tmp_path / "b.wav")
+
+
+def test_demo_and_training_need_neither_librosa_nor_av(tmp_path):
+    path = write_wav(tmp_path / "a.wav", 1, 8_000)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('librosa', 'av')))\n"
+        "import dataset.folder, dataset.prepare\n"
+        "from dataset.audio import load_wave, logmel, fbank\n"
+        "wave, rate = load_wave(sys.argv[1]); print(logmel(wave).shape, fbank(wave, rate).shape)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout == "(32, 32) (1024, 128)\n", done.stderr

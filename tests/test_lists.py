@@ -1,0 +1,206 @@
+"""Lists of clips and classes: what is accepted, what is refused and how the refusal reads."""
+
+from pathlib import Path
+
+import pytest
+from helpers import make_folder
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataset import lists
+from dataset.folder import load_folder, split_validation
+from dataset.lists import check_clip_id, read_classes, read_clips, read_record
+from dataset.specs import get_spec
+from utils.errors import UserError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_lists = pytest.mark.skipif(not (SHARED / "cremad").is_dir(), reason="the published lists are not on this machine")
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("text", ["b\na\n", "\ufeffb\r\na\r\n", '"a"\n\n"b"', " a \n b \n"])
+def test_classes_are_sorted_whatever_the_dialect(tmp_path, text):
+    assert read_classes(write(tmp_path / "stat.csv", text)) == ["a", "b"]
+
+
+def test_class_names_may_hold_commas_in_quotes(tmp_path):
+    assert read_classes(write(tmp_path / "stat.csv", '"playing piano, loud"\nrain\n'))[0] == "playing piano, loud"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "no class names"), ("a\nb\na\n", "line 3"), ("a,b\n", "line 1"), (b"a\n\xff\n", "UTF-8")]
+)
+def test_bad_class_lists(tmp_path, text, words):
+    with pytest.raises(UserError, match=words) as error:
+        read_classes(write(tmp_path / "stat.csv", text))
+    assert "stat.csv" in one_line(error)
+
+
+@pytest.mark.parametrize("text", ["c2,b\nc1,a\n", "\ufeffc2,b\r\nc1,a\r\n", '"c2","b"\n\nc1, a'])
+def test_clips_keep_file_order(tmp_path, text):
+    assert read_clips(write(tmp_path / "train.csv", text), ["a", "b"]) == [("c2", "b"), ("c1", "a")]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("c1,a\nc2\n", "line 2: 'c2' is not clip,label"),
+        ("c1,a\nc2,a,3\n", "line 2"),
+        ("c1,a\nc2,z\n", "line 2: label 'z' of clip c2 is not in stat.csv"),
+        ("c1,a\nc2,b\nc1,b\n", "line 3: clip c1 is also in line 1"),
+        ("../../etc/passwd,a\n", "line 1: clip id '../../etc/passwd'"),
+        ("", "no clips"),
+        (b"c1,a\n\xff\xfe,b\n", "UTF-8"),
+        ("c" * 200_000 + ",a\n", "not a CSV file"),
+    ],
+)
+def test_bad_rows_are_named_by_file_and_line(tmp_path, text, words):
+    with pytest.raises(UserError) as error:
+        read_clips(write(tmp_path / "train.csv", text), ["a", "b"])
+    assert words in one_line(error)
+    assert "train.csv" in str(error.value)
+
+
+def test_a_missing_list_says_so(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_clips(tmp_path / "train.csv")
+
+
+def test_absurd_files_are_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(lists, "MAX_ROWS", 10)
+    with pytest.raises(UserError, match="more than 10 rows"):
+        read_clips(write(tmp_path / "train.csv", "".join(f"c{i},a\n" for i in range(50))))
+    monkeypatch.setattr(lists, "MAX_LIST_BYTES", 2**20)
+    with open(tmp_path / "big.csv", "wb") as file:
+        file.truncate(2**30)  # sparse
+    with pytest.raises(UserError, match="larger than 1 MiB"):
+        read_clips(tmp_path / "big.csv")
+
+
+@pytest.mark.parametrize(
+    "clip", ["", ".", "..", "../x", "a/b", "a\\b", "a\0b", "a\nb", "a\x7fb", "a\u202eb", ".tmp-x", "x" * 256, "ä" * 130]
+)
+def test_unsafe_clip_ids(clip):
+    with pytest.raises(UserError, match="clip id"):
+        check_clip_id(clip)
+
+
+@pytest.mark.parametrize(
+    "clip", ["1001_DFA_ANG_XX", "--4-0ihtnBU_000058_000068", "-3Mwkq-7TV4_2", "clip 1", "тест", "a..b"]
+)
+def test_real_clip_ids(clip):
+    check_clip_id(clip)
+
+
+@given(st.text(max_size=300))
+def test_an_accepted_id_stays_in_its_folder(clip):
+    try:
+        check_clip_id(clip)
+    except UserError:
+        return
+    path = Path("/data/visual") / clip
+    assert path.parent == Path("/data/visual")
+    assert path.name == clip
+    assert len(f"{clip}.npy".encode()) <= 255
+
+
+def test_records(tmp_path):
+    assert read_record(tmp_path, "split.json") == {}
+    write(tmp_path / "split.json", '{"name": "official"}')
+    assert read_record(tmp_path, "split.json") == {"name": "official"}
+    for text in ("[1]", "{", b"\xff", "[" * 100_000):
+        with pytest.raises(UserError, match=r"split\.json"):
+            read_record(write(tmp_path / "split.json", text).parent, "split.json")
+
+
+@needs_lists
+def test_the_published_cremad_lists():
+    folder = SHARED / "cremad"
+    classes = read_classes(folder / "stat.csv")
+    assert tuple(classes) == get_spec("CREMAD").classes
+    train, test = (read_clips(folder / f"{part}.csv", classes) for part in ("train", "test"))
+    assert (len(train), len(test)) == get_spec("CREMAD").counts == (6698, 744)
+    assert {name: sum(label == name for _, label in train) for name in classes} == get_spec("CREMAD").train_class_counts
+    assert all(clip.split("_")[2] == label for clip, label in train + test)
+    assert not {clip for clip, _ in train} & {clip for clip, _ in test}
+
+
+# The folder -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_folder_is_listed_in_order(tmp_path):
+    root = make_folder(tmp_path / "data", audio_shape=(12, 20))
+    folder = load_folder(root, get_spec("folder"))
+    assert folder.classes == ["a", "b", "c"]
+    assert folder.audio_shape == (12, 20)
+    assert folder.missing == [] and folder.split == {}
+    train = folder.parts["train"]
+    assert train.clips == [f"train_{i:04d}" for i in range(24)]
+    assert train.labels.dtype == "int64" and train.labels.tolist() == [i % 3 for i in range(24)]
+    assert [path.name for path in train.frames[0]] == [f"frame_{k:05d}.jpg" for k in (1, 2, 3)]
+    assert train.spectrograms[5] == root / "audio" / "train_0005.npy"
+
+
+def test_faults_stop_unless_allowed_and_are_named(tmp_path):
+    root = make_folder(tmp_path / "data")
+    (root / "audio" / "train_0003.npy").unlink()
+    frame = root / "visual" / "test_0001" / "frame_00002.jpg"
+    frame.write_bytes(frame.read_bytes()[:-20])
+    with pytest.raises(UserError) as error:
+        load_folder(root, get_spec("folder"))
+    text = one_line(error)
+    assert "2 problem(s)" in text and "train_0003.npy: no such file" in text and "truncated" in text
+    assert f"python -m dataset.prepare --check {root} --dataset folder" in text and "--allow_missing" in text
+    folder = load_folder(root, get_spec("folder"), allow_missing=True)
+    assert {problem.clip for problem in folder.missing} == {"train_0003", "test_0001"}
+    assert len(folder.parts["train"].clips) == 23 and len(folder.parts["test"].clips) == 11
+    assert "train_0003" not in folder.parts["train"].clips
+
+
+def test_faulty_lists_are_no_missing_clips(tmp_path):
+    root = make_folder(tmp_path / "data")
+    with open(root / "test.csv", "a") as file:
+        file.write("train_0000,a\n")
+    with pytest.raises(UserError, match="also in train"):
+        load_folder(root, get_spec("folder"), allow_missing=True)
+
+
+def test_a_folder_without_one_sound_clip_in_a_part(tmp_path):
+    root = make_folder(tmp_path / "data", test=2)
+    for path in (root / "audio").glob("test_*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"no sound clip in test\.csv"):
+        load_folder(root, get_spec("folder"), allow_missing=True)
+
+
+def test_classes_of_a_named_data_set_must_agree(tmp_path):
+    with pytest.raises(UserError, match="ANG"):
+        load_folder(make_folder(tmp_path / "data"), get_spec("CREMAD"))
+
+
+def test_no_folder_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="prepare it first"):
+        load_folder(tmp_path / "nowhere", get_spec("CREMAD"))
+
+
+def test_validation_part(tmp_path):
+    part = load_folder(make_folder(tmp_path / "data", train=60), get_spec("folder")).parts["train"]
+    train, val = split_validation(part, 0.2, 1, by_actor=False)
+    assert sorted(train.clips + val.clips) == sorted(part.clips)
+    assert [val.labels.tolist().count(label) for label in range(3)] == [4, 4, 4]
+    assert split_validation(part, 0.2, 1, by_actor=False)[1].clips == val.clips
+    assert split_validation(part, 0.2, 2, by_actor=False)[1].clips != val.clips
+    assert all(path.stem == clip for path, clip in zip(val.spectrograms, val.clips, strict=True))
+    for fraction in (0, 1, -1, 1.5):
+        with pytest.raises(UserError, match="val_fraction"):
+            split_validation(part, fraction, 1, by_actor=False)
