@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -518,12 +519,19 @@ def _alone(root: Path) -> Iterator[None]:
         yield
         return
     root.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with open(_beside(root, "lock"), "w") as lock:
+    with open(_beside(root, "lock"), "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.seek(0)
+            if lock.read() == str(os.getppid()):
+                # a worker process that imports an unguarded script would wait for its parent, and that one for it
+                raise RuntimeError("call ensure_demo under: if __name__ == '__main__'") from None
             print(f"{root}: another process is making the demo data, waiting for it", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
         yield
 
 

@@ -295,6 +295,27 @@ def test_a_killed_run_is_not_taken_for_data(tmp_path):
     assert not (tmp_path / ".demo.making").exists()
 
 
+def test_two_at_once_make_it_once(tmp_path):
+    code = (
+        f"from dataset.demo import *; print(ensure_demo({str(tmp_path / 'demo')!r}, settings=DemoSettings(limit=100)))"
+    )
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(process.communicate()[0].split()[-1] for process in both) == ["False", "True"]
+
+
+def test_a_worker_does_not_wait_for_the_parent_that_waits_for_it(tmp_path):
+    """A script that calls ensure_demo without a __main__ guard is imported again by the workers of the preparation."""
+    fcntl = pytest.importorskip("fcntl")
+    code = f"from dataset.demo import *; ensure_demo({str(tmp_path / 'demo')!r})"
+    with open(tmp_path / ".demo.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        child = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=30)
+    assert "call ensure_demo under: if __name__ == '__main__'" in child.stderr
+
+
 def test_a_failure_while_remaking_keeps_the_old_data(tmp_path, monkeypatch):
     root = tmp_path / "demo"
     ensure_demo(root, settings=TINY, quiet=True)
