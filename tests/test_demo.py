@@ -296,9 +296,8 @@ def test_a_killed_run_is_not_taken_for_data(tmp_path):
 
 
 def test_two_at_once_make_it_once(tmp_path):
-    code = (
-        f"from dataset.demo import *; print(ensure_demo({str(tmp_path / 'demo')!r}, settings=DemoSettings(limit=100)))"
-    )
+    settings = "DemoSettings(limit=100)"
+    code = f"from dataset.demo import *; print(ensure_demo({str(tmp_path / 'demo')!r}, settings={settings}))"
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert sorted(process.communicate()[0].split()[-1] for process in both) == ["False", "True"]
