@@ -6,6 +6,7 @@ Nothing here imports librosa or PyAV at the top: training imports this module.
 import os
 import struct
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -308,19 +309,27 @@ def _inspect_content(
 ) -> None:
     """Decode every frame and read every spectrogram; unsound clips leave `files`."""
     part_of = {clip: part for part, rows in parts.items() for clip, _ in rows}
-    for clip in tqdm(list(files), desc="reading", unit="clip", disable=quiet):
-        found, part = files[clip], part_of[clip]
-        bad = [
-            Problem("bad_frame", clip, path, reason, part) for path in found.frames if (reason := _decoding_fault(path))
-        ]
-        values = np.load(found.spectrogram, allow_pickle=False)
-        if not np.isfinite(values).all():
-            bad.append(Problem("bad_spectrogram", clip, found.spectrogram, "NaN or infinity in it", part))
-        elif np.ptp(values) < 1e-6:
-            warnings.append(Problem("silent", clip, found.spectrogram, "silent: one value everywhere", part))
-        if bad:
+    clips = list(files)
+    with ThreadPoolExecutor() as pool:  # decoders and reads let other threads run
+        contents = pool.map(lambda clip: _inspect_one(clip, files[clip], part_of[clip]), clips)
+        for clip, (bad, silent) in zip(
+            clips, tqdm(contents, "reading", len(clips), unit="clip", disable=quiet), strict=True
+        ):
             problems += bad
-            del files[clip]
+            warnings += silent
+            if bad:
+                del files[clip]
+
+
+def _inspect_one(clip: str, found: Files, part: str) -> tuple[list[Problem], list[Problem]]:
+    """(problems, warnings) of one clip's content."""
+    bad = [Problem("bad_frame", clip, path, reason, part) for path in found.frames if (reason := _decoding_fault(path))]
+    values, silent = np.load(found.spectrogram, allow_pickle=False), []
+    if not np.isfinite(values).all():
+        bad.append(Problem("bad_spectrogram", clip, found.spectrogram, "NaN or infinity in it", part))
+    elif np.ptp(values) < 1e-6:
+        silent.append(Problem("silent", clip, found.spectrogram, "silent: one value everywhere", part))
+    return bad, silent
 
 
 def _decoding_fault(path: str) -> str:

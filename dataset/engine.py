@@ -7,6 +7,7 @@ made. Files appear by renaming, the line comes after them, so a kill at any mome
 import contextlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -96,8 +97,11 @@ def prepare_clips(
         _write_json(out / "prepare.json", _record_of(settings))
         journal = _Journal(out / ".prepare" / "clips.jsonl")
         todo = _unfinished(clips, out, settings, journal, quiet)
-        skipped = _make_all(todo, len(clips), out, settings, journal, workers, quiet)
-        journal.finish(len(todo) > 0)
+        try:
+            skipped = _make_all(todo, len(clips), out, settings, journal, workers, quiet)
+            journal.finish()
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error}); mend that and type the same command again") from None
     remarks = [
         Problem(remark.split(" (")[0], clip.name, "", remark, "")
         for clip in clips
@@ -256,15 +260,12 @@ def _outcomes(clips: list[Clip], out: Path, settings: Settings, workers: int | N
     """(clip, outcome) in the order they are done."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers or cores, len(clips) // 8)  # starting a process takes longer than a few clips
-    try:
-        if workers <= 1:
-            with _one_thread(settings):
-                for clip in clips:
-                    yield clip, make_clip(clip, out, settings)
-        else:
-            yield from _pooled(clips, out, settings, workers)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error}); free space there, then type the same command") from None
+    if workers <= 1:
+        with _one_thread(settings):
+            for clip in clips:
+                yield clip, make_clip(clip, out, settings)
+    else:
+        yield from _pooled(clips, out, settings, workers)
 
 
 def _pooled(clips: list[Clip], out: Path, settings: Settings, workers: int) -> Iterator[tuple[Clip, Outcome]]:
@@ -373,7 +374,7 @@ class _Journal:
         self.records[clip] = record
         self.file.write(json.dumps({"clip": clip, **record}) + "\n")
 
-    def finish(self, changed: bool) -> None:
+    def finish(self) -> None:
         """Write the file anew: sorted, one line a clip, whatever the order of the run was."""
         self.file.close()
         with atomic_path(self.path) as temporary:

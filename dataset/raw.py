@@ -52,7 +52,8 @@ def index_raw(root: Path | str, leave_out: Path | None = None) -> Index:
             if extension in kinds and stem and stem[0] != ".":
                 kinds[extension].setdefault(stem, here / name)
             elif extension == ".jpg" and here != root:
-                index.frames.setdefault(here.name, here)
+                stem, extension = os.path.splitext(here.name)  # OGM-GE's script for Kinetics names them <clip>.mp4
+                index.frames.setdefault(stem if extension in VIDEO_TYPES else here.name, here)
     return index
 
 

@@ -23,9 +23,10 @@ FOLDERS = {"CREMAD": SHARED / "cremad", "KineticSound": SHARED / "kinetics_sound
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(tmp_path, monkeypatch):
     """(URL, folder that is served, requested paths) of a loopback web server."""
     asked = []
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
