@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
         scheduler.step()
         numbers["seconds_train"], clock = lap(clock)
 
-        for part in clips.keys() - {"train"}:
+        for part in [name for name in clips if name != "train"]:
             numbers |= evaluate(predict_all(part), clips[part].labels, part)
         numbers["seconds_eval"], clock = lap(clock)
         trained = sum(len(batch.clips) for batch in plan)

@@ -1,6 +1,7 @@
 """One process or many (torchrun): who am I, how many are we, gather what each computed."""
 
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -20,7 +21,14 @@ def start(device: str) -> torch.device:
 
 
 def stop() -> None:
+    """Leave the group, once every process is done.
+
+    Gloo's thread takes Python's lock to let go of the last collective's tensors, and leaving joins that thread while
+    holding the lock: without the pause the two wait for each other for ever (seen with torch 2.11).
+    """
     if dist.is_initialized():
+        dist.barrier()
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 

@@ -1,0 +1,157 @@
+"""The two data paths: the same pictures from memory and from files, and packs that are never half or outdated."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_folder
+
+import remix
+from dataset import clips as clips_module
+from dataset.clips import Feed, FileClips, ResidentClips, available_ram, choose_cache, make_clips
+from dataset.folder import load_folder
+from dataset.pack import open_pack, pack_bytes, stored_size
+from dataset.specs import get_spec
+from utils.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return load_folder(make_folder(tmp_path_factory.mktemp("data"), train=21, test=9), get_spec("folder"))
+
+
+def feed(cache: str, size: int = 32, workers: int = 0) -> Feed:
+    return Feed(frames=2, image_size=size, device=CPU, cache=cache, workers=workers)
+
+
+def load(folder, cache: str, plan, seed=None, part="train", workers=0, **options):
+    clips = make_clips(folder.root, part, folder.parts[part], folder.audio_shape, feed(cache, workers=workers))
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return clips, list(clips.epoch(plan, generator, **options))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_and_memory_feed_the_same(folder, seed, workers):
+    plan = remix.batches_of(21, 8, "both", torch.Generator().manual_seed(0))
+    plain, from_files = load(folder, "none", plan, seed, workers=workers)
+    resident, from_memory = load(folder, "ram", plan, seed)
+    assert isinstance(plain, FileClips) and isinstance(resident, ResidentClips)
+    for a, b, batch in zip(from_files, from_memory, plan, strict=True):
+        assert torch.equal(a.clips, batch.clips) and torch.equal(b.clips, batch.clips)
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.labels, torch.as_tensor(folder.parts["train"].labels)[batch.clips])
+        assert torch.equal(a.audio, b.audio)
+        assert a.video.shape == (len(batch.clips), 2, 3, 32, 32)
+        # one level of 255 in normalised units is 1 / 255 / 0.225; torchvision rounds to whole levels, ours does not
+        assert (a.video - b.video).abs().max() < 1.5 / 255 / 0.224
+
+
+def test_audio_is_the_file_and_evaluation_frames_are_the_segments_middle(folder):
+    plan = [remix.Batch(torch.tensor([4, 2]), "both")]
+    _, (batch,) = load(folder, "ram", plan)
+    part = folder.parts["train"]
+    for row, clip in enumerate((4, 2)):
+        assert np.array_equal(batch.audio[row, 0].numpy(), np.load(part.spectrograms[clip]))
+    views = clips_module.draw_views(torch.tensor([3, 3]), torch.tensor([[40, 48]] * 2), 2, None)
+    assert views.picks.tolist() == [[0, 1], [0, 1]]  # three frames, two segments of one
+
+
+def test_a_homogeneous_batch_loads_only_its_modality(folder):
+    plan = [remix.Batch(torch.arange(5), "audio"), remix.Batch(torch.arange(5, 9), "video")]
+    for cache in ("none", "ram"):
+        _, (audio, video) = load(folder, cache, plan, seed=0)
+        assert audio.video is None and audio.audio is not None and audio.kept == "audio"
+        assert video.audio is None and video.video is not None and video.kept == "video"
+        _, (audio, video) = load(folder, cache, plan, seed=0, load_masked=True)
+        assert None not in (audio.audio, audio.video, video.audio, video.video)
+
+
+def test_processes_share_a_batch_without_overlap_and_see_one_processes_crops(folder, monkeypatch):
+    plan = [remix.Batch(torch.tensor([0, 1, 2, 3, 4]), "both"), remix.Batch(torch.tensor([7]), "both")]
+    _, whole = load(folder, "ram", plan, seed=5)
+    shares = []
+    for process in (0, 1):
+        monkeypatch.setattr(clips_module, "rank", lambda process=process: process)
+        monkeypatch.setattr(clips_module, "world_size", lambda: 2)
+        shares.append(load(folder, "ram", plan, seed=5)[1])
+    assert torch.equal(shares[0][0].video, whole[0].video[[0, 2, 4]])
+    assert torch.equal(shares[1][0].video, whole[0].video[[1, 3]])
+    assert [s[0].share for s in shares] == [3 / 5, 2 / 5]
+    assert [s[1].share for s in shares] == [1.0, 0.0]  # the last clip counts once
+
+
+def test_a_pack_is_made_once_and_again_when_a_source_changes(tmp_path):
+    root = make_folder(tmp_path / "data")
+    folder = load_folder(root, get_spec("folder"))
+    part, size = folder.parts["train"], (40, 48)
+    first = open_pack(root, "train", part, size, folder.audio_shape)
+    assert first.frames.shape == (72, 3, 40, 48) and first.frames.dtype == np.uint8
+    assert sum(p.stat().st_size for p in (root / ".pack").rglob("*.npy")) == pytest.approx(
+        pack_bytes(part, size, folder.audio_shape), abs=512
+    )
+    (made,) = (root / ".pack").iterdir()
+    before = (made / "frames.npy").stat().st_mtime_ns
+    open_pack(root, "train", part, size, folder.audio_shape)
+    assert (made / "frames.npy").stat().st_mtime_ns == before
+
+    np.save(part.spectrograms[3], np.full(folder.audio_shape, 7, np.float32))
+    second = open_pack(root, "train", part, size, folder.audio_shape)
+    assert (second.spectrograms[3] == 7).all()
+    assert len(list((root / ".pack").iterdir())) == 1  # the outdated one is gone
+
+
+def test_a_half_written_pack_is_not_read(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data")
+    folder = load_folder(root, get_spec("folder"))
+    part = folder.parts["train"]
+    os.remove(part.spectrograms[-1])
+    np.save(part.spectrograms[-1], np.zeros((2, 2), np.float32))  # fails at the last clip, after most was written
+    with pytest.raises(UserError, match="shape"):
+        open_pack(root, "train", part, (40, 48), folder.audio_shape)
+    assert list((root / ".pack").iterdir()) == []
+
+
+def test_where_the_folder_cannot_be_written_memory_is_used(tmp_path, monkeypatch, capsys):
+    root = make_folder(tmp_path / "data")
+    folder = load_folder(root, get_spec("folder"))
+    (root / ".pack").write_text("in the way")
+    pack = open_pack(root, "train", folder.parts["train"], (40, 48), folder.audio_shape)
+    assert pack.frames.shape == (72, 3, 40, 48)
+    assert "no pack written" in capsys.readouterr().out
+
+
+def test_frames_of_another_size_are_resized_to_the_most_common(tmp_path):
+    root = make_folder(tmp_path / "data", train=6)
+    other = make_folder(tmp_path / "other", train=6, size=(60, 48))
+    shutil.rmtree(root / "visual" / "train_0000")
+    shutil.copytree(other / "visual" / "train_0000", root / "visual" / "train_0000")
+    folder = load_folder(root, get_spec("folder"))
+    assert stored_size(folder.parts["train"]) == (40, 48)
+    assert open_pack(root, "train", folder.parts["train"], (40, 48), folder.audio_shape).frames.shape[2:] == (40, 48)
+
+
+def test_auto_goes_to_files_when_memory_is_short(folder, monkeypatch):
+    parts = list(folder.parts.values())
+    assert choose_cache(parts, folder.audio_shape, CPU) == "ram"
+    monkeypatch.setattr(clips_module, "available_ram", lambda: 1000)
+    assert choose_cache(parts, folder.audio_shape, CPU) == "none"
+    monkeypatch.undo()
+    assert 1e8 < available_ram() < 1e14
+
+
+def test_a_file_that_vanishes_or_breaks_is_one_line(tmp_path):
+    root = make_folder(tmp_path / "data", train=8)
+    folder = load_folder(root, get_spec("folder"))
+    part = folder.parts["train"]
+    clips = make_clips(root, "train", part, folder.audio_shape, feed("none"))
+    part.frames[2][0].write_bytes(b"\xff\xd8 not a picture")
+    with pytest.raises(UserError, match=f"{part.clips[2]}.*not a readable JPEG"):
+        list(clips.epoch(remix.batches_of(8, 4, "both", None)))
+    np.save(part.spectrograms[1], np.full(folder.audio_shape, np.nan, np.float32))
+    with pytest.raises(UserError, match=f"{part.clips[1]}.*NaN"):
+        list(clips.epoch(remix.batches_of(8, 4, "audio", None)))

@@ -1,0 +1,263 @@
+"""Whole runs through the command line on tiny data: every file of the run folder, every phase, resume, evaluation."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_folder
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from utils.errors import UserError
+
+REPO = Path(__file__).resolve().parents[1]
+TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data"), train=34, test=15)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def run(data, runs, name, *flags):
+    train.main([*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name, *flags])
+    return runs / name
+
+
+@pytest.fixture(scope="module")
+def remix_run(data, runs):
+    """Remix as a user starts it: a process of its own."""
+    command = [sys.executable, "train.py", *TINY, "--train", "--data_root", str(data), "--log_path", str(runs)]
+    command += ["--run_name", "remix", "--epochs", "4", "--warmup", "2", "--val_fraction", "0.2"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return runs / "remix", done.stdout
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_remix_run_folder(remix_run):
+    folder, _ = remix_run
+    lines = metrics(folder)
+    assert [(line["epoch"], line["phase"]) for line in lines] == [
+        (0, "joint"),
+        (1, "joint"),
+        (2, "remix"),
+        (3, "remix"),
+    ]
+    clips = json.loads((folder / "config.json").read_text())["data"]["clips"]
+    assert clips["train"] + clips["val"] == 34 and clips["test"] == 15 and clips["val"] >= 3
+    for line in lines:
+        for key in ("lr", "train_loss", "test_acc", "test_acc_audio", "test_acc_video", "val_acc", "val_acc_audio",
+                    "val_acc_video", "seconds_score", "seconds_train", "seconds_eval", "clips_per_second"):  # fmt: skip
+            assert isinstance(line[key], float), key
+        assert 0 <= line["test_acc"] <= 1 and (line["test_acc"] * 15) == pytest.approx(round(line["test_acc"] * 15))
+        if line["phase"] == "remix":
+            assert line["n_audio"] + line["n_video"] == clips["train"]
+        else:
+            assert line["n_audio"] is None and line["n_video"] is None
+
+    summary = json.loads((folder / "summary.json").read_text())
+    best = max(range(4), key=lambda i: lines[i]["test_acc"])
+    assert summary["best_test_acc"] == lines[best]["test_acc"] and summary["best_test_epoch"] == best
+    assert summary["last_test_acc"] == lines[-1]["test_acc"]
+    assert summary["test_acc_audio"] == lines[-1]["test_acc_audio"]
+    chosen = max(range(4), key=lambda i: lines[i]["val_acc"])
+    assert summary["test_acc_at_best_val"] == lines[chosen]["test_acc"]
+    assert (summary["method"], summary["dataset"], summary["seed"], summary["epochs"]) == ("remix", "folder", 42, 4)
+    assert 0 <= summary["f1_macro"] <= 1 and summary["total_seconds"] > 0
+
+    with open(folder / "partition.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["clip", "label", "kl_audio", "kl_video", "kept"]
+    assert len({row["clip"] for row in rows}) == clips["train"]
+    for row in rows:
+        a, v = float(row["kl_audio"]), float(row["kl_video"])
+        assert 0 <= a <= 1.6 and 0 <= v <= 1.6  # log2(3) bits at most
+        if abs(a - v) > 1e-5:
+            assert row["kept"] == ("audio" if a < v else "video")
+    assert sum(row["kept"] == "audio" for row in rows) == lines[-1]["n_audio"]
+    for picture in ("curves.png", "confusion.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_config_names_every_flag_and_what_it_ran_on(remix_run):
+    config = json.loads((remix_run[0] / "config.json").read_text())
+    for name in vars(train.parse_args(["--train"])):
+        assert name in config
+    assert config["epochs"] == 4 and config["learning_rate"] == 1e-3 and config["masked_encoder"] == "skip"
+    assert config["from_preset"]["alpha"] == 0.5 and "epochs" not in config["from_preset"]
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert config["hardware"]["device"] == "cpu"
+
+
+def test_tensorboard_tags(remix_run):
+    events = EventAccumulator(str(remix_run[0]), size_guidance={"histograms": 0}).Reload()
+    tags = events.Tags()
+    for tag in ("loss/train", "accuracy/multimodal", "accuracy/audio", "accuracy/video", "remix/n_audio",
+                "remix/n_video", "lr", "speed/clips_per_second"):  # fmt: skip
+        assert tag in tags["scalars"], tag
+    assert {"remix/kl_audio", "remix/kl_video"} <= set(tags["histograms"])
+    assert "confusion" in tags["images"]
+    lines = metrics(remix_run[0])
+    assert [round(e.value, 5) for e in events.Scalars("accuracy/multimodal")] == [
+        round(x["test_acc"], 5) for x in lines
+    ]
+    assert [e.step for e in events.Scalars("remix/n_audio")] == [2, 3]
+
+
+def test_checkpoints_load_safely_and_evaluate_to_the_same_numbers(remix_run, data, capsys):
+    folder, _ = remix_run
+    for name in ("last.pth", "best.pth"):
+        state = torch.load(folder / name, weights_only=True)
+        assert {"model", "optimizer", "scheduler", "epoch", "rng", "config"} <= set(state)
+    train.main([*TINY, "--data_root", str(data), "--checkpoint", str(folder / "last.pth")])
+    shown = capsys.readouterr().out.splitlines()[-1].split()[1:]
+    last = metrics(folder)[-1]
+    expected = [last[key] for key in ("test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro")]
+    assert [float(cell) for cell in shown] == pytest.approx(expected, abs=5e-5)
+
+
+def test_the_result_table_is_printed(remix_run):
+    folder, out = remix_run
+    summary = json.loads((folder / "summary.json").read_text())
+    (last,) = [line for line in out.splitlines() if line.startswith("last epoch")]
+    assert float(last.split()[2]) == pytest.approx(summary["last_test_acc"], abs=5e-5)
+    assert any(line.startswith("best on test") for line in out.splitlines())
+    assert any(line.startswith("best on validation") for line in out.splitlines())
+
+
+def test_baseline_is_the_warm_up_that_never_ends(data, runs):
+    baseline = run(data, runs, "baseline", "--method", "baseline", "--epochs", "2")
+    remixed = run(data, runs, "late", "--method", "remix", "--epochs", "3", "--warmup", "2")
+    assert not (baseline / "partition.csv").exists() and (remixed / "partition.csv").exists()
+    for a, b in zip(metrics(baseline), metrics(remixed), strict=False):
+        assert (a["phase"], a["train_loss"], a["test_acc"]) == (b["phase"], b["train_loss"], b["test_acc"])
+
+
+@pytest.mark.parametrize("method", ["audio", "video"])
+def test_one_modality_alone(data, runs, method):
+    folder = run(data, runs, method, "--method", method, "--epochs", "2")
+    other = "video" if method == "audio" else "audio"
+    for line in metrics(folder):
+        assert line["phase"] == method and line[f"test_acc_{other}"] is None
+        assert 0 <= line[f"test_acc_{method}"] <= 1
+    weights = torch.load(folder / "last.pth", weights_only=True)["model"]
+    torch.manual_seed(42)
+    fresh = train.AVClassifier(3, "resnet18_thin").state_dict()
+    net = {"audio": "audio_net", "video": "visual_net"}
+    assert all(torch.equal(weights[k], fresh[k]) for k in fresh if k.startswith(net[other]))
+    assert not all(torch.equal(weights[k], fresh[k]) for k in fresh if k.startswith(net[method]))
+
+
+def test_the_same_command_gives_the_same_run(data, runs):
+    flags = ("--epochs", "3", "--warmup", "1")
+    first, second = run(data, runs, "once", *flags), run(data, runs, "twice", *flags)
+    a, b = (torch.load(folder / "last.pth", weights_only=True)["model"] for folder in (first, second))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    other = torch.load(run(data, runs, "thrice", *flags, "--random_seed", "1") / "last.pth", weights_only=True)["model"]
+    assert not torch.equal(a["head.weight"], other["head.weight"])
+
+
+@pytest.mark.parametrize("stop", [1, 2])  # in the warm-up, in Remix
+def test_resume_is_bit_identical(data, runs, stop):
+    flags = ("--warmup", "2", "--rescore_every", "2")
+    whole = run(data, runs, f"whole{stop}", *flags, "--epochs", "5")
+    part = run(data, runs, f"part{stop}", *flags, "--epochs", str(stop + 1))
+    run(data, runs, f"part{stop}", *flags, "--epochs", "5", "--resume")
+    a, b = (torch.load(folder / "last.pth", weights_only=True) for folder in (whole, part))
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    for key in a["optimizer"]["state"]:
+        for name, value in a["optimizer"]["state"][key].items():
+            assert torch.equal(value, b["optimizer"]["state"][key][name])
+    timing = ("seconds_score", "seconds_train", "seconds_eval", "clips_per_second")
+    strip = [[{k: v for k, v in line.items() if k not in timing} for line in metrics(f)] for f in (whole, part)]
+    assert strip[0] == strip[1]
+
+
+def test_an_existing_run_is_not_overwritten(data, runs, remix_run):
+    before = (remix_run[0] / "summary.json").read_bytes()
+    with pytest.raises(UserError, match="exists already"):
+        run(data, runs, "remix", "--epochs", "4", "--warmup", "2")
+    with pytest.raises(UserError, match=r"--learning_rate 0\.001"):
+        run(data, runs, "remix", "--epochs", "4", "--warmup", "2", "--val_fraction", "0.2", "--learning_rate", "0.1",
+            "--resume")  # fmt: skip
+    assert (remix_run[0] / "summary.json").read_bytes() == before
+
+
+def test_a_lone_clip_at_the_end_does_not_break_batchnorm(tmp_path):
+    data = make_folder(tmp_path / "data", train=17, test=5)  # 8 + 8 + 1
+    for method in ("baseline", "remix"):
+        folder = run(data, tmp_path, method, "--method", method, "--epochs", "2", "--warmup", "1")
+        assert len(metrics(folder)) == 2
+
+
+def test_two_processes_equal_one(data, runs):
+    """The same weights give the same partition and metrics; ranks end with the same parameters (one file, rank 0's)."""
+    one = run(data, runs, "one", "--epochs", "1", "--warmup", "0", "--learning_rate", "1e-12")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY]
+    command += ["--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", "two"]
+    command += ["--epochs", "1", "--warmup", "0", "--learning_rate", "1e-12"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [(runs / name / "partition.csv").read_text().splitlines() for name in ("one", "two")]
+    assert len(rows[0]) == 35
+    for a, b in zip(*rows, strict=True):
+        assert a.split(",")[:2] == b.split(",")[:2] and a.split(",")[4] == b.split(",")[4]
+    a, b = metrics(one)[0], metrics(runs / "two")[0]
+    assert (a["n_audio"], a["n_video"]) == (b["n_audio"], b["n_video"])
+    assert a["seconds_train"] > 0 and b["seconds_train"] > 0
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ([], "type --train"),
+    (["--train", "--epochs", "0"], "--epochs.*at least 1"),
+    (["--train", "--epochs", "ten"], "--epochs.*not a whole number"),
+    (["--train", "--batch_size", "1"], "--batch_size.*at least 2"),
+    (["--train", "--val_fraction", "1.5"], "--val_fraction.*0.9 at most"),
+    (["--train", "--learning_rate", "0"], "--learning_rate.*above 0"),
+    (["--train", "--learning_rate", "nan"], "--learning_rate"),
+    (["--train", "--method", "magic"], "--method.*remix.*baseline.*audio.*video"),
+    (["--train", "--dataset", "cremad"], "--dataset.*CREMAD"),
+    (["--train", "--warmup", "61"], "--warmup 61.*--epochs 60"),
+    (["--train", "--gpu_ids", "a,b"], "--gpu_ids a,b"),
+    (["--train", "--resume"], "--resume.*--run_name"),
+    (["--train", "--device", "cuda"], "no CUDA device"),
+    (["--train", "--unknown", "1"], "unrecognized arguments: --unknown"),
+    (["--checkpoint", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
+    (["--train", "--dataset", "folder", "--data_root", "/nowhere"], "/nowhere"),
+    (["--train", "--run_name", "../x"], "--run_name ../x"),
+])  # fmt: skip
+def test_mistakes_are_one_line(flags, message, tmp_path, data):
+    if "--data_root" not in flags and "--dataset" not in flags:
+        flags = [*flags, "--dataset", "folder", "--data_root", str(data), "--model", "resnet18_thin"]
+    with pytest.raises(UserError, match=message) as caught:
+        train.main([*flags, "--log_path", str(tmp_path / "runs")])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_a_mistake_exits_with_status_2_and_no_stack_trace():
+    done = subprocess.run(
+        [sys.executable, "train.py", "--train", "--epochs", "x"], cwd=REPO, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_official_command_is_understood():
+    command = "--batch_size 64 --dataset CREMAD --train --epoch 60 --gpu_ids 2,3 --warmup 10"
+    args = train.parse_args(command.split())
+    assert (args.epochs, args.warmup, args.dataset, args.gpu_ids) == (60, 10, "CREMAD", "2,3")
+    assert (args.alpha, args.beta, args.gamma1, args.gamma2) == (0.5, 0.5, 1.0, 1.0)
+    assert (args.optimizer, args.lr_decay_step, args.lr_decay_ratio, args.random_seed) == ("adam", 30, 0.1, 42)
