@@ -5,6 +5,9 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from utils.runs import QUANTITIES, Group, values
 
 COLOURS = {"multimodal": "#1b1b1b", "audio": "#d1495b", "video": "#2e6fbb"}
 
@@ -52,3 +55,83 @@ def plot_confusion(matrices: dict[str, np.ndarray], classes: list[str], title: s
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class")
     figure.suptitle(title)
     return figure
+
+
+# Groups of runs (`utils.runs.Group`) in a comparison: a colour each, the same from figure to figure.
+GROUP_COLOURS = ("#6b6b6b", "#e08a00", "#1b7f5c", "#8a4fbf", "#d1495b", "#2e6fbb", "#a0522d", "#c2a000")
+HEADS = ("multimodal", "audio", "video")
+
+
+def plot_compared_curves(groups: list[Group], title: str) -> Figure:
+    """Test accuracy over epochs, a panel for each head: mean of a group's seeds, band of one standard deviation."""
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, head in zip(axes, HEADS, strict=True):
+        for i, group in enumerate(groups):
+            if not values(group, head):
+                continue
+            lines = [run.history for run in group.runs.values()]
+            table = np.array([[line[QUANTITIES[head]] for line in history] for history in lines])  # (seeds, epochs)
+            epochs, mean = [line["epoch"] for line in lines[0]], table.mean(axis=0)
+            axis.plot(epochs, mean, color=_colour(i), lw=1.8)
+            if len(table) > 1:
+                std = table.std(axis=0, ddof=1)
+                axis.fill_between(epochs, mean - std, mean + std, color=_colour(i), alpha=0.18, lw=0)
+        axis.set(title=f"{head}, test accuracy", xlabel="epoch")
+        axis.grid(alpha=0.3)
+    _legend_below(figure, groups)
+    figure.suptitle(f"{title}: mean over seeds, band ± 1 standard deviation")
+    return figure
+
+
+def plot_compared_bars(groups: list[Group], title: str) -> Figure:
+    """Accuracy after the last epoch per head: a bar for a group's mean, a dot for each seed."""
+    figure = Figure(figsize=(max(8, 2 + 2 * len(groups)), 4.8), layout="constrained")
+    axis = figure.subplots()
+    width = 0.84 / len(groups)
+    for i, group in enumerate(groups):
+        for place, head in enumerate(HEADS):
+            seeds = np.array(list(values(group, head).values()))
+            if not len(seeds):
+                continue
+            x = place - 0.42 + (i + 0.5) * width
+            axis.bar(x, seeds.mean(), 0.92 * width, color=_colour(i), alpha=0.5)
+            spots = x + 0.5 * width * (np.arange(len(seeds)) - (len(seeds) - 1) / 2) / max(1, len(seeds) - 1)
+            axis.plot(spots, seeds, "o", ms=4, color=_colour(i), mec="white", mew=0.6)
+            axis.text(x, seeds.max() + 0.012, f"{100 * seeds.mean():.1f}", ha="center", fontsize=8)
+    axis.set_xticks(range(len(HEADS)), HEADS)
+    axis.set(ylabel="test accuracy, last epoch", ylim=(0, 1.05), title=f"{title}: bars are means, dots single seeds")
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    _legend_below(figure, groups)
+    return figure
+
+
+def plot_shares(groups: list[Group], title: str) -> Figure | None:
+    """Share of clips that keep audio over epochs, a line per run, for the groups that remix; None if none does."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for i, group in enumerate(groups):
+        for run in group.runs.values():
+            lines = [line for line in run.history if line.get("n_audio") is not None]
+            shares = [line["n_audio"] / max(line["n_audio"] + line["n_video"], 1) for line in lines]
+            if lines:
+                axis.plot([line["epoch"] for line in lines], shares, color=_colour(i), lw=1.2, alpha=0.75)
+    if not axis.lines:
+        return None
+    axis.axhline(0.5, color="0.5", lw=0.8, ls="--")
+    axis.set(title=f"{title}: share of clips that keep audio, a line per seed", xlabel="epoch", ylim=(0, 1))
+    axis.set_ylabel("audio kept (the rest keeps video)")
+    axis.grid(alpha=0.3)
+    _legend_below(figure, groups, [group.method == "remix" for group in groups])
+    return figure
+
+
+def _colour(i: int) -> str:
+    return GROUP_COLOURS[i % len(GROUP_COLOURS)]
+
+
+def _legend_below(figure: Figure, groups: list[Group], shown: list[bool] | None = None) -> None:
+    handles = [Line2D([], [], color=_colour(i), lw=3, label=f"{group.label} (n={len(group.runs)})")
+               for i, group in enumerate(groups) if shown is None or shown[i]]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
