@@ -1,8 +1,10 @@
 """Which clip is in which part: the published lists, splits that share no actor, and validation parts.
 
-Every split is a function of clip ids, labels and a seed, so two machines make the same one.
+Every split is a function of clip ids, labels and a seed, so two machines make the same one. Chance comes from SHA-256
+and not from NumPy's generators, whose streams may change from one version to the next.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
@@ -26,11 +28,10 @@ def hold_out(labels: Sequence[int], fraction: float, seed: int) -> np.ndarray:
     labels = np.asarray(labels)
     _check_fraction(fraction)
     held = np.zeros(len(labels), dtype=bool)
-    generator = np.random.default_rng(seed)
     for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
+        members = np.flatnonzero(labels == label).tolist()
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        held[generator.permutation(members)[:count]] = True
+        held[_shuffled(members, f"{seed}")[:count]] = True
     _check_parts(held, fraction)
     return held
 
@@ -51,8 +52,7 @@ def hold_out_actors(clips: Sequence[str], labels: Sequence, fraction: float, see
     for clip, label in zip(clips, labels, strict=True):
         table[row[actor_of(clip)], column[label]] += 1
     count = min(max(1, round(fraction * len(actors))), len(actors) - 1)
-    generator = np.random.default_rng(seed)
-    choices = np.stack([generator.permutation(len(actors))[:count] for _ in range(TRIALS)])
+    choices = np.array([[row[name] for name in _shuffled(actors, f"{seed}/{i}")[:count]] for i in range(TRIALS)])
     taken = table[choices].sum(1)  # (TRIALS, classes)
     shares = taken / taken.sum(1, keepdims=True)
     uneven = np.abs(shares - table.sum(0) / table.sum()).max(1) + np.abs(taken.sum(1) / table.sum() - fraction)
@@ -72,6 +72,11 @@ def describe(parts: dict[str, list[tuple[str, str]]], by_actor: bool) -> dict:
         numbers["actors"] = {part: len(names) for part, names in actors.items()}
         numbers["shared_actors"] = len(set.intersection(*actors.values()))
     return numbers
+
+
+def _shuffled(items: list, seed: str) -> list:
+    """The items in an order that depends on nothing but themselves and the seed."""
+    return sorted(items, key=lambda item: hashlib.sha256(f"{seed}/{item}".encode()).digest())
 
 
 def _check_fraction(fraction: float) -> None:

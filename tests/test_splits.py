@@ -152,6 +152,7 @@ def test_the_actor_split_of_cremad():
     for part in (train, test):
         assert all(abs(share - shares(rows)[label]) < 1 for label, share in shares(part).items())
     assert actor_split(rows[::-1], get_spec("CREMAD")) == split, "the order of the clips does not matter"
+    assert {actor_of(clip) for clip, _ in test} == {f"10{n}" for n in (11, 21, 23, 27, 35, 44, 81, 84, 85)}
     record = split.record
     assert record["shared_actors"] == 0 and sum(record["actors"].values()) == 91
 
@@ -168,6 +169,8 @@ def test_actors_are_held_out_whole():
     assert held.sum() == 24 and not kept_actors & {actor_of(clip) for clip, h in zip(clips, held, strict=True) if h}
     assert (held == hold_out_actors(clips, labels, 0.1, seed=3)).all()
     assert (held != hold_out_actors(clips, labels, 0.1, seed=4)).any()
+    chosen = {actor_of(clip) for clip, h in zip(clips, held, strict=True) if h}
+    assert chosen == {"1006", "1018"}, "the same on every machine and with every version of NumPy"
     with pytest.raises(UserError, match="1 actor"):
         hold_out_actors(clips[:12], labels[:12], 0.1, seed=3)
 
@@ -176,5 +179,6 @@ def test_hold_out_takes_of_every_class():
     labels = np.repeat([0, 1, 2, 3], [100, 50, 10, 2])
     held = hold_out(labels, 0.1, seed=0)
     assert [int(held[labels == label].sum()) for label in range(4)] == [10, 5, 1, 1]
+    assert np.flatnonzero(hold_out(np.repeat([0, 1], [20, 10]), 0.2, seed=0)).tolist() == [4, 10, 14, 16, 26, 28]
     with pytest.raises(UserError, match="empty"):
         hold_out(np.array([0, 1]), 0.1, seed=0)

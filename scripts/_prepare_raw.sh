@@ -1,0 +1,22 @@
+# Sourced by prepare_cremad.sh and prepare_ks.sh with DATASET set and their arguments: RAW [OUT] [flags]
+set -euo pipefail
+[ $# -ge 1 ] || {
+    echo "error: usage: bash scripts/$(basename "$0") RAW [OUT] [flags]" >&2
+    exit 2
+}
+here=$PWD # _env.sh changes the directory; paths count from where they were typed
+full() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
+raw=$(full "$1") out=data/$DATASET
+shift
+case ${1:---} in --*) ;; *) out=$(full "$1") && shift ;; esac
+flags=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --split_dir=*) flags+=(--split_dir "$(full "${1#*=}")") ;;
+        --split_dir) flags+=(--split_dir "$(full "${2:-}")") && shift ;;
+        *) flags+=("$1") ;;
+    esac
+    [ $# -eq 0 ] || shift
+done
+source "$(dirname "$0")/_env.sh"
+exec "$PYTHON" -m dataset.prepare --dataset "$DATASET" --raw "$raw" --out "$out" ${flags[@]+"${flags[@]}"}
