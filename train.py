@@ -32,6 +32,7 @@ from utils import distributed
 from utils.checkpoint import load_checkpoint, load_weights, model_weights, save_checkpoint
 from utils.cli import Parser, number
 from utils.console import epoch_line, progress, result_table
+from utils.diagnostics import diagnose_model, partition_moves, under_name
 from utils.errors import UserError, run_main
 from utils.logging import RunLog, claim_folder, environment
 from utils.metrics import accuracy, confusion, f1_macro
@@ -66,8 +67,10 @@ PRESETS = {
     "official": OFFICIAL | {"masked_encoder": "run"},
 }
 OFFICIAL_RATES = {"remix": 5e-5, "baseline": 1e-3, "audio": 1e-3, "video": 1e-3}
+PROBE_BATCHES = 4  # of training clips, on which --diagnose takes gradients
 # What may differ when a run goes on: where it runs and how long, not what it computes.
-RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "gpu_ids", "device", "data_root"}
+RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "gpu_ids", "device", "data_root",
+             "diagnose"}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -103,6 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--beta", type=number(float, 0), help="weight of the video loss in joint batches (0.5)")
     g.add_argument("--gamma1", type=number(float, 0), help="weight of the video loss in video batches (1)")
     g.add_argument("--gamma2", type=number(float, 0), help="weight of the audio loss in audio batches (1)")
+    g.add_argument("--diagnose", action="store_true", help="measure clash, imbalance, calibration each epoch (off)")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", "--epoch", type=number(int, 1), metavar="N", help="epochs, warm-up included (60)")
@@ -180,6 +184,21 @@ def evaluate(logits: dict[str, Tensor], labels: Tensor, part: str) -> dict[str, 
     numbers[f"{part}_f1_macro"] = f1_macro(logits["joint"], labels)
     numbers[f"{part}_loss"] = F.cross_entropy(logits["joint"], labels).item()
     return numbers
+
+
+def diagnose(model: AVClassifier, clips: dict[str, Clips], inputs: str, args: argparse.Namespace) -> dict:
+    """Clash on the same few training clips in every epoch, imbalance and calibration on test. Changes no run."""
+    order = torch.Generator().manual_seed(args.random_seed)
+    probe = remix.batches_of(len(clips["train"]), args.batch_size, inputs, order)[:PROBE_BATCHES]
+    test = remix.batches_of(len(clips["test"]), 4 * args.batch_size, inputs, generator=None)
+    feeds = (clips["train"].epoch(probe), clips["test"].epoch(test), clips["test"].labels)
+    return under_name(diagnose_model(model, *feeds, lambda batch: model(batch.audio, batch.video, batch.kept)))
+
+
+def diagnose_partition(before: Tensor | None, kept: Tensor, clips: Clips, classes: list[str]) -> dict:
+    """How many clips of each class keep audio, and how many changed since the last scoring."""
+    keeps_audio = [None if part is None else part == remix.AUDIO for part in (kept, before)]
+    return under_name(partition_moves(*keeps_audio, clips.labels.cpu(), classes))
 
 
 # ------------------------------------------------------------------------------------------------ one training epoch
@@ -419,7 +438,9 @@ def main(argv: list[str] | None = None) -> None:
                 logits = predict_all("train")
                 low_is_hard = remix.difficulty(logits["audio"], logits["video"], args.score, clips["train"].labels,
                                                epoch_generator(args.random_seed, epoch, "score"))  # fmt: skip
-                kept = remix.decouple(low_is_hard, args.keep).cpu()
+                before, kept = kept, remix.decouple(low_is_hard, args.keep).cpu()
+                if args.diagnose:
+                    numbers |= diagnose_partition(before, kept, clips["train"], folder.classes)
                 if log:
                     write_partition(log, epoch, clips["train"], folder.classes, logits, kept)
             plan = remix.reassemble(kept, args.batch_size, args.batch_order, order)
@@ -436,6 +457,9 @@ def main(argv: list[str] | None = None) -> None:
         for part in [name for name in clips if name != "train"]:
             numbers |= evaluate(predict_all(part), clips[part].labels, part)
         numbers["seconds_eval"], clock = lap(clock)
+        if args.diagnose:
+            numbers |= diagnose(bare, clips, inputs, args)
+            numbers["seconds_diagnose"], clock = lap(clock)
         trained = sum(len(batch.clips) for batch in plan)
         numbers["clips_per_second"] = trained / (numbers["seconds_score"] + numbers["seconds_train"])
 
