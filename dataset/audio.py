@@ -65,8 +65,7 @@ def _read_wav(path: Path) -> tuple[np.ndarray, int]:
             _check_length(path, total, file.samplerate)
             return np.concatenate(blocks), file.samplerate
     except (soundfile.SoundFileError, OSError) as error:
-        why = getattr(error, "error_string", error)  # without the path, which the line names already
-        raise UserError(f"{path}: no readable sound file ({_short(why)}); get the file again") from None
+        raise UserError(f"{path}: no readable sound file ({_short(error)}); get the file again") from None
 
 
 def _read_pcm16(path: Path) -> tuple[np.ndarray, int]:
@@ -92,18 +91,18 @@ def _read_track(path: Path) -> tuple[np.ndarray, int]:
     import av
 
     try:
-        with av.open(os.path.abspath(path)) as container:
+        # Titles in Latin-1 are common on the web and no reason to lose a clip.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise UserError(f"{path}: {NO_TRACK}")
             stream = container.streams.audio[0]
             _check_rate(path, stream.rate)
-            chunks, total = [np.zeros((0, max(1, stream.channels)), dtype=np.float32)], 0
+            chunks, total = [], 0
             for chunk in _decode(av, container, stream):
-                if chunk.shape[1] == chunks[0].shape[1]:
-                    chunks.append(chunk)
-                    total += len(chunk)
+                chunks.append(chunk)
+                total += len(chunk)
                 _check_length(path, total, stream.rate)
-            return np.concatenate(chunks), stream.rate
+            return np.concatenate(chunks or [np.zeros((0, 1), dtype=np.float32)]), stream.rate
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{path}: no readable audio track ({_short(error)}); get the file again") from None
 
@@ -134,8 +133,10 @@ def _check_length(path: Path, samples: int, rate: int) -> None:
         raise UserError(f"{path}: more than {MAX_SECONDS} s of sound; cut it to the clip")
 
 
-def _short(error: object) -> str:
-    return " ".join(str(error).split())[:120]
+def _short(error: BaseException) -> str:
+    """What went wrong in a few words, without the path: the line names it already."""
+    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
+    return " ".join(str(text).split())[:120]
 
 
 def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:

@@ -104,7 +104,7 @@ def packet_fault(path: Path, needs_sound: bool) -> tuple[str, str]:
     import av
 
     try:
-        with av.open(os.path.abspath(path)) as container:
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 return "broken_video", "no video track"
             if needs_sound and not container.streams.audio:
@@ -116,7 +116,8 @@ def packet_fault(path: Path, needs_sound: bool) -> tuple[str, str]:
             if not any(packet.decode() for packet in packets[:30]):
                 return "broken_video", "no frame can be decoded; get the file again"
     except (av.FFmpegError, OSError, ValueError) as error:
-        return "broken_video", f"not a readable video ({' '.join(str(error).split())[:120]}); get the file again"
+        why = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+        return "broken_video", f"not a readable video ({why}); get the file again"
     if breaks_off(found, promised, float(stream.average_rate or 0)):
         return "broken_video", f"breaks off after {found} of {promised} frames; get the file again"
     return "", ""

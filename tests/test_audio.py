@@ -17,6 +17,7 @@ from benchmarks.raw_samples import tone, write_video, write_wav
 from dataset import audio
 from dataset.audio import fbank, load_wave, logmel, logstft, resample, spectrogram
 from dataset.specs import AUDIO_RECIPES
+from dataset.video import packet_fault
 from utils.errors import UserError
 
 SPEECH = Path(__file__).resolve().parents[2] / "shared" / "data" / "spoken_digits" / "recordings"
@@ -177,6 +178,15 @@ def test_a_compressed_track(tmp_path):
     start = 4_096
     lag = np.argmax(scipy.signal.correlate(found[start : start + 22_050], wave[:22_050, 0], "full")) - 22_049 + start
     assert np.corrcoef(found[5_000 + lag : 40_000 + lag], wave[5_000:40_000, 0])[0, 1] > 0.98
+
+
+def test_a_title_in_latin_1_does_not_lose_the_clip(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 1.0, 25, (64, 48), tone(1.0, 16_000), 16_000)
+    data = path.read_bytes()
+    assert b"Lavf" in data  # the name of the writing program, one of the texts in the header
+    path.write_bytes(data.replace(b"Lavf", b"L\xe4vf"))
+    assert len(load_wave(path)[0]) > 15_000
+    assert packet_fault(path, needs_sound=True) == ("", "")
 
 
 def test_a_video_without_sound(tmp_path):
