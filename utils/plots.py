@@ -1,13 +1,17 @@
 """The pictures people look at first: a run's curves and its confusion matrices."""
 
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-from utils.runs import QUANTITIES, Group, values
+from utils.files import atomic_path
+from utils.runs import QUANTITIES, Group, mean_by_epoch, values
 
 COLOURS = {"multimodal": "#1b1b1b", "audio": "#d1495b", "video": "#2e6fbb"}
 
@@ -78,7 +82,9 @@ def plot_compared_curves(groups: list[Group], title: str) -> Figure:
                 std = table.std(axis=0, ddof=1)
                 axis.fill_between(epochs, mean - std, mean + std, color=_colour(i), alpha=0.18, lw=0)
         axis.set(title=f"{head}, test accuracy", xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
+    axes[0].set_ylim(top=min(1.02, axes[0].get_ylim()[1]))
     _legend_below(figure, groups)
     figure.suptitle(f"{title}: mean over seeds, band ± 1 standard deviation")
     return figure
@@ -125,6 +131,45 @@ def plot_shares(groups: list[Group], title: str) -> Figure | None:
     axis.grid(alpha=0.3)
     _legend_below(figure, groups, [group.method == "remix" for group in groups])
     return figure
+
+
+DIAGNOSES = {
+    "clash_cosine_audio": "audio encoder: cosine of joint\nand unimodal gradient",
+    "clash_cosine_video": "video encoder: cosine of joint\nand unimodal gradient",
+    "unimodal_gap": "imbalance: accuracy of the audio\nhead minus the video head",
+    "shapley_audio": "Shapley value of audio",
+    "shapley_video": "Shapley value of video",
+    "ece_joint": "calibration error, joint head",
+    "kept_audio": "share of clips that keep audio",
+    "moved": "share of clips that changed\nmodality since the last scoring",
+}
+
+
+def plot_diagnoses(groups: list[Group], title: str) -> Figure | None:
+    """What `--diagnose` measured over epochs, mean of a group's seeds; None if no run has it. Dotted: Remix starts."""
+    figure = Figure(figsize=(16, 7.4), layout="constrained")
+    for axis, (key, name) in zip(figure.subplots(2, 4).flat, DIAGNOSES.items(), strict=True):
+        for i, group in enumerate(groups):
+            epochs, mean = mean_by_epoch(group, f"diagnose/{key}")
+            axis.plot(epochs, mean, color=_colour(i), lw=1.5)
+            starts = [line["epoch"] for run in group.runs.values() for line in run.history if line["phase"] == "remix"]
+            if epochs and starts and min(starts) > epochs[0]:
+                axis.axvline(min(starts), color=_colour(i), lw=1, ls=":")
+        axis.set(xlabel="epoch")
+        axis.set_title(name, fontsize=10)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    if not any(axis.lines and len(axis.lines[0].get_xdata()) for axis in figure.axes):
+        return None
+    _legend_below(figure, groups, [bool(mean_by_epoch(group, "diagnose/ece_joint")[0]) for group in groups])
+    figure.suptitle(f"{title}: diagnostics, mean over seeds (dotted: Remix starts)")
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """As a PNG that is there whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def _colour(i: int) -> str:

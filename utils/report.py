@@ -2,6 +2,8 @@
 
     python -m utils.report runs/compare                                     # runs, or folders of runs
     python -m utils.report runs/* --results docs/results.md --readme README.md
+    python -m utils.report --model runs/NAME                                # pictures of a trained model
+    python -m utils.report --people summaryTable.csv --partition runs/NAME/partition.csv      # CREMA-D against people
 
 Everything about runs comes from their JSON files. A number of a table is a percentage of test clips, except macro F1,
 which is 100 times the F1.
@@ -20,6 +22,9 @@ from utils.cli import Parser
 from utils.errors import UserError, run_main
 from utils.files import atomic_path
 from utils.logging import write_json
+from utils.people import compare_with_people, people_markdown, read_partition, read_votes, recognition
+from utils.pictures import picture_model
+from utils.plots import DIAGNOSES, plot_compared_bars, plot_compared_curves, plot_diagnoses, plot_shares, save_figure
 from utils.runs import (
     PROTOCOLS,
     QUANTITIES,
@@ -82,7 +87,7 @@ def _difference_cell(found: Difference | None, n: int) -> str:
 # ------------------------------------------------------------------------------------------------------------ tables
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     """Markdown, the first column to the left and numbers to the right, aligned for reading as plain text too."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     pad = [str.ljust, *[str.rjust] * (len(head) - 1)]
@@ -94,7 +99,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def main_table(groups: list[Group]) -> str:
+def maintable(groups: list[Group]) -> str:
     """The table people quote: last epoch, the papers' protocol beside it, and the difference to the baseline."""
     head = ["method", "multimodal", "audio", "video", "macro F1", "best on test¹", "best on validation",
             "multimodal – baseline [95 %]", "n", "min/run"]  # fmt: skip
@@ -107,10 +112,10 @@ def main_table(groups: list[Group]) -> str:
         cells += [_difference_cell(found["multimodal", "last"]["difference"], n)]
         rows.append([group.label, *cells, str(n), f"{minutes(group).mean:.2g}"])
     head, rows = _without_empty(head, rows)
-    return _table(head, rows)
+    return table(head, rows)
 
 
-def quantity_table(quantity: str, groups: list[Group]) -> str:
+def quantitytable(quantity: str, groups: list[Group]) -> str:
     """One quantity under every protocol side by side, each with its difference to the baseline."""
     head, rows = [quantity], [[group.label] for group in groups]
     for protocol, name in PROTOCOLS.items():
@@ -119,13 +124,28 @@ def quantity_table(quantity: str, groups: list[Group]) -> str:
             found = next(r for r in measure(group, groups) if (r["quantity"], r["protocol"]) == (quantity, protocol))
             row += [_cell(found["spread"], len(group.runs)), _difference_cell(found["difference"], len(group.runs))]
     head, rows = _without_empty([*head, "n"], [[*row, str(len(g.runs))] for row, g in zip(rows, groups, strict=True)])
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
     """Columns in which some row has a number."""
     keep = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
     return [head[i] for i in keep], [[row[i] for i in keep] for row in rows]
+
+
+def diagnostics_table(groups: list[Group]) -> str | None:
+    """What `--diagnose` measured: mean over the last tenth of the epochs, mean ± std over seeds; None if nothing."""
+    head, rows = ["mean of the last tenth of epochs", *DIAGNOSES], []
+    for group in groups:
+        cells = []
+        for key in DIAGNOSES:
+            found = [[line[f"diagnose/{key}"] for line in run.history[-max(1, len(run.history) // 10) :]
+                      if line.get(f"diagnose/{key}") is not None] for run in group.runs.values()]  # fmt: skip
+            over = spread(sum(numbers) / len(numbers) for numbers in found if numbers)
+            cells.append("–" if over is None else f"{over.mean:.3f}" + (f" ± {over.std:.3f}" if over.n > 1 else ""))
+        rows.append([group.label, *cells])
+    head, rows = _without_empty(head, [row for row in rows if set(row[1:]) != {"–"}])
+    return table(head, rows) if rows else None
 
 
 def notes(groups: list[Group]) -> str:
@@ -222,7 +242,7 @@ def make_report(runs: list[Run], out: Path, results: Path | None = None, readme:
     if readme:
         replace_block(readme, datasets)
     for name, groups in datasets.items():
-        print(f"\n{name}\n\n{main_table(groups)}")
+        print(f"\n{name}\n\n{maintable(groups)}")
     for line in told:
         print(f"left out: {line}")
     print(f"\n{', '.join(str(p) for p in (out / 'report.md', results, readme) if p)} written, figures beside")
@@ -233,9 +253,11 @@ def markdown(datasets: dict[str, list[Group]], left_out: list[str], pictures: di
     made_by = "bash scripts/run_compare.sh" if Path(sys.argv[0]).name == "compare.py" else command
     parts = [f"<!-- generated by `{made_by}`: change the runs, not this file -->", "# Results"]
     for name, groups in datasets.items():
-        parts += [f"## {name}", main_table(groups), notes(groups)]
+        parts += [f"## {name}", maintable(groups), notes(groups)]
         parts += [f"![{name}: {picture}]({picture})" for picture in pictures.get(name, [])]
-        parts += ["### Every protocol", *(quantity_table(quantity, groups) for quantity in QUANTITIES)]
+        parts += ["### Every protocol", *(quantitytable(quantity, groups) for quantity in QUANTITIES)]
+        if measured := diagnostics_table(groups):
+            parts += ["### Diagnostics (`--diagnose`)", measured]
         parts += ["### Settings", settings(groups), "### Commands", commands(groups)]
     if left_out:
         parts += ["## Left out", "\n".join(f"- {line}" for line in left_out)]
@@ -275,17 +297,14 @@ def as_json(datasets: dict[str, list[Group]], left_out: list[str]) -> dict:
 
 def write_figures(datasets: dict[str, list[Group]], out: Path, prefix: str = "") -> dict[str, list[str]]:
     """PNG files in `out`; returns their names by data set."""
-    from utils.plots import plot_compared_bars, plot_compared_curves, plot_shares  # late: matplotlib takes its time
-
     made: dict[str, list[str]] = {}
     for name, groups in datasets.items():
         slug = re.sub(r"\W+", "-", name).strip("-")
         figures = {"curves": plot_compared_curves(groups, name), "bars": plot_compared_bars(groups, name)}
-        figures["shares"] = plot_shares(groups, name)
+        figures |= {"shares": plot_shares(groups, name), "diagnostics": plot_diagnoses(groups, name)}
         for kind, figure in figures.items():
             if figure is not None:
-                with atomic_path(out / f"{prefix}{slug}-{kind}.png") as path:
-                    figure.savefig(path, dpi=110)
+                save_figure(figure, out / f"{prefix}{slug}-{kind}.png")
                 made.setdefault(name, []).append(f"{prefix}{slug}-{kind}.png")
     return made
 
@@ -297,7 +316,7 @@ def replace_block(readme: Path, datasets: dict[str, list[Group]]) -> None:
         raise UserError(f"{readme}: needs a line {START} and below it a line {END}, each once")
     groups = next(iter(datasets.values()))
     before, rest = text.split(START)
-    _write(readme, f"{before}{START}\n{main_table(groups)}\n\n{notes(groups)}\n{END}{rest.split(END)[1]}")
+    _write(readme, f"{before}{START}\n{maintable(groups)}\n\n{notes(groups)}\n{END}{rest.split(END)[1]}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -308,6 +327,18 @@ def _write(path: Path, text: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- main
 
 
+def compare_people(people: Path, partitions: list[Path], out: Path | None) -> None:
+    """CREMA-D's votes against partitions: printed, and with `out` written there as people.md and people.json."""
+    votes = read_votes(people)
+    found = {str(path): compare_with_people(read_partition(path), votes) for path in partitions}
+    text = people_markdown(found, votes, table)
+    print(text)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out / "people.md", text)
+        write_json(out / "people.json", {"recognition": recognition(votes), "partitions": found})
+
+
 def parse_args(argv: list[str] | None = None) -> Namespace:
     p = Parser(prog="python -m utils.report", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", type=Path, help="runs' folders, or folders of runs")
@@ -315,16 +346,27 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p.add_argument("--results", type=Path, metavar="FILE", help="write the report as this file too (none)")
     p.add_argument("--readme", type=Path, metavar="FILE",
                    help=f"replace what stands between {START} and {END} by the first table (none)")  # fmt: skip
+    p.add_argument("--model", type=Path, metavar="RUN", help="pictures of this run's trained model instead (none)")
+    p.add_argument("--data_root", type=Path, metavar="DIR", help="with --model: the data's folder (as in the run)")
+    p.add_argument("--people", type=Path, metavar="FILE", help="CREMA-D's summaryTable.csv, with --partition (none)")
+    p.add_argument("--partition", type=Path, nargs="+", metavar="FILE", help="partition.csv of CREMA-D runs (none)")
     args = p.parse_args(argv)
-    if not args.runs:
-        raise UserError("nothing to report: give runs or a folder of runs, such as python -m utils.report runs")
+    if bool(args.people) != bool(args.partition):
+        raise UserError("--people and --partition go together: the votes, and a run's partition.csv")
+    if sum(map(bool, (args.runs, args.model, args.people))) != 1:
+        raise UserError("give runs or a folder of runs (python -m utils.report runs), or --model RUN, or --people FILE")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    runs = find_runs(args.runs)
-    make_report(runs, args.out or runs[0].folder.parent / "report", args.results, args.readme)
+    if args.people:
+        compare_people(args.people, args.partition, args.out)
+    elif args.model:
+        picture_model(args.model, args.out or args.model / "pictures", args.data_root)
+    else:
+        runs = find_runs(args.runs)
+        make_report(runs, args.out or runs[0].folder.parent / "report", args.results, args.readme)
 
 
 if __name__ == "__main__":

@@ -305,6 +305,14 @@ def differing_flags(group: Group, reference: Group) -> list[str]:
     return sorted(name for name in shared if group.flags.get(name) != reference.flags.get(name))
 
 
+def mean_by_epoch(group: Group, key: str) -> tuple[list[int], list[float]]:
+    """Epochs that have the number `key` in every run of the group, and its mean over the runs in each."""
+    histories = [{line["epoch"]: line[key] for line in run.history if line.get(key) is not None}
+                 for run in group.runs.values()]  # fmt: skip
+    epochs = sorted(set.intersection(*map(set, histories)))
+    return epochs, [float(np.mean([history[epoch] for history in histories])) for epoch in epochs]
+
+
 def minutes(group: Group) -> Spread | None:
     """Minutes of a run: scoring, training and evaluation of all epochs, over as many attempts as it took."""
     keys = ("seconds_score", "seconds_train", "seconds_eval")
