@@ -1,0 +1,165 @@
+"""Clips per second of preparation at CREMA-D's geometry: 480 x 360 FLV1 of 2.5 s and a 16 kHz WAV, made on the fly.
+
+    python -m benchmarks.prepare [--clips 60] [--repeats 3]
+
+Times the real engine (dataset/engine.py) with 1 worker and with one per core, and a second run over the finished
+folder. Prints machine and versions; writes benchmarks/results/prepare-<cpu>-<date>.json and .csv.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+from benchmarks.raw_samples import cremad_names, write_video, write_wav
+from dataset import engine
+from dataset.engine import Clip, prepare_clips
+from dataset.specs import AUDIO_RECIPES, get_spec
+from utils.errors import UserError, run_main
+
+MODELS = 6  # different videos; the other clips are copies of them, for encoding takes ten times as long as preparing
+PACKAGES = ("numpy", "opencv-python-headless", "librosa", "soundfile", "av", "torch", "torchaudio")
+RESULTS = Path(__file__).parent / "results"
+
+
+def make_raw(folder: Path, count: int) -> list[Clip]:
+    """`count` raw clips, each with files of its own."""
+    clips = []
+    for i, name in enumerate(cremad_names(count, actors=20)):
+        path = folder / "VideoFlash" / f"{name}.flv"
+        if i < MODELS:
+            write_video(path, 2.5, size=(480, 360), seed=i)
+        else:
+            shutil.copyfile(clips[i % MODELS].video, path)
+        clips.append(Clip(name, path, write_wav(folder / "AudioWAV" / f"{name}.wav", 2.5, 16_000, seed=i)))
+    return clips
+
+
+def one_run(clips: list[Clip], out: Path, workers: int) -> dict:
+    """Rate while all workers are at work, from the first quarter of the clips to the last one, by the engine itself."""
+    recipe, done = AUDIO_RECIPES["logstft"], []
+    settings = engine.Settings(recipe.name, recipe.channels, None)
+    begin, busy = time.monotonic(), processor_seconds()
+    for _, outcome in engine._outcomes(clips, out, settings, workers):
+        if outcome.fault is not None:
+            raise RuntimeError(str(outcome.fault))
+        done.append(time.monotonic() - begin)
+    warm = len(done) // 4
+    rate = (len(done) - warm) / (done[-1] - done[warm - 1])
+    return {"rate": rate, "start": max(0.0, done[-1] - len(done) / rate), "busy": processor_seconds() - busy}
+
+
+def processor_seconds() -> float:
+    """Of this process and its ended workers."""
+    return sum(os.times()[:4])
+
+
+def measure(clips: list[Clip], folder: Path, workers: tuple[int, ...], repeats: int) -> list[dict]:
+    """A row for each number of workers; the repeats alternate, for other programs on the machine come and go.
+
+    Processor time per clip is the difference between many clips and few, so that starting processes and libraries is
+    not in it. Other programs hardly change it: from it comes the rate that an idle machine would reach.
+    """
+    runs, lone, few = {n: [] for n in workers}, {n: [] for n in workers}, clips[: len(clips) // 4]
+    one_run(few, folder / "warm", 1)  # imports and disk cache
+    for repeat in range(repeats):
+        for count in workers:
+            lone[count].append(one_run(few, folder / f"{count}-{repeat}-few", count)["busy"])
+            runs[count].append(one_run(clips, folder / f"{count}-{repeat}", count))
+    summary = prepare_clips(clips, folder / "whole", AUDIO_RECIPES["logstft"], quiet=True)
+    again = prepare_clips(clips, folder / "whole", AUDIO_RECIPES["logstft"], quiet=True)
+    rows = []
+    for count in workers:
+        busy = statistics.median(run["busy"] for run in runs[count]) - statistics.median(lone[count])
+        rows.append(
+            {
+                "workers": count,
+                "clips": len(clips),
+                "repeats": repeats,
+                "clips_per_second": round(statistics.median(run["rate"] for run in runs[count]), 2),
+                "lowest": round(min(run["rate"] for run in runs[count]), 2),
+                "highest": round(max(run["rate"] for run in runs[count]), 2),
+                "cpu_ms_per_clip": round(1000 * busy / (len(clips) - len(few)), 1),
+                "idle_clips_per_second": round(count * (len(clips) - len(few)) / busy, 1),
+                "start_seconds": round(statistics.median(run["start"] for run in runs[count]), 2),
+                "bytes_per_clip": round(summary.bytes / len(clips)),
+                "second_run_clips_per_second": round(again.kept / again.seconds),
+            }
+        )
+    return rows
+
+
+def cpu_name() -> str:
+    """The processor as the system calls it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine() -> dict:
+    """What the numbers depend on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "load_before": load,
+        "python": sys.version.split()[0],
+        **versions,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--clips", type=int, default=60, help="default: 60")
+    parser.add_argument("--repeats", type=int, default=3, help="the median is reported; default: 3")
+    args = parser.parse_args()
+    if not 32 <= args.clips <= 1440 or args.repeats < 1:
+        raise UserError("--clips must be 32 to 1440, --repeats at least 1")
+    about = machine()
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    total = sum(get_spec("CREMAD").counts)
+    with tempfile.TemporaryDirectory() as folder:
+        clips = make_raw(Path(folder) / "raw", args.clips)
+        rows = measure(clips, Path(folder), tuple(sorted({1, os.cpu_count() or 1})), args.repeats)
+    for row in rows:
+        row["whole_cremad_minutes"] = round((total / row["clips_per_second"] + row["start_seconds"]) / 60, 2)
+        row["whole_cremad_minutes_idle"] = round(total / row["idle_clips_per_second"] / 60, 2)
+        row["whole_cremad_gigabytes"] = round(total * row["bytes_per_clip"] / 1e9, 2)
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
+    write(about, rows)
+
+
+def write(about: dict, rows: list[dict]) -> None:
+    """JSON with everything, CSV with a row for each number of workers."""
+    RESULTS.mkdir(exist_ok=True)
+    cpu = "-".join("".join(c if c.isalnum() else " " for c in about["cpu"]).split())
+    stem = RESULTS / f"prepare-{cpu}-{datetime.date.today().isoformat()}"
+    stem.with_suffix(".json").write_text(json.dumps({"machine": about, "results": rows}, indent=2) + "\n")
+    with open(stem.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written: {stem.with_suffix('.json')} and .csv")
+
+
+if __name__ == "__main__":
+    run_main(main)
