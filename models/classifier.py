@@ -12,7 +12,7 @@ from models.encoders import Trunk
 from models.fusion import FUSIONS
 
 # Channels of the first stage. The thin one makes the quick start a matter of minutes on two cores.
-MODELS = {"resnet18": 64, "resnet18_thin": 16}
+MODELS = {"resnet18": 64, "resnet18_thin": 8}
 
 
 class Output(NamedTuple):

@@ -32,14 +32,14 @@ class PlainNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.audio_net, self.visual_net = Trunk(1, 16), Trunk(3, 16)
-        self.head, self.head_audio, self.head_video = (nn.Linear(n, CLASSES) for n in (256, 128, 128))
+        self.audio_net, self.visual_net = Trunk(1, 8), Trunk(3, 8)
+        self.head, self.head_audio, self.head_video = (nn.Linear(n, CLASSES) for n in (128, 64, 64))
 
     def forward(self, audio, video, masked=None):
         batch, frames = video.shape[:2]
         pool = nn.AdaptiveAvgPool2d(1)
         a = pool(self.audio_net(audio)).flatten(1)
-        v = pool(self.visual_net(video.reshape(batch * frames, *video.shape[2:]))).reshape(batch, frames, 128).mean(1)
+        v = pool(self.visual_net(video.reshape(batch * frames, *video.shape[2:]))).reshape(batch, frames, 64).mean(1)
         if masked is not None:
             (a if masked == "audio" else v)[:] = 0.0
         return self.head(torch.cat([a, v], 1)), self.head_audio(a), self.head_video(v)
