@@ -15,16 +15,21 @@ ENV_CHECK='
 import re, sys
 from importlib import metadata, util
 MODULES = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2"}  # imported by another name
+SAME = ["opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"]  # cv2 too
 def numbers(text):
     return [int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3]]
 def lacks(line):
     name = re.match(r"[\w.-]+", line)[0]
     if util.find_spec(MODULES.get(name, name.replace("-", "_"))) is None:
         return name
-    try:
-        found = metadata.version(name)
-    except metadata.PackageNotFoundError:  # cv2 is installed under several names
-        return name if name.startswith("torch") else ""
+    found = ""
+    for title in [name, *SAME] if "opencv" in name else [name]:
+        try:
+            found = found or metadata.version(title)
+        except metadata.PackageNotFoundError:
+            pass
+    if not found:
+        return name if name.startswith("torch") else ""  # some distributions keep no record; torch always does
     lowest = re.search(r"[>=]=\s*([\d.]+)", line)
     return f"{lowest[0]} of {name} (has {found})" if lowest and numbers(found) < numbers(lowest[1]) else ""
 if sys.version_info < (3, 11):

@@ -154,6 +154,17 @@ def test_otherwise_venv_is_made_once(machine, packages, lacks):
     assert machine.calls() == ["venv", "pip"]
 
 
+@pytest.mark.parametrize(("version", "enough"), [("4.10.0.84", False), ("4.13.0.92", True)])
+def test_cv2_under_its_other_name_counts_if_it_is_new_enough(machine, version, enough):
+    machine.have("requirements.txt")
+    site = machine.bin.parent / "site"
+    for record in site.glob("opencv_python_headless*"):
+        record.rename(site / f"opencv_python-{version}.dist-info")
+    metadata = f"Metadata-Version: 2.1\nName: opencv-python\nVersion: {version}\n"
+    (site / f"opencv_python-{version}.dist-info" / "METADATA").write_text(metadata)
+    assert machine.run().stdout == (str(machine.bin / "python3") if enough else machine.own)
+
+
 def test_an_interrupted_installation_is_finished(machine):
     broken = machine.run(FAKE_PIP_SAYS="Killed")
     assert broken.returncode == 2
