@@ -317,7 +317,7 @@ def load_parts(args: argparse.Namespace) -> tuple[Folder, dict[str, Part]]:
     if args.val_fraction:
         if "val" in parts:
             raise UserError(f"--val_fraction: {root} has a val.csv already; leave the flag out")
-        by_actor = folder.split.get("kind") == "actor"
+        by_actor = folder.split.get("name") == "actor"
         parts["train"], parts["val"] = split_validation(parts["train"], args.val_fraction, args.random_seed, by_actor)
     return folder, parts
 
@@ -386,7 +386,8 @@ def main(argv: list[str] | None = None) -> None:
     folder, parts = load_parts(args)
     used = {name: part for name, part in parts.items() if args.train or name == "test"}
     cache = args.cache if args.cache != "auto" else choose_cache(list(used.values()), folder.audio_shape, device)
-    feed = Feed(get_spec(args.dataset).frames, args.image_size, device, cache, args.num_workers)
+    spec = get_spec(args.dataset)
+    feed = Feed(spec.frames, args.image_size, device, cache, args.num_workers, spec.crop_area, spec.mirror)
     clips = {name: make_clips(folder.root, name, part, folder.audio_shape, feed) for name, part in used.items()}
     inputs = args.method if args.method in ("audio", "video") else "both"  # what the network is given
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CROP_AREA = (0.08, 1.0)  # share of the frame, torchvision's RandomResizedCrop default
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
@@ -51,15 +50,15 @@ def pick_frames(counts: Tensor, picks: int, generator: torch.Generator | None) -
     return torch.where(n < picks, i * n // picks, torch.minimum(i * seg + inside, n - 1))
 
 
-def random_boxes(sizes: Tensor, generator: torch.Generator) -> Tensor:
+def random_boxes(sizes: Tensor, generator: torch.Generator, crop_area: tuple[float, float] = (0.08, 1.0)) -> Tensor:
     """Crop boxes (M, 4) for frames of `sizes` (M, 2) as height, width: RandomResizedCrop's distribution, vectorised.
 
-    Up to ten tries of a uniform area share and a log-uniform aspect ratio; the first that fits is placed uniformly.
+    Up to ten tries of an area share uniform in `crop_area` (torchvision's default) and a log-uniform aspect ratio; the first that fits is placed uniformly.
     If none fits, the largest centred box with the ratio clamped, as torchvision does.
     """
     m = len(sizes)
     height, width = sizes.double().unbind(1)  # (M,)
-    area = (height * width) * _uniform(CROP_ATTEMPTS, m, CROP_AREA, generator)  # (tries, M)
+    area = (height * width) * _uniform(CROP_ATTEMPTS, m, crop_area, generator)  # (tries, M)
     ratio = _uniform(CROP_ATTEMPTS, m, tuple(map(math.log, CROP_RATIO)), generator).exp()
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
@@ -78,8 +77,18 @@ def random_boxes(sizes: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([top, left, h, w], dim=1).long()
 
 
-def draw_views(counts: Tensor, sizes: Tensor, picks: int, generator: torch.Generator | None) -> Views:
-    """Views of N clips with `counts` (N,) frames of `sizes` (N, 2) pixels; without `generator` the evaluation's."""
+def draw_views(
+    counts: Tensor,
+    sizes: Tensor,
+    picks: int,
+    generator: torch.Generator | None,
+    crop_area: tuple[float, float] = (0.08, 1.0),
+    mirror: bool = True,
+) -> Views:
+    """Views of N clips with `counts` (N,) frames of `sizes` (N, 2) pixels; without `generator` the evaluation's.
+
+    `crop_area` and `mirror` say how training pictures may be cropped and whether half of them are flipped.
+    """
     n = len(counts)
     frames = pick_frames(counts, picks, generator)
     per_frame = sizes.repeat_interleave(picks, dim=0)  # (N*T, 2)
@@ -87,8 +96,8 @@ def draw_views(counts: Tensor, sizes: Tensor, picks: int, generator: torch.Gener
         boxes = torch.cat([torch.zeros_like(per_frame), per_frame], dim=1)
         flips = torch.zeros(n, picks, dtype=torch.bool)
     else:
-        boxes = random_boxes(per_frame, generator)
-        flips = torch.rand(n, picks, generator=generator) < 0.5
+        boxes = random_boxes(per_frame, generator, crop_area)
+        flips = (torch.rand(n, picks, generator=generator) < 0.5) & mirror
     return Views(frames, boxes.view(n, picks, 4), flips)
 
 

@@ -62,6 +62,7 @@ class Clips:
     def __init__(self, part: Part, feed: "Feed", sizes: Tensor):
         self.names = part.clips
         self.frames, self.image_size, self.device = feed.frames, feed.image_size, feed.device
+        self.crops = (feed.crop_area, feed.mirror)
         self.counts = torch.tensor([len(f) for f in part.frames])
         self.sizes = sizes  # (N, 2) height and width of each clip's stored frames
         self.labels = torch.as_tensor(part.labels).to(feed.device)
@@ -81,7 +82,7 @@ class Clips:
         if not plan:
             return
         order = torch.cat([batch.clips for batch in plan])
-        views = draw_views(self.counts[order], self.sizes[order], self.frames, generator)
+        views = draw_views(self.counts[order], self.sizes[order], self.frames, generator, *self.crops)
         jobs, start = [], 0
         for batch in plan:
             total = len(batch.clips)
@@ -185,13 +186,15 @@ class _JobReader(Dataset):
 
 
 class Feed(NamedTuple):
-    """How clips are fed: `frames` per clip at `image_size` pixels, to `device`, by the path `cache`."""
+    """How clips are fed: `frames` per clip at `image_size` pixels, to `device`, by `cache`; the rest as in `draw_views`."""
 
     frames: int
     image_size: int
     device: torch.device
     cache: str
     workers: int
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    mirror: bool = True
 
 
 def make_clips(root: Path, name: str, part: Part, audio_shape: tuple[int, int], feed: Feed) -> Clips:

@@ -54,6 +54,8 @@ class DatasetSpec:
     audio_recipe: str | None
     model: str = "resnet18"
     learning_rate: float = 1e-3
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    mirror: bool = True
     counts: tuple[int, int] | None = None
     train_class_counts: dict[str, int] | None = None
     stored_frames: int | None = None
@@ -71,6 +73,8 @@ SPECS = {
             image_size=32,
             audio_recipe="logmel",
             model="resnet18_thin",
+            crop_area=(0.5, 1.0),  # less of a picture of 32 pixels shows no digit
+            mirror=False,  # a mirrored digit is no digit
         ),
         DatasetSpec(
             "CREMAD",
