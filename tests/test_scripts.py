@@ -29,7 +29,7 @@ case "$1 ${2:-}" in
     [ "$3" != --version ] || exit 0
     echo "pip ${*:3}" >>"$FAKE_LOG"
     if [ -n "${FAKE_PIP_SAYS:-}" ]; then echo "ERROR: $FAKE_PIP_SAYS" >&2; exit 1; fi
-    sleep "${FAKE_PIP_SECONDS:-0}"
+    until [ -z "${FAKE_PIP_GATE:-}" ] || [ -e "$FAKE_PIP_GATE" ]; do sleep 0.05; done
     while [ $# -gt 0 ]; do
         if [ "$1" = -r ]; then __REAL__ "$FAKE_INSTALL" "$here/../site" "$2"; shift; fi
         shift
@@ -100,7 +100,7 @@ class Machine:
 
     def run(self, script: str = 'source "$REPO/scripts/_env.sh"; echo "$PYTHON"', **environ: str):
         process = self.start(script, **environ)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(script, process.returncode, out.strip(), err)
 
     def calls(self) -> list[str]:
@@ -115,6 +115,13 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path) -> Machine:
     return Machine(tmp_path)
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
 
 
 def test_the_current_python_is_used_when_it_has_the_packages(machine):
@@ -175,11 +182,11 @@ def test_an_interrupted_installation_is_finished(machine):
     assert machine.calls() == ["venv", "pip", "pip"]
 
 
-def test_a_kill_in_the_middle_of_pip_is_noticed(machine):
-    process = machine.start('source "$REPO/scripts/_env.sh"', FAKE_PIP_SECONDS="2")
-    while "pip" not in machine.calls():
-        time.sleep(0.02)
+def test_a_kill_in_the_middle_of_pip_is_noticed(machine, tmp_path):
+    process = machine.start('source "$REPO/scripts/_env.sh"', FAKE_PIP_GATE=str(tmp_path / "gate"))
+    wait_until(lambda: "pip" in machine.calls())
     process.kill()
+    (tmp_path / "gate").touch()
     process.communicate()
     assert machine.run().stdout == machine.own
     assert machine.calls() == ["venv", "pip", "pip"]
@@ -221,15 +228,17 @@ def test_an_activated_half_made_venv_is_finished_from_outside(machine):
     assert (result.returncode, result.stdout) == (0, machine.own)
 
 
-def test_two_scripts_at_once_install_once(machine):
+def test_two_scripts_at_once_install_once(machine, tmp_path):
     if shutil.which("flock") is None:
         pytest.skip("no flock on this machine")
     script = 'source "$REPO/scripts/_env.sh"; echo "$PYTHON"'
-    both = [machine.start(script, FAKE_PIP_SECONDS="0.7") for _ in range(2)]
-    results = [process.communicate(timeout=60) for process in both]
-    assert [out.strip() for out, _ in results] == [machine.own] * 2
+    first = machine.start(script, FAKE_PIP_GATE=str(tmp_path / "gate"))
+    wait_until(lambda: "pip" in machine.calls())
+    second = machine.start(script)
+    assert any("waiting for it" in line for line in second.stderr)  # reads no further than that line
+    (tmp_path / "gate").touch()
+    assert [process.communicate(timeout=300)[0].strip() for process in (first, second)] == [machine.own] * 2
     assert machine.calls() == ["venv", "pip"]
-    assert any("waiting for it" in err for _, err in results)
 
 
 @pytest.mark.parametrize(
