@@ -32,6 +32,7 @@ from utils.errors import UserError, run_main
 from utils.logging import read_metrics, write_json
 from utils.runs import HOW, NOT_FLAGS, UNREAD, VARIANTS, read_run
 
+TRAIN = "train.py"  # as `python -m utils.compare` is started where it lies
 OURS = {"method": "--methods", "random_seed": "--seeds", "run_name": "--log_path", "resume": "the same command again",
         "train": "nothing", "help": "nothing"}  # fmt: skip
 # A folder that holds nothing but these, and no last.pth, is a run stopped in its first epoch: nothing is lost with it.
@@ -170,7 +171,7 @@ class Worker:
     def __init__(self, run: Planned, action: str, log_path: Path, env: dict, lock: int):
         self.run, self.folder, self.log = run, log_path / run.name, log_path / f"{run.name}.log"
         self.before = self._epochs()
-        command = [sys.executable, "train.py", *run.argv, *(["--resume"] if action == "resume" else [])]
+        command = [sys.executable, TRAIN, *run.argv, *(["--resume"] if action == "resume" else [])]
         with open(self.log, "a" if action == "resume" else "w") as file:
             # It inherits the lock: should we be killed and it live on, nobody starts the same run beside it.
             self.process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=file,

@@ -23,7 +23,6 @@ from utils.errors import UserError, run_main
 from utils.files import atomic_path
 from utils.logging import write_json
 from utils.people import compare_with_people, people_markdown, read_partition, read_votes, recognition
-from utils.pictures import picture_model
 from utils.plots import DIAGNOSES, plot_compared_bars, plot_compared_curves, plot_diagnoses, plot_shares, save_figure
 from utils.runs import (
     PROTOCOLS,
@@ -363,6 +362,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.people:
         compare_people(args.people, args.partition, args.out)
     elif args.model:
+        from utils.pictures import picture_model  # late: scikit-learn, the network and the data are for this alone
+
         picture_model(args.model, args.out or args.model / "pictures", args.data_root)
     else:
         runs = find_runs(args.runs)

@@ -200,15 +200,15 @@ def _label(groups: list[dict[int, Run]]) -> list[Group]:
         base, shown = _variant(method, own)
         label = _words(base, own, differing & given - shown)
         named.append(Group(label, method, own, runs))
-    labels = [group.label for group in named]
-    for i, group in enumerate(named):  # two presets may differ in flags that nobody gave
-        if labels.count(group.label) > 1:
-            twins = [other.flags for other in named if other.label == group.label]
-            differing = {
-                name for twin in twins for name in twin.keys() | group.flags if twin.get(name) != group.flags.get(name)
-            }
-            named[i] = group._replace(label=_words(group.label, group.flags, differing))
-    return sorted(named, key=lambda group: (_rank(group), group.label))
+    # Two presets may differ in flags that nobody gave: groups of one label get all in which they differ.
+    told = [group._replace(label=_words(group.label, group.flags, _differing(group, named))) for group in named]
+    return sorted(told, key=lambda group: (_rank(group), group.label))
+
+
+def _differing(group: Group, groups: list[Group]) -> set[str]:
+    twins = [other.flags for other in groups if other.label == group.label]
+    names = group.flags.keys() | {name for twin in twins for name in twin}
+    return {name for name in names if any(twin.get(name) != group.flags.get(name) for twin in twins)}
 
 
 def _any(runs: dict[int, Run]) -> Run:
