@@ -65,11 +65,11 @@ class DemoSettings:
     side: int = 32  # of a square frame; what is fed (DatasetSpec.image_size), so that nothing is resampled
     fps: int = 4
     seconds: int = 2  # frames are kept at 1 per second: this is their number too
-    digit_side: tuple[float, float] = (17.0, 23.0)
+    digit_side: tuple[float, float] = (18.5, 25.0)
     drift: tuple[float, float] = (1.0, 6.0)  # pixels per second, in any direction
-    contrast: tuple[float, float] = (0.12, 0.7)  # of the digit's ink over the background
-    clutter: tuple[float, float] = (0.04, 0.16)  # standard deviation of the background
-    occluder: tuple[float, float] = (0.0, 12.0)  # side of the square that stands before the digit
+    contrast: tuple[float, float] = (0.18, 0.8)  # of the digit's ink over the background
+    clutter: tuple[float, float] = (0.035, 0.14)  # standard deviation of the background
+    occluder: tuple[float, float] = (0.0, 10.0)  # side of the square that stands before the digit
     grain: float = 0.03  # standard deviation of the camera's noise, drawn for every frame
 
     # audio: signal-to-noise ratios are those of the whole clip's mean powers, in dB
