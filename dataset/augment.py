@@ -53,8 +53,8 @@ def pick_frames(counts: Tensor, picks: int, generator: torch.Generator | None) -
 def random_boxes(sizes: Tensor, generator: torch.Generator, crop_area: tuple[float, float] = (0.08, 1.0)) -> Tensor:
     """Crop boxes (M, 4) for frames of `sizes` (M, 2) as height, width: RandomResizedCrop's distribution, vectorised.
 
-    Up to ten tries of an area share uniform in `crop_area` (torchvision's default) and a log-uniform aspect ratio; the first that fits is placed uniformly.
-    If none fits, the largest centred box with the ratio clamped, as torchvision does.
+    Up to ten tries of an area share uniform in `crop_area` (torchvision's default) and a log-uniform aspect ratio; the
+    first that fits is placed uniformly. If none fits, the largest centred box with the ratio clamped, as torchvision.
     """
     m = len(sizes)
     height, width = sizes.double().unbind(1)  # (M,)

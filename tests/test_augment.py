@@ -51,6 +51,13 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
     assert (h > 0).all() and (w > 0).all()
 
 
+def test_a_data_set_may_ask_for_larger_crops_and_no_mirror_images():
+    counts, sizes = torch.full((2000,), 3), torch.full((2000, 2), 64)
+    views = draw_views(counts, sizes, 2, torch.Generator().manual_seed(0), crop_area=(0.5, 1.0), mirror=False)
+    area = views.boxes[..., 2:].prod(-1) / 64**2
+    assert 0.47 < area.min() < 0.53 and not views.flips.any()
+
+
 @pytest.mark.parametrize("size", [224, 600])
 def test_pixels_equal_pils_antialiased_resize(size):
     for photograph in load_sample_images().images:

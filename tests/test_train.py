@@ -203,6 +203,18 @@ def test_a_lone_clip_at_the_end_does_not_break_batchnorm(tmp_path):
         assert len(metrics(folder)) == 2
 
 
+def test_a_missing_clip_stops_the_run_unless_allowed(tmp_path):
+    data = make_folder(tmp_path / "data", train=18, test=6)
+    (data / "audio" / "train_0003.npy").unlink()
+    flags = ("--epochs", "1", "--method", "baseline")
+    with pytest.raises(UserError, match="1 problem.*train_0003.*--allow_missing"):
+        run(data, tmp_path, "strict", *flags)
+    folder = run(data, tmp_path, "lenient", *flags, "--allow_missing")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["data"]["missing"] == 1 and config["data"]["clips"] == {"train": 17, "test": 6}
+    assert json.loads((folder / "summary.json").read_text())["missing"] == 1
+
+
 def test_two_processes_equal_one(data, runs):
     """The same weights give the same partition and metrics; ranks end with the same parameters (one file, rank 0's)."""
     one = run(data, runs, "one", "--epochs", "1", "--warmup", "0", "--learning_rate", "1e-12")

@@ -9,9 +9,12 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`; a `UserError` becomes `error: ...` on stderr and exit status 2."""
+    """Run a command's `main`; a `UserError` becomes `error: ...` on stderr and exit status 2, Ctrl-C status 130."""
     try:
         status = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
