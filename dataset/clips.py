@@ -186,7 +186,7 @@ class _JobReader(Dataset):
 
 
 class Feed(NamedTuple):
-    """How clips are fed: `frames` of each at `image_size` pixels to `device` by `cache`; the rest as in `draw_views`."""
+    """How clips are fed: `frames` of each at `image_size` pixels, to `device`; the last two as in `draw_views`."""
 
     frames: int
     image_size: int

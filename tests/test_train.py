@@ -207,7 +207,7 @@ def test_a_missing_clip_stops_the_run_unless_allowed(tmp_path):
     data = make_folder(tmp_path / "data", train=18, test=6)
     (data / "audio" / "train_0003.npy").unlink()
     flags = ("--epochs", "1", "--method", "baseline")
-    with pytest.raises(UserError, match="1 problem.*train_0003.*--allow_missing"):
+    with pytest.raises(UserError, match=r"1 problem.*train_0003.*--allow_missing"):
         run(data, tmp_path, "strict", *flags)
     folder = run(data, tmp_path, "lenient", *flags, "--allow_missing")
     config = json.loads((folder / "config.json").read_text())
