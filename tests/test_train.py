@@ -215,6 +215,26 @@ def test_a_missing_clip_stops_the_run_unless_allowed(tmp_path):
     assert json.loads((folder / "summary.json").read_text())["missing"] == 1
 
 
+@pytest.mark.parametrize("split", ["actor", "official"])
+def test_validation_is_cut_by_actor_where_the_split_is_by_actor(tmp_path, split):
+    data = make_folder(tmp_path / "data", train=60, test=6)
+    lines = (data / "train.csv").read_text().splitlines()
+    (data / "train.csv").write_text("")
+    for i, line in enumerate(lines):  # twelve actors of five clips each, named as CREMA-D's clips are
+        old, label = line.split(",")
+        new = f"{1001 + i // 5}_S{i % 5:02d}_ANG_XX"
+        (data / "visual" / old).rename(data / "visual" / new)
+        (data / "audio" / f"{old}.npy").rename(data / "audio" / f"{new}.npy")
+        with open(data / "train.csv", "a") as file:
+            file.write(f"{new},{label}\n")
+    (data / "split.json").write_text(json.dumps({"name": split}))
+    flags = ["--train", "--dataset", "folder", "--data_root", str(data), "--val_fraction", "0.2"]
+    folder, parts = train.load_parts(train.parse_args(flags))
+    actors = {name: {clip.split("_")[0] for clip in parts[name].clips} for name in ("train", "val")}
+    assert len(parts["train"].clips) + len(parts["val"].clips) == 60 and folder.split == {"name": split}
+    assert bool(actors["train"] & actors["val"]) == (split == "official")
+
+
 def test_two_processes_equal_one(data, runs):
     """The same weights give the same partition and metrics; ranks end with the same parameters (one file, rank 0's)."""
     one = run(data, runs, "one", "--epochs", "1", "--warmup", "0", "--learning_rate", "1e-12")
