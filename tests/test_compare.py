@@ -273,9 +273,9 @@ def test_two_comparisons_do_not_share_a_folder_even_if_the_first_was_killed(fake
 
 
 def test_real_runs_stopped_by_a_signal_and_gone_on_with(tmp_path: Path) -> None:
-    make_folder(tmp_path / "data", train=40, test=12)
+    make_folder(tmp_path / "data", train=24, test=6)
     words = f"--dataset folder --data_root {tmp_path}/data --model resnet18_thin --image_size 32 --batch_size 8 "
-    words += f"--epochs 15 --warmup 1 --methods remix --seeds 0 --log_path {tmp_path}/runs --device cpu"
+    words += f"--epochs 8 --warmup 1 --methods remix --seeds 0 --log_path {tmp_path}/runs --device cpu"
     command = [sys.executable, "-m", "utils.compare", *words.split()]
     run = tmp_path / "runs" / "folder-data_remix_seed0"
     first = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -294,7 +294,6 @@ def test_real_runs_stopped_by_a_signal_and_gone_on_with(tmp_path: Path) -> None:
     assert "0 to start, 1 to go on with, 0 finished already" in second.stdout
     log = (tmp_path / "runs" / "folder-data_remix_seed0.log").read_text()
     assert (
-        f"epoch {lines:>3}/15" in log.split("preset fair")[-1]
-        and f"epoch {0:>3}/15" not in log.split("preset fair")[-1]
+        f"epoch {lines:>3}/8" in log.split("preset fair")[-1] and f"epoch {0:>3}/8" not in log.split("preset fair")[-1]
     )
     assert "(n=1" not in second.stdout and "| remix" in second.stdout  # alone, without a baseline to compare with
