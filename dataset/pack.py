@@ -12,8 +12,10 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from dataset.folder import Part
 from utils.errors import UserError
 
+KEPT_SECONDS = 24 * 3600  # a pack that no run has opened for so long goes when the next one is made
 FORMAT = 1  # raise when the layout changes, so that older packs are made anew
 
 
@@ -71,6 +74,8 @@ def open_pack(root: Path, name: str, part: Part, size: tuple[int, int], audio_sh
         except OSError as error:
             print(f"{root}: no pack written ({error.strerror}); holding the clips in this process's memory instead")
             return Pack(*_decode(part, size, audio_shape, np.empty), first, counts)
+    with suppress(OSError):  # a read-only folder's packs are not ours to clear either
+        os.utime(folder / "pack.json")
     frames = np.load(folder / "frames.npy", mmap_mode="r", allow_pickle=False)
     spectrograms = np.load(folder / "spectrograms.npy", mmap_mode="r", allow_pickle=False)
     return Pack(frames, spectrograms, first, counts)
@@ -130,9 +135,10 @@ def _write(folder: Path, name: str, part: Part, size: tuple[int, int], audio_sha
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in folder.parent.glob(f"{name}-*"):
-        if old != folder:
-            shutil.rmtree(old, ignore_errors=True)
+    for old in folder.parent.glob(f"{name}-*/pack.json"):
+        # Not younger ones: a run beside this one may be about to open its own, of another split of the same clips.
+        if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _decode(part: Part, size: tuple[int, int], audio_shape: tuple[int, int], make_array) -> tuple[np.ndarray, ...]:

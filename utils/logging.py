@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -135,7 +136,7 @@ def environment(device: torch.device, processes: int) -> dict:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
     }
 
 
