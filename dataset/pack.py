@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class Pack(NamedTuple):
     counts: np.ndarray
 
 
+@cache  # asked for when the path is chosen, and again when the clips are opened
 def frame_size(path: Path) -> tuple[int, int]:
     """Height and width in pixels, from the file's header."""
     from PIL import Image

@@ -178,6 +178,25 @@ def test_three_epochs_of_the_official_preset(data, clips, tmp_path, monkeypatch)
         torch.testing.assert_close(result["model"][name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("kept", ["both", "audio", "video"])
+def test_each_loss_weight_acts_in_its_own_batches(clips, kept):
+    ours, plain = (net.train() for net in twins())
+    weights = {"alpha": 0.3, "beta": 0.7, "gamma1": 1.9, "gamma2": 2.3}
+    (full,) = clips.epoch([remix.Batch(torch.arange(10), "both")])
+    audio, video = (None if kept == other else x for x, other in ((full.audio, "video"), (full.video, "audio")))
+    terms = train.loss_terms(ours(audio, video, kept), full.labels, kept, official_args(**weights))
+    expected = plain_loss(plain, full.audio, full.video, full.labels, kept, tuple(weights.values()))
+    assert sum(terms.values()).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_encoder_lr_decay_scales_the_encoders_rate_alone():
+    net = AVClassifier(CLASSES, "resnet18_thin")
+    optimizer = train.make_optimizer(net, official_args(encoder_lr_decay=0.25, learning_rate=1e-2))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in net.named_parameters():
+        assert rates[id(parameter)] == (1e-2 if name.startswith("head") else 2.5e-3), name
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("kept", ["audio", "video"])
 def test_skip_leaves_the_masked_encoder_untouched_and_run_does_not(clips, kept, optimizer):

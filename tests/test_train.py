@@ -270,6 +270,7 @@ def test_two_processes_equal_one(data, runs):
     (["--checkpoint", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
     (["--train", "--dataset", "folder", "--data_root", "/nowhere"], "/nowhere"),
     (["--train", "--run_name", "../x"], "--run_name ../x"),
+    (["--train", "--n_classes", "6"], "--n_classes 6.*3 classes"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, message, tmp_path, data):
     if "--data_root" not in flags and "--dataset" not in flags:
