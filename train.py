@@ -63,10 +63,11 @@ OFFICIAL = {
     "batch_order": "sequential",
 }
 PRESETS = {
-    "fair": OFFICIAL | {"masked_encoder": "skip"},
-    "official": OFFICIAL | {"masked_encoder": "run"},
+    "fair": OFFICIAL | {"masked_encoder": "skip", "batchnorm": "refreshed"},
+    "official": OFFICIAL | {"masked_encoder": "run", "batchnorm": "running"},
 }
 OFFICIAL_RATES = {"remix": 5e-5, "baseline": 1e-3, "audio": 1e-3, "video": 1e-3}
+REFRESH_CLIPS = 1024  # training clips that BatchNorm's statistics are estimated from after an epoch
 PROBE_BATCHES = 4  # of training clips, on which --diagnose takes gradients
 # What may differ when a run goes on: where it runs and how long, not what it computes.
 RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "gpu_ids", "device", "data_root",
@@ -102,6 +103,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--rescore_every", type=number(int, 1), metavar="K", help="epochs between two scorings (1)")
     g.add_argument("--batch_order", choices=remix.ORDERS, help="order of the homogeneous batches (sequential)")
     g.add_argument("--masked_encoder", choices=("skip", "run"), help="in a batch of the other modality (skip)")
+    g.add_argument("--batchnorm", choices=("refreshed", "running"),
+                   help="statistics to score and evaluate with: estimated anew after each epoch, or the running ones "
+                        "(refreshed)")  # fmt: skip
     g.add_argument("--alpha", type=number(float, 0), help="weight of the audio loss in joint batches (0.5)")
     g.add_argument("--beta", type=number(float, 0), help="weight of the video loss in joint batches (0.5)")
     g.add_argument("--gamma1", type=number(float, 0), help="weight of the video loss in video batches (1)")
@@ -271,6 +275,30 @@ class frozen_batchnorm:
     def __exit__(self, *_) -> None:
         for norm in self.norms:
             norm.train()
+
+
+@torch.no_grad()
+def refresh_batchnorm(model: nn.Module, clips: Clips, kept: str, batch_size: int, order: torch.Generator) -> None:
+    """Estimate BatchNorm's running statistics anew for the weights of now: the mean over batches of training clips.
+
+    The running ones are of weights of some ten steps ago, and of an encoder that is skipped of its last few batches,
+    which were of the clips that are hard in it. Scored with those, a clip's difficulty is partly an accident, and an
+    encoder can look certain, get no more batches and never recover. Clips are seen as they are scored: all of them
+    alike, whatever they keep, without augmentation. At most `REFRESH_CLIPS` clips, forward only.
+    """
+    chosen = torch.randperm(len(clips), generator=order)[:REFRESH_CLIPS]
+    plan = [b for b in remix.batches_of(chosen, batch_size, kept, None) if len(b.clips) >= 2 * distributed.world_size()]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    model.train()
+    for i, batch in enumerate(clips.epoch(plan)):
+        for norm in norms:
+            norm.momentum = 1 / (i + 1)  # a plain mean; PyTorch's own (None) reads a counter off the device each time
+        model(batch.audio, batch.video, kept)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        for statistic in (norm.running_mean, norm.running_var):
+            distributed.sum_over_ranks(statistic).div_(distributed.world_size())
 
 
 # -------------------------------------------------------------------------------------------------------------- set-up
@@ -453,6 +481,9 @@ def main(argv: list[str] | None = None) -> None:
 
         numbers |= train_epoch(model, clips["train"], plan, optimizer, epoch, args)
         scheduler.step()
+        if args.batchnorm == "refreshed":
+            some = epoch_generator(args.random_seed, epoch, "batchnorm")
+            refresh_batchnorm(bare, clips["train"], inputs, args.batch_size, some)
         numbers["seconds_train"], clock = lap(clock)
 
         for part in [name for name in clips if name != "train"]:

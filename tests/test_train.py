@@ -6,12 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import remix
 import train
+from dataset.clips import Feed, make_clips
+from dataset.folder import load_folder
+from dataset.specs import get_spec
+from models import AVClassifier
 from utils.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -294,3 +300,34 @@ def test_the_official_command_is_understood():
     assert (args.epochs, args.warmup, args.dataset, args.gpu_ids) == (60, 10, "CREMAD", "2,3")
     assert (args.alpha, args.beta, args.gamma1, args.gamma2) == (0.5, 0.5, 1.0, 1.0)
     assert (args.optimizer, args.lr_decay_step, args.lr_decay_ratio, args.random_seed) == ("adam", 30, 0.1, 42)
+
+
+def test_refreshed_batchnorm_statistics_are_those_of_the_training_clips(data):
+    folder = load_folder(data, get_spec("folder"))
+    feed = Feed(frames=2, image_size=32, device=torch.device("cpu"), cache="ram", workers=0)
+    clips = make_clips(folder.root, "train", folder.parts["train"], folder.audio_shape, feed)
+    torch.manual_seed(0)
+    model = AVClassifier(3, "resnet18_thin")
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    train.refresh_batchnorm(model, clips, "both", 11, torch.Generator().manual_seed(5))
+
+    order = torch.randperm(34, generator=torch.Generator().manual_seed(5))[:33].split(11)  # the 34th would be alone
+    whole = next(clips.epoch([remix.Batch(torch.arange(34), "both")]))
+    for inputs, net in ((whole.audio, model.audio_net), (whole.video.flatten(0, 1), model.visual_net)):
+        per_clip = len(inputs) // 34
+        maps = net.conv1(inputs).detach().unflatten(0, (34, per_clip)).numpy().astype("float64")
+        parts = [np.moveaxis(maps[part.numpy()], 2, 0).reshape(8, -1) for part in order]  # (channels, values)
+        np.testing.assert_allclose(net.bn1.running_mean, np.mean([p.mean(1) for p in parts], 0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(net.bn1.running_var, np.mean([p.var(1, ddof=1) for p in parts], 0), rtol=1e-4)
+    assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
+    assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+
+
+def test_running_batchnorm_statistics_are_left_alone_where_asked(data, runs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "refresh_batchnorm", lambda *args: asked.append(args))
+    for flags in (["--batchnorm", "running"], ["--preset", "official"]):
+        run(data, runs, f"bn{len(flags[1])}", "--epochs", "2", "--warmup", "1", *flags)
+    assert asked == []
+    run(data, runs, "bn", "--epochs", "2", "--warmup", "1")
+    assert len(asked) == 2  # once an epoch

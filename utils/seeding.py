@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-STREAMS = ("plan", "views", "score", "balance")
+STREAMS = ("plan", "views", "score", "balance", "batchnorm")
 
 
 def seed_everything(seed: int) -> None:
