@@ -141,9 +141,9 @@ def test_frames_of_another_size_are_resized_to_the_most_common(tmp_path):
 
 def test_auto_goes_to_files_when_memory_is_short(folder, monkeypatch):
     parts = list(folder.parts.values())
-    assert choose_cache(parts, folder.audio_shape, CPU) == "ram"
+    assert choose_cache("auto", folder.root, parts, folder.audio_shape, CPU)[0] == "ram"
     monkeypatch.setattr(clips_module, "available_ram", lambda: 1000)
-    assert choose_cache(parts, folder.audio_shape, CPU) == "none"
+    assert choose_cache("auto", folder.root, parts, folder.audio_shape, CPU)[0] == "none"
     monkeypatch.undo()
     assert 1e8 < available_ram() < 1e14
 
