@@ -29,6 +29,7 @@ from dataset.folder import Folder, Part, load_folder, split_validation
 from dataset.specs import SPECS, get_spec
 from models import FUSIONS, MODELS, AVClassifier, Output
 from utils import distributed
+from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision
 from utils.checkpoint import load_checkpoint, load_weights, model_weights, save_checkpoint
 from utils.cli import Parser, number
 from utils.console import epoch_line, progress, result_table
@@ -71,7 +72,7 @@ REFRESH_CLIPS = 1024  # training clips that BatchNorm's statistics are estimated
 PROBE_BATCHES = 4  # of training clips, on which --diagnose takes gradients
 # What may differ when a run goes on: where it runs and how long, not what it computes.
 RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "gpu_ids", "device", "data_root",
-             "diagnose"}  # fmt: skip
+             "diagnose", "compile"}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,6 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--allow_missing", action="store_true", help="train without the clips that are broken (off)")
     g.add_argument("--image_size", type=number(int, 8), metavar="S", help="side frames are fed at, pixels (data set's)")
     g.add_argument("--cache", default="auto", choices=CACHES, help="where decoded clips are held (auto)")
+    g.add_argument("--pack_size", type=number(int, 8), metavar="P",
+                   help="shorter side decoded frames are kept at, pixels (as stored)")  # fmt: skip
     g.add_argument("--num_workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
                    help="processes that read files with --cache none (cores, 8 at most)")  # fmt: skip
 
@@ -126,6 +129,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--train", action="store_true", help="train; without it --checkpoint is evaluated (off)")
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="CUDA where there is one (auto)")
     g.add_argument("--gpu_ids", metavar="IDS", help="GPUs, comma separated (all visible)")
+    g.add_argument("--precision", choices=PRECISIONS, help="arithmetic of the network (fp32; on a GPU tf32)")
+    g.add_argument("--compile", action="store_true", help="compile the encoders, a minute at the start (off)")
     g.add_argument("--log_path", default="runs", metavar="DIR", help="folder of the runs (runs)")
     g.add_argument("--run_name", metavar="NAME", help="this run's folder (data set, method, seed and time)")
     g.add_argument("--resume", action="store_true", help="go on with --run_name from its last.pth (off)")
@@ -135,6 +140,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     preset = dict(PRESETS[args.preset])
     preset["learning_rate"] = OFFICIAL_RATES[args.method] if args.preset == "official" else spec.learning_rate
     preset |= {"model": spec.model, "image_size": spec.image_size, "data_root": str(spec.root)}
+    preset["precision"] = default_precision(args.device)
     args.from_preset = {name: value for name, value in preset.items() if getattr(args, name) is None}
     vars(args).update(args.from_preset)
     check_args(args)
@@ -170,7 +176,8 @@ def predict(model: nn.Module, clips: Clips, kept: str, batch_size: int, name: st
     with progress(name, len(clips), distributed.is_main()) as bar:
         for batch in clips.epoch(plan):
             if batch.share > 0:
-                output = model(batch.audio, batch.video, kept)
+                with compiled(batch.total == batch_size):
+                    output = model(batch.audio, batch.video, kept)
                 for head in ("joint", "audio", "video"):
                     values = getattr(output, head)
                     if values is not None:
@@ -196,7 +203,8 @@ def diagnose(model: AVClassifier, clips: dict[str, Clips], inputs: str, args: ar
     probe = remix.batches_of(len(clips["train"]), args.batch_size, inputs, order)[:PROBE_BATCHES]
     test = remix.batches_of(len(clips["test"]), 4 * args.batch_size, inputs, generator=None)
     feeds = (clips["train"].epoch(probe), clips["test"].epoch(test), clips["test"].labels)
-    return under_name(diagnose_model(model, *feeds, lambda batch: model(batch.audio, batch.video, batch.kept)))
+    with compiled(False):  # compiled code gives gradients once; here two losses share a forward pass
+        return under_name(diagnose_model(model, *feeds, lambda batch: model(batch.audio, batch.video, batch.kept)))
 
 
 def diagnose_partition(before: Tensor | None, kept: Tensor, clips: Clips, classes: list[str]) -> dict:
@@ -241,7 +249,8 @@ def train_epoch(
     planned = sum(len(batch.clips) for batch in plan)
     with progress(f"epoch {epoch} train", planned, distributed.is_main()) as bar:
         for batch in clips.epoch(plan, views, load_masked=args.masked_encoder == "run"):
-            with frozen_batchnorm(model) if len(batch.clips) == 1 else nullcontext():
+            alone = frozen_batchnorm(model) if len(batch.clips) == 1 else nullcontext()
+            with alone, compiled(batch.total == args.batch_size):
                 output = model(batch.audio, batch.video, batch.kept)
             terms = loss_terms(output, batch.labels, batch.kept, args)
             # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
@@ -253,6 +262,7 @@ def train_epoch(
                 weighted = term.detach() * (batch.share * batch.total)
                 sums[name] = sums.get(name, 0) + weighted
             bar.update(batch.total)
+    distributed.share_buffers(model)
     means = {name: (distributed.sum_over_ranks(total) / planned).item() for name, total in sums.items()}
     loss = sum(means.values())
     if not torch.isfinite(torch.tensor(loss)):
@@ -386,10 +396,12 @@ def describe_run(args: argparse.Namespace, folder: Folder, clips: dict[str, Clip
     return flags(args) | {"from_preset": args.from_preset, "data": data} | environment(device, distributed.world_size())
 
 
-def announce(args: argparse.Namespace, folder: Folder, clips: dict[str, Clips], cache: str, run: Path) -> None:
+def announce(
+    args: argparse.Namespace, folder: Folder, clips: dict[str, Clips], cache: tuple[str, str], run: Path
+) -> None:
     sizes = ", ".join(f"{len(part)} {name}" for name, part in clips.items())
-    where = {"device": "resident on the GPU", "ram": "resident in memory", "none": "read from files"}[cache]
-    print(f"{args.dataset}: {sizes} clips of {len(folder.classes)} classes, {where}")
+    where = {"device": "resident on the GPU", "ram": "resident in memory", "none": "read from files"}[cache[0]]
+    print(f"{args.dataset}: {sizes} clips of {len(folder.classes)} classes, {where} ({cache[1]})")
     if folder.missing:
         print(f"left out: {len(folder.missing)} broken clips (--allow_missing); config.json counts them")
     filled = ", ".join(f"{name} {value}" for name, value in args.from_preset.items())
@@ -413,15 +425,19 @@ def main(argv: list[str] | None = None) -> None:
     # data
     folder, parts = load_parts(args)
     used = {name: part for name, part in parts.items() if args.train or name == "test"}
-    cache = args.cache if args.cache != "auto" else choose_cache(list(used.values()), folder.audio_shape, device)
+    cache = choose_cache(args.cache, folder.root, list(used.values()), folder.audio_shape, device, args.pack_size)
     spec = get_spec(args.dataset)
-    feed = Feed(spec.frames, args.image_size, device, cache, args.num_workers, spec.crop_area, spec.mirror)
+    feed = Feed(spec.frames, args.image_size, device, cache[0], args.num_workers, spec.crop_area, spec.mirror,
+                args.pack_size)  # fmt: skip
     clips = {name: make_clips(folder.root, name, part, folder.audio_shape, feed) for name, part in used.items()}
     inputs = args.method if args.method in ("audio", "video") else "both"  # what the network is given
 
     # model
-    bare = AVClassifier(len(folder.classes), args.model, args.fusion_method)
+    set_precision(args.precision, device)
+    bare = AVClassifier(len(folder.classes), args.model, args.fusion_method, args.precision == "bf16")
     bare = bare.to(device, memory_format=torch.channels_last)
+    if args.compile:
+        compile_in_place([bare.audio_net, bare.visual_net], device)
     if args.checkpoint:
         load_weights(bare, load_checkpoint(args.checkpoint)["model"], args.checkpoint)
 

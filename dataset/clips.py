@@ -6,6 +6,7 @@ Shapes: N clips, B clips of a batch on this process, T frames, S x S pixels, (F,
 """
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +19,22 @@ from torchvision.transforms.v2 import functional as vision
 
 from dataset.augment import Views, crop_resize, draw_views, normalise
 from dataset.folder import Part
-from dataset.pack import Pack, frame_size, open_pack, pack_bytes, read_frame, read_spectrogram, stored_size
-from utils.distributed import barrier, is_main, rank, world_size
+from dataset.pack import (
+    Pack,
+    fit,
+    frame_size,
+    open_pack,
+    pack_bytes,
+    read_frame,
+    read_spectrogram,
+    shrink,
+    stored_size,
+)
+from utils.distributed import barrier, is_main, local_processes, lowest, rank, world_size
 from utils.errors import UserError
 
 CACHES = ("auto", "none", "ram", "device")
+SLOWEST_FIRST = ("none", "ram", "device")
 SHARE_OF_RAM = 0.5  # of what is free; the rest is for the run itself and its neighbours
 SHARE_OF_DEVICE = 0.6
 
@@ -83,28 +95,29 @@ class Clips:
             return
         order = torch.cat([batch.clips for batch in plan])
         views = draw_views(self.counts[order], self.sizes[order], self.frames, generator, *self.crops)
-        jobs, start = [], 0
+        shares, start = [], 0  # of each batch: the places in `order` that are this process's
         for batch in plan:
+            mine = torch.arange(start + rank(), start + len(batch.clips), world_size())
+            shares.append(mine if len(mine) else torch.tensor([start]))
+            start += len(batch.clips)
+        jobs = []
+        for batch, mine in zip(plan, shares, strict=True):
             total = len(batch.clips)
-            mine = torch.arange(start, start + total)[rank() :: world_size()]
-            share = len(mine) / total
-            mine = mine if len(mine) else torch.tensor([start])
+            share = len(range(rank(), total, world_size())) / total
             audio, video = (load_masked or batch.kept in ("both", name) for name in ("audio", "video"))
             jobs.append(Job(order[mine], views.rows(mine), batch.kept, audio, video, total, share))
-            start += total
-        yield from self._load(jobs)
+        # To the device once for the whole epoch: a copy in each batch would make the host wait for it each time.
+        clips = order[torch.cat(shares)].to(self.device)
+        per_batch = [len(mine) for mine in shares]
+        batches = zip(jobs, clips.split(per_batch), self.labels[clips].split(per_batch), self._load(jobs), strict=True)
+        for job, mine, labels, (audio, pixels) in batches:
+            video = normalise(pixels).unflatten(0, (-1, self.frames)) if pixels is not None else None  # (B, T, 3, S, S)
+            audio = audio[:, None] if audio is not None else None  # (B, 1, F, W)
+            yield ClipBatch(mine, job.kept, audio, video, labels, job.total, job.share)
 
-    def _load(self, jobs: list[Job]) -> Iterator[ClipBatch]:
+    def _load(self, jobs: list[Job]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Of each job audio (B, F, W) and pixels (B*T, 3, S, S) in [0, 255], float32 on the device."""
         raise NotImplementedError
-
-    def _batch(self, job: Job, audio: Tensor | None, pixels: Tensor | None) -> ClipBatch:
-        """Finish on the device: audio (B, F, W), pixels (B*T, 3, S, S) in [0, 255]."""
-        if pixels is not None:
-            pixels = normalise(pixels).unflatten(0, (-1, self.frames))  # (B, T, 3, S, S)
-        if audio is not None:
-            audio = audio[:, None]  # (B, 1, F, W)
-        clips = job.clips.to(self.device, non_blocking=True)
-        return ClipBatch(clips, job.kept, audio, pixels, self.labels[clips], job.total, job.share)
 
 
 class ResidentClips(Clips):
@@ -119,28 +132,36 @@ class ResidentClips(Clips):
         self.spectrograms = _as_tensor(pack.spectrograms).to(store)  # (N, F, W)
         self.first = torch.as_tensor(pack.first)
 
-    def _load(self, jobs: list[Job]) -> Iterator[ClipBatch]:
-        for job in jobs:
-            audio = pixels = None
-            if job.audio:
-                audio = self.spectrograms[job.clips.to(self.store)].to(self.device, non_blocking=True)
-            if job.video:
-                rows = (self.first[job.clips][:, None] + job.views.picks).flatten()  # (B*T,)
-                stored = self.pixels[rows.to(self.store)].to(self.device, non_blocking=True)
-                views = job.views.to(self.device)
-                boxes, flips = views.boxes.flatten(0, 1), views.flips.flatten()
-                pixels = crop_resize(stored, boxes, flips, self.image_size)
-            yield self._batch(job, audio, pixels)
+    def _load(self, jobs: list[Job]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        clips = [job.clips for job in jobs]
+        rows = [(self.first[job.clips][:, None] + job.views.picks).flatten() for job in jobs]  # (B*T,) each
+        boxes = [job.views.boxes.flatten(0, 1) for job in jobs]
+        flips = [job.views.flips.flatten() for job in jobs]
+        placed = (_to_device(clips, self.store), _to_device(rows, self.store),
+                  _to_device(boxes, self.device), _to_device(flips, self.device))  # fmt: skip
+        for job, clip, row, box, flip in zip(jobs, *placed, strict=True):
+            audio = self._take(self.spectrograms, clip) if job.audio else None
+            pixels = crop_resize(self._take(self.pixels, row), box, flip, self.image_size) if job.video else None
+            yield audio, pixels
+
+    def _take(self, array: Tensor, rows: Tensor) -> Tensor:
+        """Rows of `array` on the device, from the host by way of pinned memory: the host need not wait for the copy."""
+        if self.store == self.device:
+            return array[rows]
+        pinned = torch.empty(len(rows), *array.shape[1:], dtype=array.dtype, pin_memory=True)
+        torch.index_select(array, 0, rows, out=pinned)
+        return pinned.to(self.device, non_blocking=True)
 
 
 class FileClips(Clips):
     """Clips read from their files by `workers` processes on every epoch: the plain path, whose memory does not grow."""
 
     def __init__(self, part: Part, feed: "Feed", audio_shape: tuple[int, int]):
-        super().__init__(part, feed, torch.tensor([frame_size(paths[0]) for paths in part.frames]))
+        sizes = [shrink(frame_size(paths[0]), feed.pack_size) for paths in part.frames]
+        super().__init__(part, feed, torch.tensor(sizes))
         self.jobs: list[Job] = []
         self.loader = DataLoader(
-            _JobReader(part, feed.image_size, audio_shape),
+            _JobReader(part, feed.image_size, audio_shape, sizes if feed.pack_size else None),
             sampler=self.jobs,  # filled anew for each epoch, so that the workers live on
             batch_size=None,
             num_workers=feed.workers,
@@ -148,20 +169,21 @@ class FileClips(Clips):
             pin_memory=feed.device.type == "cuda",
         )
 
-    def _load(self, jobs: list[Job]) -> Iterator[ClipBatch]:
+    def _load(self, jobs: list[Job]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         self.jobs[:] = jobs
-        for job, (audio, pixels, mistake) in zip(jobs, self.loader, strict=True):
+        for audio, pixels, mistake in self.loader:
             if mistake:
                 raise UserError(mistake)
             audio, pixels = (x.to(self.device, non_blocking=True) if x is not None else None for x in (audio, pixels))
-            yield self._batch(job, audio, pixels.float() if pixels is not None else None)
+            yield audio, pixels.float() if pixels is not None else None
 
 
 class _JobReader(Dataset):
     """Reads a whole batch in a worker: spectrograms (B, F, W) float32 and frames (B*T, 3, S, S) uint8."""
 
-    def __init__(self, part: Part, image_size: int, audio_shape: tuple[int, int]):
+    def __init__(self, part: Part, image_size: int, audio_shape: tuple[int, int], sizes: list[tuple[int, int]] | None):
         self.part, self.image_size, self.audio_shape = part, image_size, audio_shape
+        self.sizes = sizes  # what each clip's frames are shrunk to first, as a pack's would be; None: not at all
 
     def __getitem__(self, job: Job) -> tuple[Tensor | None, Tensor | None, str]:
         try:
@@ -179,14 +201,20 @@ class _JobReader(Dataset):
         rows = zip(job.clips.tolist(), *(field.tolist() for field in job.views), strict=True)
         for clip, picks, boxes, flips in rows:
             for pick, box, flip in zip(picks, boxes, flips, strict=True):
-                image = torch.from_numpy(read_frame(self.part.frames[clip][pick])).permute(2, 0, 1)
+                image = read_frame(self.part.frames[clip][pick])
+                image = fit(image, self.sizes[clip]) if self.sizes else image
+                image = torch.from_numpy(image).permute(2, 0, 1)
                 image = vision.resized_crop(image, *box, size=side, antialias=True)
                 frames.append(image.flip(2) if flip else image)
         return torch.stack(frames)
 
 
 class Feed(NamedTuple):
-    """How clips are fed: `frames` of each at `image_size` pixels, to `device`; the last two as in `draw_views`."""
+    """How clips are fed: `frames` of each at `image_size` pixels, to `device`.
+
+    `crop_area` and `mirror` as in `draw_views`; `pack_size`, in pixels, is the shorter side frames are kept at (None:
+    as stored), on either path alike.
+    """
 
     frames: int
     image_size: int
@@ -195,13 +223,14 @@ class Feed(NamedTuple):
     workers: int
     crop_area: tuple[float, float] = (0.08, 1.0)
     mirror: bool = True
+    pack_size: int | None = None
 
 
 def make_clips(root: Path, name: str, part: Part, audio_shape: tuple[int, int], feed: Feed) -> Clips:
     """Part `name` of a checked training folder on the data path of `feed`, whose `cache` is not auto any more."""
     if feed.cache == "none":
         return FileClips(part, feed, audio_shape)
-    size = stored_size(part)
+    size = stored_size(part, feed.pack_size)
     if not is_main():
         barrier()  # the main process makes the pack, the others map the same file
     pack = open_pack(root, name, part, size, audio_shape)
@@ -210,12 +239,43 @@ def make_clips(root: Path, name: str, part: Part, audio_shape: tuple[int, int], 
     return ResidentClips(part, pack, feed)
 
 
-def choose_cache(parts: list[Part], audio_shape: tuple[int, int], device: torch.device) -> str:
-    """The fastest path on which all `parts` surely fit: the GPU's memory, else the host's, else files."""
-    needed = sum(pack_bytes(part, stored_size(part), audio_shape) for part in parts)
-    if device.type == "cuda" and needed < SHARE_OF_DEVICE * torch.cuda.mem_get_info(device)[0]:
-        return "device"
-    return "ram" if needed < SHARE_OF_RAM * available_ram() else "none"
+def choose_cache(
+    cache: str,
+    root: Path,
+    parts: list[Part],
+    audio_shape: tuple[int, int],
+    device: torch.device,
+    pack_size: int | None = None,
+) -> tuple[str, str]:
+    """The data path, and why it. For `auto` the fastest on which `parts` surely fit: GPU, host memory, else files.
+
+    All processes agree on the slowest that any of them chooses. Raises `UserError` if `device` is asked for and the
+    clips are larger than what the GPU has free.
+    """
+    needed = sum(pack_bytes(part, stored_size(part, pack_size), audio_shape) for part in parts)
+    on_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if cache == "device" and device.type == "cuda" and needed > on_gpu:
+        raise UserError(f"--cache device: the clips take {_gigabytes(needed)}, the GPU has {_gigabytes(on_gpu)} free; "
+                        "type --cache auto, or a smaller --pack_size")  # fmt: skip
+    if cache != "auto":
+        return cache, f"--cache {cache}"
+    # One file that all processes map; where it cannot be written, each has to hold the clips itself.
+    writable = os.access(root, os.W_OK) and shutil.disk_usage(root).free > needed
+    free, copies = available_ram(), 1 if writable else local_processes()
+    if needed < SHARE_OF_DEVICE * on_gpu:
+        own, why = "device", f"{_gigabytes(needed)}, {_gigabytes(on_gpu)} free on the GPU"
+    elif copies * needed < SHARE_OF_RAM * free:
+        own, why = "ram", f"{_gigabytes(needed)}, {_gigabytes(free)} of memory free"
+        why += f", only {_gigabytes(on_gpu)} on the GPU" if device.type == "cuda" else ""
+    else:
+        own = "none"
+        why = f"{_gigabytes(copies * needed)} would be over {SHARE_OF_RAM:.0%} of the {_gigabytes(free)} of memory free"
+    agreed = SLOWEST_FIRST[lowest(SLOWEST_FIRST.index(own), device)]
+    return agreed, f"--cache auto: {why}" if agreed == own else "--cache auto: another process has less memory free"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"
 
 
 def available_ram() -> int:
@@ -235,3 +295,8 @@ def _as_tensor(array) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
+
+
+def _to_device(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """All `parts` in one copy, then apart again."""
+    return torch.cat(parts).to(device).split([len(part) for part in parts])

@@ -49,9 +49,27 @@ def frame_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def stored_size(part: Part) -> tuple[int, int]:
-    """Height and width the pack keeps: the most common size of the clips' first frames. Others are resized to it."""
-    return Counter(frame_size(frames[0]) for frames in part.frames).most_common(1)[0][0]
+def stored_size(part: Part, short_side: int | None = None) -> tuple[int, int]:
+    """Height and width the pack keeps: the most common size of the clips' first frames, shrunk to `short_side`.
+
+    Frames of another size are resized to it.
+    """
+    return shrink(Counter(frame_size(frames[0]) for frames in part.frames).most_common(1)[0][0], short_side)
+
+
+def shrink(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
+    """`size` scaled down so that its shorter side is `short_side` pixels; as it is if it is no longer, or for None."""
+    if short_side is None or min(size) <= short_side:
+        return size
+    return tuple(round(side * short_side / min(size)) for side in size)
+
+
+def fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A frame (H, W, 3) at `size` (height, width): by area where it shrinks, else bilinear."""
+    if image.shape[:2] == size:
+        return image
+    shrinks = image.shape[0] > size[0]
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
 def pack_bytes(part: Part, size: tuple[int, int], audio_shape: tuple[int, int]) -> int:
@@ -151,11 +169,7 @@ def _decode(part: Part, size: tuple[int, int], audio_shape: tuple[int, int], mak
 
     def decode(i: int) -> None:
         for row, path in enumerate(part.frames[i], start=first[i]):
-            image = read_frame(path)
-            if image.shape[:2] != size:
-                shrinks = image.shape[0] > size[0]
-                image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-            frames[row] = image.transpose(2, 0, 1)
+            frames[row] = fit(read_frame(path), size).transpose(2, 0, 1)
         spectrograms[i] = read_spectrogram(part.spectrograms[i], audio_shape)
 
     # Threads do: OpenCV decodes outside Python's lock.

@@ -3,6 +3,7 @@
 Shapes: B batch, T frames, F x W spectrogram, S x S pixels, D features per modality (512 for ResNet-18), C classes.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,11 +29,13 @@ class Output(NamedTuple):
 class AVClassifier(nn.Module):
     """Two ResNet-18 trunks, a fusion head `head` and the unimodal heads `head_audio` and `head_video`.
 
-    Module names are the official code's, so that its checkpoints load (`concat` fusion, `resnet18`).
+    Module names are the official code's, so that its checkpoints load (`concat` fusion, `resnet18`). With `bf16` the
+    trunks compute in bfloat16 by autocast (weights stay float32); pooling, heads and logits are float32 all the same.
     """
 
-    def __init__(self, n_classes: int, model: str = "resnet18", fusion_method: str = "concat"):
+    def __init__(self, n_classes: int, model: str = "resnet18", fusion_method: str = "concat", bf16: bool = False):
         super().__init__()
+        self.bf16 = bf16
         width = MODELS[model]
         self.audio_net = Trunk(1, width)
         self.visual_net = Trunk(3, width)
@@ -43,12 +46,18 @@ class AVClassifier(nn.Module):
 
     def encode_audio(self, audio: Tensor) -> Tensor:
         """(B, 1, F, W) -> (B, D)."""
-        return self.audio_net(audio).mean(dim=(2, 3))
+        return self._pooled(self.audio_net, audio)
 
     def encode_video(self, video: Tensor) -> Tensor:
         """(B, T, 3, S, S) -> (B, D): the frames share the batch dimension in the trunk and are averaged after it."""
-        maps = self.visual_net(video.flatten(0, 1))  # (B*T, D, s, s)
-        return maps.mean(dim=(2, 3)).unflatten(0, video.shape[:2]).mean(dim=1)
+        features = self._pooled(self.visual_net, video.flatten(0, 1))  # (B*T, D)
+        return features.unflatten(0, video.shape[:2]).mean(dim=1)
+
+    def _pooled(self, trunk: Trunk, images: Tensor) -> Tensor:
+        """(B, c, H, W) -> (B, D), the mean over the last feature map, in float32 at least."""
+        with torch.autocast(images.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            maps = trunk(images)  # (B, D, h, w)
+        return maps.mean(dim=(2, 3), dtype=torch.promote_types(maps.dtype, torch.float32))
 
     def forward(self, audio: Tensor | None, video: Tensor | None, kept: str = "both") -> Output:
         """Logits of all heads for `kept` in both, audio, video.

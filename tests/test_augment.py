@@ -12,7 +12,15 @@ from scipy.stats import ks_2samp
 from sklearn.datasets import load_sample_images
 from torchvision.transforms import RandomResizedCrop
 
-from dataset.augment import crop_resize, draw_views, normalise, pick_frames, random_boxes
+from dataset.augment import (
+    crop_resize,
+    crop_resize_at_once,
+    crop_resize_singly,
+    draw_views,
+    normalise,
+    pick_frames,
+    random_boxes,
+)
 
 
 @given(n=st.integers(1, 60), picks=st.integers(1, 6), seed=st.integers(0, 5))
@@ -58,15 +66,16 @@ def test_a_data_set_may_ask_for_larger_crops_and_no_mirror_images():
     assert 0.47 < area.min() < 0.53 and not views.flips.any()
 
 
+@pytest.mark.parametrize("way", [crop_resize_at_once, crop_resize_singly])
 @pytest.mark.parametrize("size", [224, 600])
-def test_pixels_equal_pils_antialiased_resize(size):
+def test_pixels_equal_pils_antialiased_resize(size, way):
     for photograph in load_sample_images().images:
         height, width = photograph.shape[:2]
         boxes = random_boxes(torch.tensor([[height, width]]).expand(6, 2), torch.Generator().manual_seed(1))
         boxes[0] = torch.tensor([0, 0, height, width])
         flips = torch.tensor([False, True] * 3)
         frames = torch.from_numpy(photograph.copy()).permute(2, 0, 1).expand(6, -1, -1, -1)
-        ours = crop_resize(frames, boxes, flips, size).permute(0, 2, 3, 1).numpy()
+        ours = way(frames, boxes, flips, size).permute(0, 2, 3, 1).numpy()
         for picture, (top, left, h, w), flip in zip(ours, boxes.tolist(), flips.tolist(), strict=True):
             image = Image.fromarray(photograph).crop((left, top, left + w, top + h))
             expected = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), dtype=float)
@@ -74,10 +83,11 @@ def test_pixels_equal_pils_antialiased_resize(size):
             assert np.abs(picture - expected).mean() < 0.5  # PIL rounds to whole levels twice
 
 
-def test_a_whole_frame_at_its_own_size_is_untouched():
-    frames = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    boxes = torch.tensor([[0, 0, 32, 32]]).expand(4, 4)
-    torch.testing.assert_close(crop_resize(frames, boxes, torch.zeros(4, dtype=torch.bool), 32), frames.float())
+@pytest.mark.parametrize("side", [32, 96])  # either way
+def test_a_whole_frame_at_its_own_size_is_untouched(side):
+    frames = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)
+    boxes = torch.tensor([[0, 0, side, side]]).expand(4, 4)
+    torch.testing.assert_close(crop_resize(frames, boxes, torch.zeros(4, dtype=torch.bool), side), frames.float())
 
 
 def test_evaluation_sees_the_whole_frame_unflipped():

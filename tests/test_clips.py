@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -139,13 +140,73 @@ def test_frames_of_another_size_are_resized_to_the_most_common(tmp_path):
     assert open_pack(root, "train", folder.parts["train"], (40, 48), folder.audio_shape).frames.shape[2:] == (40, 48)
 
 
-def test_auto_goes_to_files_when_memory_is_short(folder, monkeypatch):
+def test_auto_takes_the_fastest_path_that_fits_and_says_why(folder, monkeypatch):
     parts = list(folder.parts.values())
-    assert choose_cache(parts, folder.audio_shape, CPU) == "ram"
-    monkeypatch.setattr(clips_module, "available_ram", lambda: 1000)
-    assert choose_cache(parts, folder.audio_shape, CPU) == "none"
+    needed = 30 * 3 * 3 * 40 * 48 + 30 * 4 * 33 * 20  # 30 clips of three frames, 599,040 bytes
+
+    def choose(cache="auto", device=CPU, free=10**10, on_gpu=0):
+        monkeypatch.setattr(clips_module, "available_ram", lambda: free)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (on_gpu, 10**11))
+        return choose_cache(cache, folder.root, parts, folder.audio_shape, device)
+
+    gpu = torch.device("cuda", 0)
+    assert choose() == ("ram", "--cache auto: 0.0006 GB, 10 GB of memory free")
+    assert choose(free=2 * needed - 9)[0] == "none" and choose(free=2 * needed + 9)[0] == "ram"
+    assert "over 50% of the 1e-06 GB" in choose(free=1000)[1]
+    assert choose(device=gpu, on_gpu=2 * needed) == ("device", "--cache auto: 0.0006 GB, 0.0012 GB free on the GPU")
+    assert choose(device=gpu, on_gpu=needed)[0] == "ram"
+    assert choose(device=gpu, on_gpu=needed, free=1000)[0] == "none"
+    assert choose("none") == ("none", "--cache none")
+    with pytest.raises(UserError, match=r"--cache device: .*--pack_size"):
+        choose("device", device=gpu, on_gpu=needed - 1)
+    # Where no pack can be written each process holds its own copy.
+    monkeypatch.setattr(clips_module, "local_processes", lambda: 4)
+    assert choose(free=7 * needed)[0] == "ram"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert choose(free=7 * needed)[0] == "none" and choose(free=9 * needed)[0] == "ram"
     monkeypatch.undo()
     assert 1e8 < available_ram() < 1e14
+
+
+@pytest.mark.parametrize(("pack_size", "stored"), [(None, (90, 120)), (60, (60, 80)), (200, (90, 120))])
+def test_frames_are_kept_at_the_pack_size_on_either_path(tmp_path, pack_size, stored):
+    folder = load_folder(make_folder(tmp_path / "data", train=5, size=(90, 120)), get_spec("folder"))
+    part, plan = folder.parts["train"], remix.batches_of(5, 5, "both", None)
+    fed = {}
+    for cache in ("none", "ram"):
+        clips = make_clips(folder.root, "train", part, folder.audio_shape, feed(cache)._replace(pack_size=pack_size))
+        assert clips.sizes.tolist() == [list(stored)] * 5
+        (fed[cache],) = clips.epoch(plan, torch.Generator().manual_seed(0))
+    assert clips.pixels.shape == (15, 3, *stored) and pack_bytes(part, stored, (33, 20)) == 5 * (
+        3 * 3 * stored[0] * stored[1] + 4 * 33 * 20
+    )
+    assert torch.equal(fed["none"].video, fed["ram"].video)  # large frames: resized by the same code, one by one
+    image = cv2.imread(str(part.frames[2][1]), cv2.IMREAD_COLOR_RGB)
+    expected = cv2.resize(image, stored[::-1], interpolation=cv2.INTER_AREA)  # its own size: unchanged
+    assert np.array_equal(clips.pixels[7].permute(1, 2, 0).numpy(), expected)
+
+
+def private_bytes() -> int:
+    """Memory that is this process's alone, pages of mapped files aside."""
+    with open("/proc/self/smaps_rollup") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("Anonymous:"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
+def test_clips_in_memory_are_the_mapped_pack_and_no_copy(tmp_path):
+    data = make_folder(tmp_path / "data", train=60, test=3, size=(360, 480))
+    folder = load_folder(data, get_spec("folder"))
+    part, plan = folder.parts["train"], remix.batches_of(60, 4, "both", None)
+    open_pack(folder.root, "train", part, (360, 480), folder.audio_shape)
+    size = pack_bytes(part, (360, 480), folder.audio_shape)
+    assert size > 90e6
+    before, most = private_bytes(), 0
+    clips = make_clips(folder.root, "train", part, folder.audio_shape, feed("ram"))
+    total = 0
+    for batch in clips.epoch(plan, torch.Generator().manual_seed(0)):
+        total += batch.video.sum().item()
+        most = max(most, private_bytes() - before)
+    assert np.isfinite(total) and most < size / 3, (most, size)
 
 
 def test_a_file_that_vanishes_or_breaks_is_one_line(tmp_path):

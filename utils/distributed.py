@@ -55,3 +55,24 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def lowest(value: int, device: torch.device) -> int:
+    """The lowest of all processes' values: what they can all do."""
+    if not dist.is_initialized():
+        return value
+    agreed = torch.tensor(value, device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return int(agreed)
+
+
+def share_buffers(model: torch.nn.Module) -> None:
+    """Give every process rank 0's buffers. After training they differ: BatchNorm has seen other clips in each."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def local_processes() -> int:
+    """How many processes of the group run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1

@@ -1,0 +1,169 @@
+"""What the speed benchmarks share: generated training folders, the work in a clip, the machine, saved tables."""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from dataset.clips import Clips, Feed, make_clips
+from dataset.specs import get_spec
+from models import AVClassifier
+from utils.logging import environment
+
+RESULTS = Path(__file__).parent / "results"
+PICTURES = 16  # different frames and spectrograms; the other files are hard links to them
+JPEG_QUALITY = 95  # OpenCV's default, as dataset/video.py leaves it
+
+
+def pair(text: str) -> tuple[int, int]:
+    """An argparse type: `480x360` -> (480, 360)."""
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text}: two numbers are wanted, such as 480x360")
+    return int(sides[0]), int(sides[1])
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def generate_folder(
+    root: Path,
+    train_clips: int,
+    test_clips: int,
+    frame_size: tuple[int, int],
+    audio_shape: tuple[int, int],
+    classes: int = 6,
+    stored_frames: int = 3,
+) -> Path:
+    """A training folder of JPEGs of `frame_size` (width, height) and spectrograms; labels go round.
+
+    Files are links to a few: decoding costs the same, making thousands of clips takes seconds and little disk.
+    """
+    rng = np.random.default_rng(0)
+    (root / "audio").mkdir(parents=True)
+    (root / "models").mkdir()
+    for i in range(PICTURES):
+        image = picture(frame_size, rng)
+        cv2.imwrite(str(root / "models" / f"{i}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+        np.save(root / "models" / f"{i}.npy", rng.normal(-4, 3, audio_shape).astype(np.float32))
+    for part, count in (("train", train_clips), ("test", test_clips)):
+        names = [f"{part}_{i:06d}" for i in range(count)]
+        for i, name in enumerate(names):
+            folder = root / "visual" / name
+            folder.mkdir(parents=True)
+            for k in range(stored_frames):
+                os.link(root / "models" / f"{(i + k) % PICTURES}.jpg", folder / f"frame_{k:05d}.jpg")
+            os.link(root / "models" / f"{i % PICTURES}.npy", root / "audio" / f"{name}.npy")
+        (root / f"{part}.csv").write_text("".join(f"{name},c{i % classes:04d}\n" for i, name in enumerate(names)))
+    (root / "stat.csv").write_text("".join(f"c{i:04d}\n" for i in range(classes)))
+    return root
+
+
+def picture(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """(height, width, 3) uint8: soft shapes in a little noise, which JPEG compresses about as it does a face."""
+    width, height = size
+    coarse = rng.integers(0, 256, (max(2, height // 24), max(2, width // 24), 3), dtype=np.uint8)
+    soft = cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
+    return np.clip(soft + rng.normal(0, 3, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def load_clips(args: argparse.Namespace, cache: str, device: torch.device) -> tuple[list[str], dict[str, Clips]]:
+    """The classes and the parts that `train.py` with these flags would use, on the data path `cache`."""
+    folder, parts = train.load_parts(args)
+    spec = get_spec(args.dataset)
+    feed = Feed(spec.frames, args.image_size, device, cache, args.num_workers, spec.crop_area, spec.mirror,
+                args.pack_size)  # fmt: skip
+    return folder.classes, {
+        name: make_clips(folder.root, name, part, folder.audio_shape, feed) for name, part in parts.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- work
+
+
+def flops_per_clip(
+    model: str, classes: int, frames: int, image_size: int, audio_shape: tuple[int, int]
+) -> dict[str, dict[str, float]]:
+    """FLOPs (a multiply-add counts two) of one clip, `forward` and `train` (forward and backward), by what is fed.
+
+    Counted by PyTorch on the model itself, convolutions and matrix products; nothing is computed for it.
+    """
+    batch, counted = 2, {}
+    with torch.device("meta"):
+        network = AVClassifier(classes, model)
+        audio, video = torch.empty(batch, 1, *audio_shape), torch.empty(batch, frames, 3, image_size, image_size)
+    for kept in ("both", "audio", "video"):
+        fed: tuple[Tensor | None, Tensor | None] = (
+            audio if kept != "video" else None,
+            video if kept != "audio" else None,
+        )
+        with FlopCounterMode(display=False) as forward:
+            output = network(*fed, kept)
+        heads = [logits for logits in (output.joint, output.audio, output.video) if logits is not None]
+        with FlopCounterMode(display=False) as backward:
+            torch.stack([head.sum() for head in heads]).sum().backward()
+        ahead, back = (counter.get_total_flops() / batch for counter in (forward, backward))
+        counted[kept] = {"forward": ahead, "train": ahead + back}
+    return counted
+
+
+def product_rate(device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:
+    """FLOP/s of a square matrix product as large as keeps the device busy: the rate to compare with. Median."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    count = 10
+    seconds = []
+    for _ in range(repeats + 1):  # the first warms up
+        clock = time.perf_counter()
+        for _ in range(count):
+            a @ b
+        seconds.append(train.lap(clock)[0])
+    return count * 2 * side**3 / statistics.median(seconds[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+def machine(device: torch.device) -> dict:
+    """What the numbers depend on."""
+    found = environment(device, 1)
+    load = round(os.getloadavg()[0], 2)
+    return {**found["hardware"], **found["versions"], "commit": found["git_commit"], "load_before": load,
+            "command": found["command"]}  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of equal keys as Markdown."""
+    names = list(rows[0])
+    cells = [[str(name) for name in names], ["---"] * len(names)]
+    cells += [["–" if row[name] is None else str(row[name]) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def save(name: str | None, about: dict, tables: dict[str, list[dict]]) -> None:
+    """Print the tables; write them to benchmarks/results/<name>-<device>-<date>.json and, to read, .md.
+
+    Without `name` nothing is written.
+    """
+    device = about["cpu"] if about["device"] == "cpu" else about["device"]
+    device = "-".join("".join(c if c.isalnum() else " " for c in device).split())
+    stem = f"{name}-{device}-{datetime.date.today().isoformat()}"
+    text = "\n\n".join(f"**{title}**\n\n{table(rows)}" for title, rows in tables.items() if rows)
+    where = ", ".join(f"{key} {value}" for key, value in about.items())
+    print(f"{text}\n\n{where}")
+    if name is None:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": about, **tables}, indent=2) + "\n")
+    (RESULTS / f"{stem}.md").write_text(f"{where}\n\n{text}\n")
+    print(f"written: {RESULTS / stem}.json and .md")

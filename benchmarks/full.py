@@ -1,0 +1,82 @@
+"""A full run at CREMA-D's shape on generated data: how long does training take?
+
+    python -m benchmarks.full                                       # 6,698 / 744 clips, 60 epochs, warm-up 10, batch 64
+    python -m benchmarks.full -- --precision bf16 --compile         # what follows -- goes to train.py
+    torchrun is used where there are several GPUs; choose by: -- --gpu_ids 0
+
+Two 224 x 224 frames from 480 x 360 JPEGs, 257 x 188 spectrograms, ResNet-18. Accuracies mean nothing, seconds do. Needs
+14 GB of disk in the folder of temporary files (TMPDIR=DIR chooses it).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import flops_per_clip, generate_folder, machine, pair, save
+from dataset.specs import get_spec
+from utils.cli import Parser, number
+from utils.errors import UserError, run_main
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--clips", type=number(int, 8), default=6698, help="training clips (6698)")
+    p.add_argument("--test_clips", type=number(int, 2), default=744, help="test clips (744)")
+    p.add_argument("--frame_size", type=pair, default=(480, 360), metavar="WxH", help="of the JPEGs, pixels (480x360)")
+    p.add_argument("--image_size", type=number(int, 8), default=224, help="side frames are fed at, pixels (224)")
+    p.add_argument("--audio_shape", type=pair, default=(257, 188), metavar="FxW", help="of the spectrograms (257x188)")
+    p.add_argument("--model", default="resnet18", help="trunk (resnet18)")
+    p.add_argument("--epochs", type=number(int, 1), default=60, help="warm-up included (60)")
+    p.add_argument("--warmup", type=number(int, 0), default=10, help="joint epochs (10)")
+    p.add_argument("rest", nargs="*", help="after --, flags of train.py")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    about = machine(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        data, clock = Path(folder) / "data", time.perf_counter()
+        generate_folder(data, args.clips, args.test_clips, args.frame_size, args.audio_shape)
+        made = time.perf_counter() - clock
+        command = [sys.executable, "train.py", "--train", "--dataset", "folder", "--data_root", str(data)]
+        command += ["--model", args.model, "--image_size", str(args.image_size), "--epochs", str(args.epochs)]
+        command += ["--warmup", str(args.warmup), "--log_path", folder, "--run_name", "run", *args.rest]
+        clock = time.perf_counter()
+        if subprocess.run(command, cwd=REPO).returncode:
+            raise UserError(f"benchmarks.full: train.py failed, see above; it was started with {' '.join(args.rest)}")
+        wall = time.perf_counter() - clock
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        config = json.loads((Path(folder) / "run" / "config.json").read_text())
+    flops = flops_per_clip(args.model, 6, get_spec("folder").frames, args.image_size, args.audio_shape)
+    rows = []
+    for phase in dict.fromkeys(line["phase"] for line in lines):
+        own = [line for line in lines if line["phase"] == phase]
+        seconds = {key: sum(line[f"seconds_{key}"] for line in own) for key in ("score", "train", "eval")}
+        if phase == "remix":
+            work = sum(line[f"n_{kept}"] * flops[kept]["train"] for line in own for kept in ("audio", "video"))
+            work += len(own) * args.clips * flops["both"]["forward"]
+        else:
+            work = len(own) * args.clips * flops["both"]["train"]
+        total = seconds["score"] + seconds["train"]
+        rows.append({"phase": phase, "epochs": len(own), **{f"{k} s": f"{v:.1f}" for k, v in seconds.items()},
+                     "s/epoch": f"{(total + seconds['eval']) / len(own):.2f}",
+                     "clips/s": f"{len(own) * args.clips / total:.0f}",
+                     "TFLOP/s": f"{work / total / 1e12:.2f}"})  # fmt: skip
+    training = sum(line[f"seconds_{key}"] for line in lines for key in ("score", "train", "eval"))
+    summary = [{"training s": f"{training:.1f}", "whole command s": f"{wall:.1f}", "making data s": f"{made:.1f}",
+                "precision": config["precision"], "compile": config["compile"], "clips": args.clips,
+                "flags": " ".join(args.rest) or None}]  # fmt: skip
+    save("full", about, {"Whole run": summary, "By phase": rows})
+
+
+if __name__ == "__main__":
+    run_main(main)

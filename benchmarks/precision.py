@@ -1,0 +1,87 @@
+"""What bfloat16 changes in scoring: the share of clips whose kept modality is another than in float32.
+
+    python -m benchmarks.precision                                          # demo, 3 seeds, scored after 2, 4, ... epochs
+    python -m benchmarks.precision --seeds 0 --after 2,4 -- --dataset CREMAD          # what follows -- goes to train.py
+
+Trains in float32 by train.py itself, stopping and going on; each time the same weights score all training clips twice.
+`margin` is how far apart the two KLs of a clip are (bits, median over all clips, and over those that changed).
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+import remix
+import train
+from benchmarks.common import load_clips, machine, save
+from benchmarks.scaling import numbers
+from models import AVClassifier
+from utils.acceleration import set_precision
+from utils.checkpoint import load_checkpoint, load_weights
+from utils.cli import Parser
+from utils.errors import run_main
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--seeds", default="0,1,2", help="comma separated (0,1,2)")
+    p.add_argument("--after", type=numbers, default=[2, 4, 8, 12, 16, 20], help="epochs (2,4,8,12,16,20)")
+    p.add_argument("rest", nargs="*", help="after --, flags of train.py (--warmup 4)")
+    return p.parse_args(argv)
+
+
+def compare(checkpoint: Path, args: argparse.Namespace, classes: list[str], clips, device: torch.device) -> dict:
+    """Score all training clips in both precisions."""
+    weights, low_is_hard = load_checkpoint(checkpoint)["model"], {}
+    for precision in ("fp32", "bf16"):
+        set_precision(precision, device)
+        model = AVClassifier(len(classes), args.model, args.fusion_method, precision == "bf16")
+        load_weights(model, weights, checkpoint)
+        model = model.to(device, memory_format=torch.channels_last)
+        logits = train.predict(model, clips, "both", 4 * args.batch_size, "score")
+        low_is_hard[precision] = remix.difficulty(logits["audio"], logits["video"]).cpu()
+    kept = {precision: remix.decouple(values) for precision, values in low_is_hard.items()}
+    changed = kept["fp32"] != kept["bf16"]
+    margin = (low_is_hard["fp32"][:, 0] - low_is_hard["fp32"][:, 1]).abs()
+    return {
+        "changed": int(changed.sum()),
+        "clips": len(changed),
+        "share": f"{changed.float().mean().item():.3%}",
+        "margin of all": f"{margin.median().item():.3g}",
+        "margin of changed": f"{margin[changed].median().item():.3g}" if changed.any() else None,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    ours = parse_args(argv)
+    rest = ours.rest or ["--warmup", "4"]
+    rows, device = [], torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    about = machine(device)
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        flags = ["--train", *rest, "--precision", "fp32", "--log_path", folder]
+        args = train.parse_args([*flags, "--epochs", str(ours.after[-1])])
+        classes, clips = load_clips(args, "device" if device.type == "cuda" else "ram", device)
+        for seed in ours.seeds.split(","):
+            run = Path(folder) / f"seed{seed}"
+            for epochs in ours.after:
+                go_on = ["--resume"] if run.exists() else []
+                shorter = [] if epochs > args.warmup else ["--warmup", str(epochs)]  # Remix has not started yet
+                with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                    train.main([*flags, "--random_seed", seed, "--run_name", run.name, "--epochs", str(epochs),
+                                *shorter, *go_on])  # fmt: skip
+                rows.append({"seed": seed, "after epochs": epochs, **compare(run / "last.pth", args, classes,
+                             clips["train"], device)})  # fmt: skip
+                print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    shares = [row["changed"] / row["clips"] for row in rows]
+    summary = [{"median share": f"{statistics.median(shares):.3%}", "highest": f"{max(shares):.3%}",
+                "scorings": len(shares), "dataset": args.dataset, "model": args.model}]  # fmt: skip
+    save("precision", about, {"Clips whose kept modality is another in bf16": summary, "Each scoring": rows})
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,204 @@
+"""Speed that must not change results: compiled code, bfloat16, several processes, and the work in a clip."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_folder
+from torch._dynamo.backends.debugging import aot_eager
+
+import remix
+import train
+from benchmarks.common import flops_per_clip
+from models import AVClassifier
+from utils.acceleration import compile_in_place, set_precision
+from utils.errors import UserError
+
+REPO = Path(__file__).resolve().parents[1]
+TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("data"), train=34, test=15)
+
+
+def run(data, runs, name, *flags):
+    train.main([*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name, *flags])
+    return runs / name
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------- compile
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The input sizes of every graph that was compiled, by a backend that compiles nothing (inductor takes minutes)."""
+    seen = []
+
+    def backend(module, inputs):
+        seen.append(max((tuple(x.shape) for x in inputs if x.dim() == 4 and not x.requires_grad), default=None))
+        return aot_eager(module, inputs)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield seen
+    torch.compiler.reset()
+
+
+def test_a_compiled_run_resumes_and_gives_the_same_network(data, tmp_path, graphs):
+    flags = ("--warmup", "1", "--learning_rate", "1e-5")
+    plain = run(data, tmp_path, "plain", *flags, "--epochs", "3")
+    assert not graphs
+    compiled = run(data, tmp_path, "compiled", *flags, "--epochs", "2", "--compile", "--diagnose")
+    # Two encoders, in training and in inference: homogeneous batches and their odd ends compile nothing more.
+    assert len(graphs) <= 5
+    run(data, tmp_path, "compiled", *flags, "--epochs", "3", "--compile", "--resume")
+    states = [torch.load(folder / "last.pth", weights_only=True) for folder in (plain, compiled)]
+    weights = [state["model"] for state in states]
+    assert list(weights[0]) == list(weights[1]) == list(AVClassifier(3, "resnet18_thin").state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=2e-3, atol=1e-4, msg=name)
+    for a, b in zip(metrics(plain), metrics(compiled), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+
+
+def test_only_full_batches_are_compiled(data, tmp_path, graphs):
+    run(data, tmp_path, "run", "--warmup", "1", "--epochs", "2", "--compile")
+    sizes = {shape[0] for shape in graphs if shape}
+    assert sizes <= {8, 16, 32, 64} and {8, 16} <= sizes  # clips and frames of 8 to train on, of 4 x 8 to predict
+
+
+def test_without_a_compiler_there_is_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"--compile: no C.. compiler .no-such-compiler. found.*leave the flag out"):
+        compile_in_place([], CPU)
+
+    def broken(function):
+        raise RuntimeError("Python.h: no such file\nand forty more lines")
+
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"Python\.h: no such file") as caught:
+        compile_in_place([], CPU)
+    assert "\n" not in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------- precision
+
+
+def test_bfloat16_is_near_and_leaves_weights_and_logits_float32():
+    networks = []
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        networks.append(AVClassifier(4, "resnet18_thin", bf16=bf16))
+    assert all(torch.equal(a, b) for a, b in zip(*(n.state_dict().values() for n in networks), strict=True))
+    audio, video = torch.randn(6, 1, 33, 20), torch.randn(6, 2, 3, 32, 32)
+    for kept in ("both", "audio", "video"):
+        fed = (audio if kept != "video" else None, video if kept != "audio" else None, kept)
+        exact, rough = (network.train()(*fed) for network in networks)
+        for name in ("joint", "audio", "video", "audio_features", "video_features"):
+            a, b = getattr(exact, name), getattr(rough, name)
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert b.dtype == torch.float32
+                torch.testing.assert_close(b, a, rtol=0.05, atol=0.05 * float(a.abs().max()) + 1e-6)
+        assert not torch.equal(exact.joint, rough.joint)  # it did compute otherwise
+        rough.joint.logsumexp(1).sum().backward()
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in networks[1].audio_net.parameters())
+    assert all(value.dtype in (torch.float32, torch.int64) for value in networks[1].state_dict().values())
+
+
+def test_precision_is_recorded_and_cannot_change_on_resume(data, tmp_path):
+    flags = ("--method", "baseline", "--epochs", "1")
+    folder = run(data, tmp_path, "run", *flags, "--precision", "bf16")
+    assert json.loads((folder / "config.json").read_text())["precision"] == "bf16"
+    with pytest.raises(UserError, match=r"--precision bf16 .now fp32."):
+        run(data, tmp_path, "run", *flags, "--resume")
+    assert train.parse_args(["--train", "--device", "cpu"]).precision == "fp32"
+
+
+def test_a_gpu_without_bfloat16_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    with pytest.raises(UserError, match="--precision bf16: Old GPU"):
+        set_precision("bf16", torch.device("cuda", 0))
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def test_ranks_end_with_the_same_network_which_is_the_one_saved(data, tmp_path, capsys):
+    """Parameters and BatchNorm statistics alike; one process evaluates the checkpoint to what two have reported."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(REPO / "tests" / "rank_states.py"), str(tmp_path), *TINY, "--train", "--data_root", str(data),
+               "--log_path", str(tmp_path), "--run_name", "two"]  # fmt: skip
+    command += ["--epochs", "2", "--warmup", "1", "--compile"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
+    saved = torch.load(tmp_path / "two" / "last.pth", weights_only=True)["model"]
+    torch.manual_seed(42)
+    fresh = AVClassifier(3, "resnet18_thin").state_dict()
+    assert list(saved) == list(first) == list(second)
+    for name, value in saved.items():
+        assert torch.equal(first[name], value) and torch.equal(second[name], value), name
+        assert not name.endswith(("conv1.weight", "running_mean")) or not torch.equal(fresh[name], value), name
+
+    capsys.readouterr()
+    train.main([*TINY, "--data_root", str(data), "--checkpoint", str(tmp_path / "two" / "last.pth")])
+    shown = [float(cell) for cell in capsys.readouterr().out.splitlines()[-1].split()[1:]]
+    last = metrics(tmp_path / "two")[-1]
+    expected = [last[key] for key in ("test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro")]
+    assert shown == pytest.approx(expected, abs=5e-5)
+
+
+# -------------------------------------------------------------------------------------------------------------- work
+
+
+def test_a_clip_costs_what_design_says():
+    """10.7 GFLOP forward: 7.3 for two frames, 3.4 for a spectrogram; training three times that, but for the input."""
+    flops = flops_per_clip("resnet18", 6, frames=2, image_size=224, audio_shape=(257, 188))
+    forward = {fed: counted["forward"] / 1e9 for fed, counted in flops.items()}
+    assert forward["both"] == pytest.approx(10.7, abs=0.15)
+    assert forward["video"] == pytest.approx(7.3, abs=0.1) and forward["audio"] == pytest.approx(3.4, abs=0.1)
+    for fed, counted in flops.items():
+        assert 2.9 < counted["train"] / counted["forward"] < 3, fed
+    # A Remix epoch, half of the clips each way: 2.5 F, the official way 4 F, a joint epoch 3 F.
+    ours = flops["both"]["forward"] + (flops["audio"]["train"] + flops["video"]["train"]) / 2
+    assert ours / flops["both"]["forward"] == pytest.approx(2.5, abs=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cache", ["ram", "device"])
+def test_no_step_waits_for_the_gpu(data, cache):
+    from benchmarks.common import load_clips
+
+    device = torch.device("cuda", 0)
+    args = train.parse_args([*TINY, "--train", "--data_root", str(data)])
+    clips = load_clips(args, cache, device)[1]["train"]
+    model = AVClassifier(3, "resnet18_thin").to(device, memory_format=torch.channels_last)
+    optimizer = train.make_optimizer(model, args)
+    plan = remix.batches_of(34, 8, "both", torch.Generator().manual_seed(0))
+    train.train_epoch(model, clips, plan, optimizer, 0, args)  # what is made once is made here
+    model.train()
+    batches = clips.epoch(plan, torch.Generator().manual_seed(0))
+    next(batches)  # the epoch's one copy
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for batch in batches:
+            loss = sum(train.loss_terms(model(batch.audio, batch.video), batch.labels, "both", args).values())
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

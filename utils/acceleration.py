@@ -1,0 +1,61 @@
+"""Arithmetic and compilation: how the same network is computed faster."""
+
+import os
+import shutil
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def default_precision(device: str) -> str:
+    """For `--device` auto, cpu or cuda: tf32 on a GPU, which is what PyTorch does there with convolutions of itself."""
+    return "tf32" if device != "cpu" and torch.cuda.device_count() else "fp32"
+
+
+def set_precision(precision: str, device: torch.device) -> None:
+    """Whether float32 products on the GPU may round their factors to TF32 (10 bits of mantissa); the CPU never does.
+
+    bf16 is the network's own affair: with it, what stays in float32 is computed as by tf32. Raises `UserError` where
+    the GPU has no bfloat16.
+    """
+    if device.type != "cuda":
+        return
+    if precision == "bf16" and torch.cuda.get_device_capability(device)[0] < 8:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"--precision bf16: {name} does not compute in bfloat16; type --precision fp32")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+
+
+def compile_in_place(modules: list[nn.Module], device: torch.device) -> None:
+    """Compile `modules` where they are, so that their parameters keep their names; each when it is first called.
+
+    Every shape gets code of its own. Raises `UserError` where PyTorch cannot compile here, found out by compiling one
+    small function: what it takes (a C++ compiler, Python's headers, Triton on a GPU) differs between its versions.
+    """
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if device.type == "cpu" and shutil.which(compiler.split()[0]) is None:
+        raise UserError(f"--compile: no C++ compiler ({compiler}) found; install one (Debian, Ubuntu: sudo apt install "
+                        "g++), name one by CXX=, or leave the flag out")  # fmt: skip
+    try:
+        torch.compile(lambda x: x.cos() + 1)(torch.ones(64, device=device))
+    except Exception as error:  # a compiler fails in more ways than can be listed; all of them mean the same here
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise UserError(f"--compile: PyTorch cannot compile here ({lines[0].strip()}); leave the flag out") from None
+    for module in modules:
+        module.compile(dynamic=False)
+
+
+def compiled(full: bool) -> AbstractContextManager:
+    """Whether compiled modules run as such: only for full batches.
+
+    The last batch of a modality has another size in every epoch, for which compiling anew would cost more than it
+    saves, and code for any size would be slower for all.
+    """
+    return nullcontext() if full else torch.compiler.set_stance("force_eager")
