@@ -29,14 +29,12 @@ from tqdm import tqdm
 from utils.cli import Parser, number
 from utils.console import HEADS
 from utils.errors import UserError, run_main
-from utils.logging import read_metrics, write_json
+from utils.logging import BEGINNINGS, read_metrics, write_json
 from utils.runs import HOW, NOT_FLAGS, UNREAD, VARIANTS, read_run
 
 TRAIN = "train.py"  # as `python -m utils.compare` is started where it lies
 OURS = {"method": "--methods", "random_seed": "--seeds", "run_name": "--log_path", "resume": "the same command again",
         "train": "nothing", "help": "nothing"}  # fmt: skip
-# A folder that holds nothing but these, and no last.pth, is a run stopped in its first epoch: nothing is lost with it.
-BEGINNINGS = ("config.json", "metrics.jsonl", "partition.csv", "events.out.tfevents.*", ".tmp-*")
 
 
 class Planned(NamedTuple):
