@@ -302,8 +302,8 @@ def mean_losses(position: Position, plan: list[remix.Batch], names: list[str], e
     bad = (~sum(losses.values()).isfinite()).nonzero().flatten().tolist()
     if bad:
         clips = [names[i] for i in plan[bad[0]].clips.tolist()]
-        raise UserError(f"epoch {epoch}, batch {bad[0]} of {len(plan)}: the loss is not finite; clips: "
-                        f"{', '.join(clips)}; no checkpoint was written since; try a lower --learning_rate")  # fmt: skip
+        raise UserError(f"epoch {epoch}, batch {bad[0]} of {len(plan)}: loss not finite; clips: "
+                        f"{', '.join(clips)}; last.pth is older; try a lower --learning_rate")  # fmt: skip
     planned = sum(len(batch.clips) for batch in plan[: position.batches])
     means = {name: (values.sum() / planned).item() for name, values in losses.items()}
     return {"train_loss": sum(means.values())} | {f"train_loss_{name}": mean for name, mean in means.items()}
@@ -406,8 +406,8 @@ def check_same_run(args: argparse.Namespace, data: dict[str, str], state: dict) 
                         f"{', '.join(sorted(RESUMABLE - {'resume'}))}")  # fmt: skip
     parts = [name for name in {**state["data"], **data} if state["data"].get(name) != data.get(name)]
     if parts:
-        raise UserError(f"--resume: {args.data_root} has other clips or labels in {' and '.join(parts)} than the run had "
-                        "at first; put them back, or start a new --run_name")  # fmt: skip
+        raise UserError(f"--resume: {args.data_root} has other clips or labels in {' and '.join(parts)} than the run "
+                        "had at first; put them back, or start a new --run_name")  # fmt: skip
     args.checkpoint = before["checkpoint"]  # read when the run began; config.json is to go on saying so
     return [text for name, text in changed.items() if name != "checkpoint"]
 

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
 _hosts = None  # the group in which hosts talk past their GPUs: asking it waits for no kernel; None is the default group
 
 
