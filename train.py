@@ -32,7 +32,7 @@ from dataset.specs import SPECS, get_spec
 from models import FUSIONS, MODELS, AVClassifier, Output
 from utils import distributed
 from utils.checkpoint import load_checkpoint, load_weights, model_weights, save_checkpoint
-from utils.cli import Parser, interval, interval_of, number, resume_command
+from utils.cli import Parser, id_list, interval, interval_of, number, path_name, resume_command
 from utils.console import epoch_line, progress, result_table
 from utils.diagnostics import diagnose_model, partition_moves, under_name
 from utils.errors import Interrupted, UserError, run_main
@@ -70,6 +70,7 @@ PRESETS = {
     "official": OFFICIAL | {"masked_encoder": "run"},
 }
 OFFICIAL_RATES = {"remix": 5e-5, "baseline": 1e-3, "audio": 1e-3, "video": 1e-3}
+MANY = 10**6  # no count or factor is sensibly larger; beyond it something was mistyped
 PROBE_BATCHES = 4  # of training clips, on which --diagnose takes gradients
 # What may differ when a run goes on: where it runs and how long, not what it computes.
 RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "gpu_ids", "device", "data_root",
@@ -82,51 +83,57 @@ def make_parser() -> Parser:
 
     g = p.add_argument_group("data")
     g.add_argument("--dataset", default="demo", choices=SPECS, help="data set (demo)")
-    g.add_argument("--data_root", metavar="DIR", help="training folder (data/<data set>)")
-    g.add_argument("--n_classes", type=number(int, 2), metavar="N", help="classes, checked against the data (theirs)")
+    g.add_argument("--data_root", type=path_name, metavar="DIR", help="training folder (data/<data set>)")
+    g.add_argument(
+        "--n_classes", type=number(int, 2, MANY), metavar="N", help="classes, checked against the data (theirs)"
+    )
     g.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.0, help="share of train held out (0)")
     g.add_argument("--allow_missing", action="store_true", help="train without the clips that are broken (off)")
-    g.add_argument("--image_size", type=number(int, 8), metavar="S", help="side frames are fed at, pixels (data set's)")
+    g.add_argument(
+        "--image_size", type=number(int, 8, 4096), metavar="S", help="side frames are fed at, pixels (data set's)"
+    )
     g.add_argument("--cache", default="auto", choices=CACHES, help="where decoded clips are held (auto)")
-    g.add_argument("--num_workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
+    g.add_argument("--num_workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1),
                    help="processes that read files with --cache none (cores, 8 at most)")  # fmt: skip
 
     g = p.add_argument_group("model")
     g.add_argument("--model", choices=MODELS, help="trunk of either modality (data set's)")
     g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (concat)")
-    g.add_argument("--checkpoint", metavar="FILE", help="weights to evaluate, or with --train to start from (none)")
+    g.add_argument(
+        "--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate, or to start --train from (none)"
+    )
 
     g = p.add_argument_group("method")
     g.add_argument("--method", default="remix", choices=METHODS,
                    help="Data Remixing, joint training, or one modality alone (remix)")  # fmt: skip
     g.add_argument("--preset", default="fair", choices=PRESETS, help="defaults of the flags not given (fair)")
-    g.add_argument("--warmup", type=number(int, 0), metavar="N", help="joint epochs before Remix (10)")
+    g.add_argument("--warmup", type=number(int, 0, MANY), metavar="N", help="joint epochs before Remix (10)")
     g.add_argument("--score", choices=remix.SCORES, help="difficulty of a clip in a modality (kl)")
     g.add_argument("--keep", choices=remix.KEEP, help="modality a clip keeps (hard)")
-    g.add_argument("--rescore_every", type=number(int, 1), metavar="K", help="epochs between two scorings (1)")
+    g.add_argument("--rescore_every", type=number(int, 1, MANY), metavar="K", help="epochs between two scorings (1)")
     g.add_argument("--batch_order", choices=remix.ORDERS, help="order of the homogeneous batches (sequential)")
     g.add_argument("--masked_encoder", choices=("skip", "run"), help="in a batch of the other modality (skip)")
-    g.add_argument("--alpha", type=number(float, 0), help="weight of the audio loss in joint batches (0.5)")
-    g.add_argument("--beta", type=number(float, 0), help="weight of the video loss in joint batches (0.5)")
-    g.add_argument("--gamma1", type=number(float, 0), help="weight of the video loss in video batches (1)")
-    g.add_argument("--gamma2", type=number(float, 0), help="weight of the audio loss in audio batches (1)")
+    g.add_argument("--alpha", type=number(float, 0, MANY), help="weight of the audio loss in joint batches (0.5)")
+    g.add_argument("--beta", type=number(float, 0, MANY), help="weight of the video loss in joint batches (0.5)")
+    g.add_argument("--gamma1", type=number(float, 0, MANY), help="weight of the video loss in video batches (1)")
+    g.add_argument("--gamma2", type=number(float, 0, MANY), help="weight of the audio loss in audio batches (1)")
     g.add_argument("--diagnose", action="store_true", help="measure clash, imbalance, calibration each epoch (off)")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", "--epoch", type=number(int, 1), metavar="N", help="epochs, warm-up included (60)")
-    g.add_argument("--batch_size", type=number(int, 2), metavar="B", help="clips a step, over all processes (64)")
+    g.add_argument("--epochs", "--epoch", type=number(int, 1, MANY), metavar="N", help="epochs, warm-up included (60)")
+    g.add_argument("--batch_size", type=number(int, 2, MANY), metavar="B", help="clips a step, over all processes (64)")
     g.add_argument("--optimizer", choices=("adam", "sgd"), help="adam, or sgd with momentum 0.9 (adam)")
-    g.add_argument("--learning_rate", type=number(float, 0, open_low=True), help="at the start (data set's)")
-    g.add_argument("--lr_decay_step", type=number(int, 1), metavar="N", help="epochs between decays (30)")
+    g.add_argument("--learning_rate", type=number(float, 0, MANY, True), help="at the start (data set's)")
+    g.add_argument("--lr_decay_step", type=number(int, 1, MANY), metavar="N", help="epochs between decays (30)")
     g.add_argument("--lr_decay_ratio", type=number(float, 0, 1, open_low=True), help="factor at a decay (0.1)")
-    g.add_argument("--encoder_lr_decay", type=number(float, 0), default=1.0, help="factor on the encoders' rate (1)")
-    g.add_argument("--random_seed", type=number(int, 0), default=42, help="seed (42)")
+    g.add_argument("--encoder_lr_decay", type=number(float, 0, MANY), default=1.0, help="encoders' rate is times (1)")
+    g.add_argument("--random_seed", type=number(int, 0, 2**32 - 1), default=42, help="seed (42)")
 
     g = p.add_argument_group("system")
     g.add_argument("--train", action="store_true", help="train; without it --checkpoint is evaluated (off)")
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="CUDA where there is one (auto)")
-    g.add_argument("--gpu_ids", metavar="IDS", help="GPUs, comma separated (all visible)")
-    g.add_argument("--log_path", default="runs", metavar="DIR", help="folder of the runs (runs)")
+    g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, comma separated (all visible)")
+    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="folder of the runs (runs)")
     g.add_argument("--run_name", metavar="NAME", help="this run's folder (data set, method, seed and time)")
     g.add_argument("--resume", action="store_true", help="go on with --run_name from its last.pth (off)")
     g.add_argument("--save_every", type=interval, default="1epochs", metavar="N[steps]",
@@ -157,8 +164,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--resume and --checkpoint: choose one; --resume reads the run's own last.pth")
     if args.method == "remix" and args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}; Remix would never start")
-    if args.gpu_ids is not None and not all(part.strip().isdigit() for part in args.gpu_ids.split(",")):
-        raise UserError(f"--gpu_ids {args.gpu_ids}: comma separated numbers are wanted, such as 0,1")
 
 
 # ------------------------------------------------------------------------------------------- predict and evaluate

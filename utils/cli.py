@@ -33,6 +33,21 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
     return parse
 
 
+def path_name(text: str) -> str:
+    """An argparse type: something that can name a file or folder. Whether it is there is its reader's business."""
+    if not text.strip() or "\0" in text or len(os.fsencode(text)) > 4095:
+        raise argparse.ArgumentTypeError(f"{text[:80]!a} is no path")
+    return text
+
+
+def id_list(text: str) -> str:
+    """An argparse type: comma separated numbers, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text}: comma separated numbers are wanted, each once, such as 0,1")
+    return text
+
+
 def interval(text: str) -> str:
     """An argparse type: `5` or `5epochs`, or `200steps`; in full, as `interval_of` takes it apart."""
     unit = "steps" if text.endswith(("step", "steps")) else "epochs"

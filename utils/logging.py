@@ -134,6 +134,8 @@ def claim_folder(log_path: str, run_name: str, resume: bool) -> Path:
         raise UserError(
             f"--run_name {run_name if run_name.isprintable() else ascii(run_name)}: a plain folder name is wanted"
         )
+    if len(os.fsencode(run_name)) > 200:
+        raise UserError(f"--run_name {run_name[:40]}...: longer than 200 bytes; choose a shorter one")
     folder = Path(log_path) / run_name
     try:
         files = list(folder.iterdir()) if folder.exists() else []
