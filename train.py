@@ -13,7 +13,9 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -25,16 +27,17 @@ from torch.nn.parallel import DistributedDataParallel
 import remix
 from dataset.clips import CACHES, Clips, Feed, choose_cache, make_clips
 from dataset.demo import ensure_demo
-from dataset.folder import Folder, Part, load_folder, split_validation
+from dataset.folder import Folder, Part, digest, load_folder, split_validation
 from dataset.specs import SPECS, get_spec
 from models import FUSIONS, MODELS, AVClassifier, Output
 from utils import distributed
 from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision
 from utils.checkpoint import load_checkpoint, load_weights, model_weights, save_checkpoint
-from utils.cli import Parser, number
+from utils.cli import Parser, id_list, interval, interval_of, number, path_name, resume_command
 from utils.console import epoch_line, progress, result_table
 from utils.diagnostics import diagnose_model, partition_moves, under_name
-from utils.errors import UserError, run_main
+from utils.errors import Interrupted, UserError, run_main
+from utils.interrupt import Interrupt
 from utils.logging import RunLog, claim_folder, environment
 from utils.metrics import accuracy, confusion, f1_macro
 from utils.plots import plot_confusion, plot_curves
@@ -68,73 +71,87 @@ PRESETS = {
     "official": OFFICIAL | {"masked_encoder": "run", "batchnorm": "running"},
 }
 OFFICIAL_RATES = {"remix": 5e-5, "baseline": 1e-3, "audio": 1e-3, "video": 1e-3}
+MANY = 10**6  # no count or factor is sensibly larger; beyond it something was mistyped
 REFRESH_CLIPS = 1024  # training clips that BatchNorm's statistics are estimated from after an epoch
 PROBE_BATCHES = 4  # of training clips, on which --diagnose takes gradients
 # What may differ when a run goes on: where it runs and how long, not what it computes.
 RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "gpu_ids", "device", "data_root",
-             "diagnose", "compile"}  # fmt: skip
+             "diagnose", "save_every", "checkpoint", "compile"}  # fmt: skip
+interrupt = Interrupt()  # SIGTERM and Ctrl-C, asked for after every step
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> Parser:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
 
     g = p.add_argument_group("data")
     g.add_argument("--dataset", default="demo", choices=SPECS, help="data set (demo)")
-    g.add_argument("--data_root", metavar="DIR", help="training folder (data/<data set>)")
-    g.add_argument("--n_classes", type=number(int, 2), metavar="N", help="classes, checked against the data (theirs)")
+    g.add_argument("--data_root", type=path_name, metavar="DIR", help="training folder (data/<data set>)")
+    g.add_argument(
+        "--n_classes", type=number(int, 2, MANY), metavar="N", help="classes, checked against the data (theirs)"
+    )
     g.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.0, help="share of train held out (0)")
     g.add_argument("--allow_missing", action="store_true", help="train without the clips that are broken (off)")
-    g.add_argument("--image_size", type=number(int, 8), metavar="S", help="side frames are fed at, pixels (data set's)")
+    g.add_argument(
+        "--image_size", type=number(int, 8, 4096), metavar="S", help="side frames are fed at, pixels (data set's)"
+    )
     g.add_argument("--cache", default="auto", choices=CACHES, help="where decoded clips are held (auto)")
-    g.add_argument("--pack_size", type=number(int, 8), metavar="P",
+    g.add_argument("--pack_size", type=number(int, 8, 4096), metavar="P",
                    help="shorter side decoded frames are kept at, pixels (as stored)")  # fmt: skip
-    g.add_argument("--num_workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
+    g.add_argument("--num_workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1),
                    help="processes that read files with --cache none (cores, 8 at most)")  # fmt: skip
 
     g = p.add_argument_group("model")
     g.add_argument("--model", choices=MODELS, help="trunk of either modality (data set's)")
     g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (concat)")
-    g.add_argument("--checkpoint", metavar="FILE", help="weights to evaluate, or with --train to start from (none)")
+    g.add_argument(
+        "--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate, or to start --train from (none)"
+    )
 
     g = p.add_argument_group("method")
     g.add_argument("--method", default="remix", choices=METHODS,
                    help="Data Remixing, joint training, or one modality alone (remix)")  # fmt: skip
     g.add_argument("--preset", default="fair", choices=PRESETS, help="defaults of the flags not given (fair)")
-    g.add_argument("--warmup", type=number(int, 0), metavar="N", help="joint epochs before Remix (10)")
+    g.add_argument("--warmup", type=number(int, 0, MANY), metavar="N", help="joint epochs before Remix (10)")
     g.add_argument("--score", choices=remix.SCORES, help="difficulty of a clip in a modality (kl)")
     g.add_argument("--keep", choices=remix.KEEP, help="modality a clip keeps (hard)")
-    g.add_argument("--rescore_every", type=number(int, 1), metavar="K", help="epochs between two scorings (1)")
+    g.add_argument("--rescore_every", type=number(int, 1, MANY), metavar="K", help="epochs between two scorings (1)")
     g.add_argument("--batch_order", choices=remix.ORDERS, help="order of the homogeneous batches (sequential)")
     g.add_argument("--masked_encoder", choices=("skip", "run"), help="in a batch of the other modality (skip)")
     g.add_argument("--batchnorm", choices=("refreshed", "running"),
                    help="statistics to score and evaluate with: estimated anew after each epoch, or the running ones "
                         "(refreshed)")  # fmt: skip
-    g.add_argument("--alpha", type=number(float, 0), help="weight of the audio loss in joint batches (0.5)")
-    g.add_argument("--beta", type=number(float, 0), help="weight of the video loss in joint batches (0.5)")
-    g.add_argument("--gamma1", type=number(float, 0), help="weight of the video loss in video batches (1)")
-    g.add_argument("--gamma2", type=number(float, 0), help="weight of the audio loss in audio batches (1)")
+    g.add_argument("--alpha", type=number(float, 0, MANY), help="weight of the audio loss in joint batches (0.5)")
+    g.add_argument("--beta", type=number(float, 0, MANY), help="weight of the video loss in joint batches (0.5)")
+    g.add_argument("--gamma1", type=number(float, 0, MANY), help="weight of the video loss in video batches (1)")
+    g.add_argument("--gamma2", type=number(float, 0, MANY), help="weight of the audio loss in audio batches (1)")
     g.add_argument("--diagnose", action="store_true", help="measure clash, imbalance, calibration each epoch (off)")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", "--epoch", type=number(int, 1), metavar="N", help="epochs, warm-up included (60)")
-    g.add_argument("--batch_size", type=number(int, 2), metavar="B", help="clips a step, over all processes (64)")
+    g.add_argument("--epochs", "--epoch", type=number(int, 1, MANY), metavar="N", help="epochs, warm-up included (60)")
+    g.add_argument("--batch_size", type=number(int, 2, MANY), metavar="B", help="clips a step, over all processes (64)")
     g.add_argument("--optimizer", choices=("adam", "sgd"), help="adam, or sgd with momentum 0.9 (adam)")
-    g.add_argument("--learning_rate", type=number(float, 0, open_low=True), help="at the start (data set's)")
-    g.add_argument("--lr_decay_step", type=number(int, 1), metavar="N", help="epochs between decays (30)")
+    g.add_argument("--learning_rate", type=number(float, 0, MANY, True), help="at the start (data set's)")
+    g.add_argument("--lr_decay_step", type=number(int, 1, MANY), metavar="N", help="epochs between decays (30)")
     g.add_argument("--lr_decay_ratio", type=number(float, 0, 1, open_low=True), help="factor at a decay (0.1)")
-    g.add_argument("--encoder_lr_decay", type=number(float, 0), default=1.0, help="factor on the encoders' rate (1)")
-    g.add_argument("--random_seed", type=number(int, 0), default=42, help="seed (42)")
+    g.add_argument("--encoder_lr_decay", type=number(float, 0, MANY), default=1.0, help="encoders' rate is times (1)")
+    g.add_argument("--random_seed", type=number(int, 0, 2**32 - 1), default=42, help="seed (42)")
 
     g = p.add_argument_group("system")
     g.add_argument("--train", action="store_true", help="train; without it --checkpoint is evaluated (off)")
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="CUDA where there is one (auto)")
-    g.add_argument("--gpu_ids", metavar="IDS", help="GPUs, comma separated (all visible)")
+    g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, comma separated (all visible)")
     g.add_argument("--precision", choices=PRECISIONS, help="arithmetic of the network (fp32; on a GPU tf32)")
     g.add_argument("--compile", action="store_true", help="compile the encoders, a minute at the start (off)")
-    g.add_argument("--log_path", default="runs", metavar="DIR", help="folder of the runs (runs)")
+    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="folder of the runs (runs)")
     g.add_argument("--run_name", metavar="NAME", help="this run's folder (data set, method, seed and time)")
     g.add_argument("--resume", action="store_true", help="go on with --run_name from its last.pth (off)")
-    args = p.parse_args(argv)
+    g.add_argument("--save_every", type=interval, default="1epochs", metavar="N[steps]",
+                   help="epochs, or steps as in 200steps, from last.pth to last.pth (1)")  # fmt: skip
+    return p
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    args = make_parser().parse_args(argv)
 
     spec = get_spec(args.dataset)
     preset = dict(PRESETS[args.preset])
@@ -157,18 +174,24 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--resume and --checkpoint: choose one; --resume reads the run's own last.pth")
     if args.method == "remix" and args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}; Remix would never start")
-    if args.gpu_ids is not None and not all(part.strip().isdigit() for part in args.gpu_ids.split(",")):
-        raise UserError(f"--gpu_ids {args.gpu_ids}: comma separated numbers are wanted, such as 0,1")
 
 
 # ------------------------------------------------------------------------------------------- predict and evaluate
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, clips: Clips, kept: str, batch_size: int, name: str) -> dict[str, Tensor]:
+def predict(
+    model: nn.Module,
+    clips: Clips,
+    kept: str,
+    batch_size: int,
+    name: str,
+    after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
     """Logits (N, C) of the heads joint, audio and video for all clips in order: evaluation mode, no augmentation.
 
-    One pass serves evaluation and the scoring of Remix. Every process does its share and gets the whole.
+    One pass serves evaluation and the scoring of Remix. Every process does its share and gets the whole. Raises
+    `UserError` naming the clips if a logit is not finite.
     """
     model.eval()
     plan = remix.batches_of(len(clips), batch_size, kept, generator=None)
@@ -184,7 +207,14 @@ def predict(model: nn.Module, clips: Clips, kept: str, batch_size: int, name: st
                         values = values.float()
                         logits.setdefault(head, values.new_zeros(len(clips), values.shape[1]))[batch.clips] = values
             bar.update(batch.total)
-    return {head: distributed.sum_over_ranks(values) for head, values in logits.items()}
+            after_batch()
+    logits = {head: distributed.sum_over_ranks(values) for head, values in logits.items()}
+    sound = torch.stack([values.isfinite().all(dim=1) for values in logits.values()]).all(dim=0)  # (N,)
+    if not sound.all():
+        bad = [clips.names[i] for i in (~sound).nonzero().flatten().tolist()]
+        raise UserError(f"{name}: not finite for {len(bad)} of {len(clips)} clips: {some(bad)}; no checkpoint was "
+                        "written since; try a lower --learning_rate")  # fmt: skip
+    return logits
 
 
 def evaluate(logits: dict[str, Tensor], labels: Tensor, part: str) -> dict[str, float | None]:
@@ -234,6 +264,22 @@ def loss_terms(output: Output, labels: Tensor, kept: str, args: argparse.Namespa
     return terms
 
 
+@dataclass
+class Position:
+    """How far an epoch got: with weights and partition, all it takes to go on in the middle of it.
+
+    `numbers` is what it has to report so far; `kl` (N, 2) what was scored in it, None without scoring; `batches` how
+    many of its plan are trained on, which took `seconds`; `losses` by term (batches of the plan,), on the device: the
+    losses summed over this process's clips. The host reads them once, at the end.
+    """
+
+    numbers: dict = field(default_factory=dict)
+    kl: Tensor | None = None
+    batches: int = 0
+    seconds: float = 0.0
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
 def train_epoch(
     model: nn.Module,
     clips: Clips,
@@ -241,14 +287,18 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     args: argparse.Namespace,
-) -> dict[str, float]:
-    """One epoch over `plan`; returns the mean loss per clip and its terms. Raises `UserError` if it is not finite."""
+    position: Position | None = None,
+    after_step: Callable[[], None] = lambda: None,
+) -> None:
+    """One epoch over `plan` from `position` on, which it moves; `after_step` may save it or end the run by raising."""
     model.train()
+    position = position or Position()
     views = epoch_generator(args.random_seed, epoch, "views")
-    sums: dict[str, Tensor] = {}  # on the device: the host reads them once, at the end
+    clock = time.perf_counter() - position.seconds
     planned = sum(len(batch.clips) for batch in plan)
     with progress(f"epoch {epoch} train", planned, distributed.is_main()) as bar:
-        for batch in clips.epoch(plan, views, load_masked=args.masked_encoder == "run"):
+        bar.update(sum(len(batch.clips) for batch in plan[: position.batches]))
+        for batch in clips.epoch(plan, views, args.masked_encoder == "run", position.batches):
             alone = frozen_batchnorm(model) if len(batch.clips) == 1 else nullcontext()
             with alone, compiled(batch.total == args.batch_size):
                 output = model(batch.audio, batch.video, batch.kept)
@@ -259,17 +309,33 @@ def train_epoch(
             loss.backward()
             optimizer.step()
             for name, term in terms.items():
-                weighted = term.detach() * (batch.share * batch.total)
-                sums[name] = sums.get(name, 0) + weighted
+                losses = position.losses.setdefault(name, torch.zeros(len(plan), device=term.device))
+                losses[position.batches] = term.detach() * (batch.share * batch.total)
+            position.batches += 1
+            position.seconds = time.perf_counter() - clock
             bar.update(batch.total)
-    distributed.share_buffers(model)
-    means = {name: (distributed.sum_over_ranks(total) / planned).item() for name, total in sums.items()}
-    loss = sum(means.values())
-    if not torch.isfinite(torch.tensor(loss)):
-        raise UserError(
-            f"epoch {epoch}: the loss is {loss}; last.pth is of the epoch before; try a lower --learning_rate"
-        )
-    return {"train_loss": loss} | {f"train_loss_{name}": mean for name, mean in means.items()}
+            after_step()
+
+
+def mean_losses(position: Position, plan: list[remix.Batch], names: list[str], epoch: int) -> dict[str, float]:
+    """The mean loss per clip and its terms of what is trained on so far.
+
+    Raises `UserError` with epoch, batch and clips if the loss of a batch is not finite.
+    """
+    losses = {name: distributed.sum_over_ranks(values.clone()) for name, values in position.losses.items()}
+    bad = (~sum(losses.values()).isfinite()).nonzero().flatten().tolist()
+    if bad:
+        clips = [names[i] for i in plan[bad[0]].clips.tolist()]
+        raise UserError(f"epoch {epoch}, batch {bad[0]} of {len(plan)}: loss not finite; clips: "
+                        f"{', '.join(clips)}; last.pth is older; try a lower --learning_rate")  # fmt: skip
+    planned = sum(len(batch.clips) for batch in plan[: position.batches])
+    means = {name: (values.sum() / planned).item() for name, values in losses.items()}
+    return {"train_loss": sum(means.values())} | {f"train_loss_{name}": mean for name, mean in means.items()}
+
+
+def some(names: list[str], most: int = 16) -> str:
+    """Names for one line."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class frozen_batchnorm:
@@ -299,14 +365,15 @@ def refresh_batchnorm(model: nn.Module, clips: Clips, kept: str, batch_size: int
     chosen = torch.randperm(len(clips), generator=order)[:REFRESH_CLIPS]
     plan = [b for b in remix.batches_of(chosen, batch_size, kept, None) if len(b.clips) >= 2 * distributed.world_size()]
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     model.train()
     for i, batch in enumerate(clips.epoch(plan)):
         for norm in norms:
             norm.momentum = 1 / (i + 1)  # a plain mean; PyTorch's own (None) reads a counter off the device each time
         model(batch.audio, batch.video, kept)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, (momentum, tracked) in zip(norms, before, strict=True):
         norm.momentum = momentum
+        norm.num_batches_tracked.copy_(tracked)  # counts training: an epoch that is resumed is refreshed once more
         for statistic in (norm.running_mean, norm.running_var):
             distributed.sum_over_ranks(statistic).div_(distributed.world_size())
 
@@ -375,14 +442,45 @@ def flags(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name != "from_preset"}
 
 
-def check_same_run(args: argparse.Namespace, before: dict) -> None:
-    """Raises `UserError` if a flag that changes the result differs from the run to be resumed."""
+def check_same_run(args: argparse.Namespace, data: dict[str, str], state: dict) -> list[str]:
+    """Which flags differ from the run to be resumed. Raises `UserError` if one may not, or if the data differ."""
     now = flags(args)
-    changed = [f"--{name} {before[name]} (now {now[name]})" for name in before
-               if name in now and name not in RESUMABLE and now[name] != before[name]]  # fmt: skip
-    if changed:
-        raise UserError(f"--resume: the run was started with {', '.join(changed)}; only these may change: "
+    # An older run may not know a flag: it did then what the flag's default does now.
+    before = flags(parse_args(["--train"])) | state["config"]
+    changed = {name: f"--{name} {before[name]} (now {value})" for name, value in now.items()
+               if name not in ("resume", "run_name") and value != before[name]}  # fmt: skip
+    fixed = [text for name, text in changed.items() if name not in RESUMABLE]
+    if fixed:
+        raise UserError(f"--resume: the run was started with {', '.join(fixed)}; only these may change: "
                         f"{', '.join(sorted(RESUMABLE - {'resume'}))}")  # fmt: skip
+    parts = [name for name in {**state["data"], **data} if state["data"].get(name) != data.get(name)]
+    if parts:
+        raise UserError(f"--resume: {args.data_root} has other clips or labels in {' and '.join(parts)} than the run "
+                        "had at first; put them back, or start a new --run_name")  # fmt: skip
+    args.checkpoint = before["checkpoint"]  # read when the run began; config.json is to go on saying so
+    return [text for name, text in changed.items() if name != "checkpoint"]
+
+
+def read_state(path: Path) -> dict:
+    """The checkpoint of a run to go on with. Raises `UserError` if it is not one of ours."""
+    state = load_checkpoint(path)
+    wanted = ("optimizer", "scheduler", "epoch", "best", "kept", "rng", "config", "data", "position", "seconds")
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise UserError(f"--resume: {path} has no {', '.join(missing)}; only a run of this version can go on")
+    return state
+
+
+def go_on_at(middle: dict | None, device: torch.device) -> Position | None:
+    """The position in a checkpoint, None between epochs. Of another number of processes the first takes all losses."""
+    if middle is None:
+        return None
+    position = Position(**middle)
+    for name, rows in position.losses.items():
+        same = len(rows) == distributed.world_size()
+        mine = rows[distributed.rank()] if same else rows.sum(0) * float(distributed.is_main())
+        position.losses[name] = mine.to(device)
+    return position
 
 
 def describe_run(args: argparse.Namespace, folder: Folder, clips: dict[str, Clips], device: torch.device) -> dict:
@@ -406,12 +504,18 @@ def announce(
         print(f"left out: {len(folder.missing)} broken clips (--allow_missing); config.json counts them")
     filled = ", ".join(f"{name} {value}" for name, value in args.from_preset.items())
     print(f"preset {args.preset}: {filled}")
+    for name, part in clips.items():
+        present = set(part.labels.tolist())
+        absent = [label for i, label in enumerate(folder.classes) if i not in present]
+        if absent:
+            print(f"warning: {name} has no clip of {len(absent)} of {len(folder.classes)} classes: {some(absent)}")
     print(f"{args.method} for {args.epochs} epochs; run folder {run}")
 
 
 # --------------------------------------------------------------------------------------------------------------- main
 
 
+@interrupt
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args)
@@ -441,8 +545,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.checkpoint:
         load_weights(bare, load_checkpoint(args.checkpoint)["model"], args.checkpoint)
 
-    def predict_all(part: str) -> dict[str, Tensor]:
-        return predict(bare, clips[part], inputs, 4 * args.batch_size, f"{part} predictions")
+    def predict_all(part: str, name: str = "", after_batch: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+        return predict(bare, clips[part], inputs, 4 * args.batch_size, f"{name}{part} predictions", after_batch)
 
     if not args.train:
         print(result_table({args.checkpoint: evaluate(predict_all("test"), clips["test"].labels, "test")}))
@@ -457,16 +561,62 @@ def main(argv: list[str] | None = None) -> None:
 
     # resume, in this order: weights, optimizer, scheduler, generators, then the loop's own state. Epochs draw from
     # (seed, epoch, purpose) alone; the global generators are put back for whatever else may draw.
-    first_epoch, best, kept = 0, {}, None
-    if args.resume:
-        state = load_checkpoint(Path(args.log_path) / run_name / "last.pth")
-        check_same_run(args, state["config"])
-        load_weights(bare, state["model"], "last.pth")
+    first_epoch, best, kept, position = 0, {}, None, None
+    last, data = Path(args.log_path) / run_name / "last.pth", {name: digest(part) for name, part in parts.items()}
+    if args.resume and last.is_file():  # there is none if the run was killed before its first checkpoint
+        state = read_state(last)
+        changed = check_same_run(args, data, state)
+        load_weights(bare, state["model"], last)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         set_rng_state(state["rng"])
         best, kept, first_epoch = state["best"], state["kept"], state["epoch"] + 1
+        position, started = go_on_at(state["position"], device), started - state["seconds"]
+        if distributed.is_main():
+            where = f" after batch {position.batches}" if position and position.batches else ""
+            print(f"resumed in epoch {first_epoch}{where}{'; changed: ' if changed else ''}{', '.join(changed)}")
 
+    def save(epoch: int, position: Position | None = None, improved: bool = False) -> None:
+        """last.pth: `epoch` is done, and the next one up to `position`. Every process takes part, one writes."""
+        middle = position and asdict(position) | {
+            "losses": {name: distributed.rows_of_ranks(values) for name, values in position.losses.items()}
+        }
+        if not torch.stack([parameter.isfinite().all() for parameter in bare.parameters()]).all():
+            raise UserError(f"epoch {epoch + 1 if position else epoch}: weights are not finite; {last} is as it was; "
+                            "try a lower --learning_rate")  # fmt: skip
+        if log:
+            state = {"model": model_weights(bare), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best,
+                     "scheduler": scheduler.state_dict(), "kept": kept, "rng": rng_state(), "config": flags(args),
+                     "classes": folder.classes, "data": data, "position": middle,
+                     "seconds": time.perf_counter() - started}  # fmt: skip
+            if improved:
+                save_checkpoint(run / "best.pth", state)
+            # After best.pth: a run killed between the two repeats this epoch, and best.pth with it.
+            if middle or epoch + 1 == args.epochs or (unit == "epochs" and (epoch + 1) % every == 0):
+                save_checkpoint(last, state)
+
+    def pause(trained: bool) -> None:
+        """After a step, or a batch of predictions: save where it is time to, and stop where a signal asked for it."""
+        nonlocal unsaved
+        unsaved += trained and unit == "steps"
+        stop = interrupt.asked()
+        if position and (stop or unsaved >= every):
+            mean_losses(position, plan, clips["train"].names, epoch) if position.batches else None
+            save(epoch - 1, position)
+            unsaved = 0
+        if stop:
+            distributed.stop()  # the others wait until the file is written
+            words = resume_command(sys.argv[1:] if argv is None else argv, run_name, args.gpu_ids is not None)
+            where = (
+                f"in epoch {epoch}, batch {position.batches} of its training" if position else "after the last epoch"
+            )
+            raise Interrupted(
+                f"stopped by {interrupt.noted or 'another process'} {where}; {last} has it; go on: {words}"
+            )
+
+    every, unit = interval_of(args.save_every)
+    unsaved = 0  # steps since last.pth, where steps count
+    interrupt.listen()  # from here on there is something to lose
     log = RunLog(run, describe_run(args, folder, clips, device), first_epoch) if distributed.is_main() else None
     if log:
         announce(args, folder, clips, cache, run)
@@ -474,36 +624,47 @@ def main(argv: list[str] | None = None) -> None:
     # loop
     for epoch in range(first_epoch, args.epochs):
         remixing = args.method == "remix" and epoch >= args.warmup
-        numbers = {"epoch": epoch, "phase": "remix" if remixing else inputs.replace("both", "joint")}
+        position, plan = position or Position(), []
+        numbers, earlier = position.numbers, position.seconds
+        numbers |= {"epoch": epoch, "phase": "remix" if remixing else inputs.replace("both", "joint")}
         numbers["lr"] = scheduler.get_last_lr()[-1]
         clock = time.perf_counter()
         order = epoch_generator(args.random_seed, epoch, "plan")
         if remixing:
-            if kept is None or (epoch - args.warmup) % args.rescore_every == 0:
-                logits = predict_all("train")
+            if position.batches == 0 and (kept is None or (epoch - args.warmup) % args.rescore_every == 0):
+                logits = predict_all("train", f"epoch {epoch}, ", lambda: pause(trained=False))
                 low_is_hard = remix.difficulty(logits["audio"], logits["video"], args.score, clips["train"].labels,
                                                epoch_generator(args.random_seed, epoch, "score"))  # fmt: skip
                 before, kept = kept, remix.decouple(low_is_hard, args.keep).cpu()
+                # partition.csv shows the KL whatever the score
+                position.kl = torch.stack([remix.kl_from_uniform(logits[name]) for name in ("audio", "video")], 1).cpu()
                 if args.diagnose:
                     numbers |= diagnose_partition(before, kept, clips["train"], folder.classes)
-                if log:
-                    write_partition(log, epoch, clips["train"], folder.classes, logits, kept)
+            if log and position.kl is not None:
+                write_partition(log, epoch, clips["train"], folder.classes, position.kl, kept)
             plan = remix.reassemble(kept, args.batch_size, args.batch_order, order)
         else:
             plan = remix.batches_of(len(clips["train"]), args.batch_size, inputs, order)
         for name in ("audio", "video"):
             numbers[f"n_{name}"] = sum(len(b.clips) for b in plan if b.kept == name) if remixing else None
-        numbers["seconds_score"], clock = lap(clock)
+        if log and remixing and 0 in (numbers["n_audio"], numbers["n_video"]):
+            print(f"epoch {epoch}: no clip keeps {'audio' if numbers['n_audio'] == 0 else 'video'}; all batches are of "
+                  "the other modality")  # fmt: skip
+        seconds, clock = lap(clock)
+        numbers["seconds_score"] = numbers.get("seconds_score", 0.0) + seconds
 
-        numbers |= train_epoch(model, clips["train"], plan, optimizer, epoch, args)
-        scheduler.step()
+        train_epoch(model, clips["train"], plan, optimizer, epoch, args, position, lambda: pause(trained=True))
+        distributed.same_buffers(bare)
         if args.batchnorm == "refreshed":
-            some = epoch_generator(args.random_seed, epoch, "batchnorm")
-            refresh_batchnorm(bare, clips["train"], inputs, args.batch_size, some)
-        numbers["seconds_train"], clock = lap(clock)
+            refresh_batchnorm(bare, clips["train"], inputs, args.batch_size,
+                              epoch_generator(args.random_seed, epoch, "batchnorm"))  # fmt: skip
+        numbers |= mean_losses(position, plan, clips["train"].names, epoch)
+        seconds, clock = lap(clock)
+        numbers["seconds_train"] = earlier + seconds
 
         for part in [name for name in clips if name != "train"]:
-            numbers |= evaluate(predict_all(part), clips[part].labels, part)
+            logits = predict_all(part, f"epoch {epoch}, ", lambda: pause(trained=False))
+            numbers |= evaluate(logits, clips[part].labels, part)
         numbers["seconds_eval"], clock = lap(clock)
         if args.diagnose:
             numbers |= diagnose(bare, clips, inputs, args)
@@ -512,28 +673,22 @@ def main(argv: list[str] | None = None) -> None:
         numbers["clips_per_second"] = trained / (numbers["seconds_score"] + numbers["seconds_train"])
 
         improved = update_best(best, numbers)
+        scheduler.step()
         if log:
             log.epoch(numbers)
             print(epoch_line(numbers, args.epochs), flush=True)
-            state = {"model": model_weights(bare), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best,
-                     "scheduler": scheduler.state_dict(), "kept": kept, "rng": rng_state(), "config": flags(args),
-                     "classes": folder.classes}  # fmt: skip
-            save_checkpoint(run / "last.pth", state)
-            if improved:
-                save_checkpoint(run / "best.pth", state)
+        save(epoch, improved=improved)
+        position = None
 
     # summary
-    logits = predict_all("test")
+    logits = predict_all("test", after_batch=lambda: pause(trained=False))
     if log:
         finish(log, args, folder, best, logits, clips["test"].labels, time.perf_counter() - started)
     distributed.stop()
 
 
-def write_partition(
-    log: RunLog, epoch: int, clips: Clips, classes: list[str], logits: dict[str, Tensor], kept: Tensor
-) -> None:
-    """partition.csv and the histograms: the KL whatever the score, and what each clip keeps."""
-    kl = torch.stack([remix.kl_from_uniform(logits[name]) for name in ("audio", "video")], dim=1).cpu()
+def write_partition(log: RunLog, epoch: int, clips: Clips, classes: list[str], kl: Tensor, kept: Tensor) -> None:
+    """partition.csv and the histograms: kl (N, 2), and what each clip keeps."""
     labels = [classes[label] for label in clips.labels.tolist()]
     log.partition(epoch, clips.names, labels, kl, [remix.NAMES[modality] for modality in kept.tolist()])
 
@@ -571,7 +726,7 @@ def finish(
     log.figure(
         "confusion",
         plot_confusion(matrices, folder.classes, f"{args.dataset}, {args.method}, last epoch"),
-        args.epochs - 1,
+        args.epochs,
     )
     log.summary({
         "method": args.method, "dataset": args.dataset, "seed": args.random_seed, "epochs": args.epochs,
@@ -587,7 +742,7 @@ def finish(
     if honest:
         rows[f"best on validation, epoch {best['best_val_epoch']}"] = honest
     print(f"\n{result_table(rows)}\n\n{seconds:.0f} s; curves.png, confusion.png and the weights are in {log.folder}")
-    print(f"curves of all runs: tensorboard --logdir {args.log_path}")
+    print(f"curves of all runs: tensorboard --logdir {args.log_path} --host localhost")
 
 
 def lap(clock: float) -> tuple[float, float]:

@@ -7,6 +7,7 @@ Shapes: N clips, B clips of a batch on this process, T frames, S x S pixels, (F,
 
 import os
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from dataset.pack import (
 )
 from utils.distributed import barrier, is_main, local_processes, lowest, rank, world_size
 from utils.errors import UserError
+from utils.interrupt import SIGNALS
 
 CACHES = ("auto", "none", "ram", "device")
 SLOWEST_FIRST = ("none", "ram", "device")
@@ -83,9 +85,9 @@ class Clips:
         return len(self.names)
 
     def epoch(
-        self, plan: list, generator: torch.Generator | None = None, load_masked: bool = False
+        self, plan: list, generator: torch.Generator | None = None, load_masked: bool = False, first: int = 0
     ) -> Iterator[ClipBatch]:
-        """Load the batches of `plan`, a list of (clip indices, kept modality), in order.
+        """Load the batches of `plan`, a list of (clip indices, kept modality), in order, from batch `first` on.
 
         With `generator` frames and crops are random (training), without it fixed (evaluation). `load_masked` gives
         the masked modality's input too. Under torchrun each process gets every world_size-th clip of each batch, the
@@ -107,7 +109,8 @@ class Clips:
             audio, video = (load_masked or batch.kept in ("both", name) for name in ("audio", "video"))
             jobs.append(Job(order[mine], views.rows(mine), batch.kept, audio, video, total, share))
         # To the device once for the whole epoch: a copy in each batch would make the host wait for it each time.
-        clips = order[torch.cat(shares)].to(self.device)
+        jobs, shares = jobs[first:], shares[first:]
+        clips = order[torch.cat(shares)].to(self.device) if shares else order[:0]
         per_batch = [len(mine) for mine in shares]
         batches = zip(jobs, clips.split(per_batch), self.labels[clips].split(per_batch), self._load(jobs), strict=True)
         for job, mine, labels, (audio, pixels) in batches:
@@ -166,16 +169,36 @@ class FileClips(Clips):
             batch_size=None,
             num_workers=feed.workers,
             persistent_workers=feed.workers > 0,
+            worker_init_fn=_ignore_signals,
+            # Its own, so that starting workers draws nothing from the global one: a resumed run starts them once more.
+            generator=torch.Generator().manual_seed(0),
             pin_memory=feed.device.type == "cuda",
         )
 
     def _load(self, jobs: list[Job]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         self.jobs[:] = jobs
-        for audio, pixels, mistake in self.loader:
+        for audio, pixels, mistake in self._read():
             if mistake:
                 raise UserError(mistake)
             audio, pixels = (x.to(self.device, non_blocking=True) if x is not None else None for x in (audio, pixels))
             yield audio, pixels.float() if pixels is not None else None
+
+    def _read(self) -> Iterator[tuple[Tensor | None, Tensor | None, str]]:
+        try:
+            yield from self.loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "--num_workers: a process that reads clips was killed, by a lack of memory or by hand; "
+                "go on with --resume, with fewer workers if it happens again"
+            ) from None
+
+
+def _ignore_signals(_: int) -> None:
+    """A worker outlives the signals sent to the whole group (Ctrl-C, a scheduler's SIGTERM); its parent ends it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _JobReader(Dataset):

@@ -105,7 +105,7 @@ def scan_clips(
             faults.append(fault)
             if stop_at_first:
                 break
-        if len(rows) > MAX_ROWS:
+        if len(rows) + len(faults) > MAX_ROWS:
             raise UserError(f"{path}: more than {MAX_ROWS:,} rows; this is no list of clips (each line is clip,label)")
     return rows, faults
 

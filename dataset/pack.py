@@ -7,6 +7,7 @@ folder is made under a temporary name and renamed when whole, so neither is half
 Shapes: N clips, K frames in all, H x W stored pixels, (F, W) spectrogram.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from dataset.folder import Part
 from utils.errors import UserError
+from utils.files import TEMPORARY
 
 KEPT_SECONDS = 24 * 3600  # a pack that no run has opened for so long goes when the next one is made
 FORMAT = 1  # raise when the layout changes, so that older packs are made anew
@@ -88,17 +90,33 @@ def open_pack(root: Path, name: str, part: Part, size: tuple[int, int], audio_sh
     first = np.concatenate([[0], counts.cumsum()[:-1]]) if len(counts) else counts
     key = _key(part, size)
     folder = root / ".pack" / f"{name}-{key}"
-    if not (folder / "pack.json").exists():
+    arrays = _load(folder, part, size, audio_shape)
+    if arrays is None:
         try:
             _write(folder, name, part, size, audio_shape)
         except OSError as error:
             print(f"{root}: no pack written ({error.strerror}); holding the clips in this process's memory instead")
             return Pack(*_decode(part, size, audio_shape, np.empty), first, counts)
+        arrays = _load(folder, part, size, audio_shape)
     with suppress(OSError):  # a read-only folder's packs are not ours to clear either
         os.utime(folder / "pack.json")
-    frames = np.load(folder / "frames.npy", mmap_mode="r", allow_pickle=False)
-    spectrograms = np.load(folder / "spectrograms.npy", mmap_mode="r", allow_pickle=False)
-    return Pack(frames, spectrograms, first, counts)
+    return Pack(*arrays, first, counts)
+
+
+def _load(
+    folder: Path, part: Part, size: tuple[int, int], audio_shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """frames and spectrograms, None where they are missing or damaged (a file cut short by hand or a failing disk)."""
+    if not (folder / "pack.json").exists():
+        return None
+    try:
+        frames, spectrograms = (
+            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("frames", "spectrograms")
+        )
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = (sum(len(paths) for paths in part.frames), 3, *size), (len(part.clips), *audio_shape)
+    return (frames, spectrograms) if (frames.shape, spectrograms.shape) == whole else None
 
 
 def read_frame(path: Path) -> np.ndarray:
@@ -113,8 +131,9 @@ def read_spectrogram(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """One spectrogram, float32 of `shape`. Raises `UserError` if the file is unreadable, misshapen or not finite."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: unreadable spectrogram ({error})") from None
+    except (OSError, ValueError, EOFError, MemoryError) as error:  # a header may claim more than there is memory
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: unreadable spectrogram ({why}); prepare the clip anew") from None
     if array.shape != tuple(shape):
         raise UserError(f"{path}: spectrogram of shape {array.shape}, expected {tuple(shape)}; prepare the folder anew")
     if not np.isfinite(array).all():
@@ -137,28 +156,57 @@ def _write(folder: Path, name: str, part: Part, size: tuple[int, int], audio_sha
     free = shutil.disk_usage(folder.parent).free
     if pack_bytes(part, size, audio_shape) > free:
         raise OSError(28, "not enough room on the disk")
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+    _remove_abandoned(folder.parent)
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
+    held = _hold(temporary)
     try:
 
         def make_array(shape: tuple[int, ...], dtype: type) -> np.ndarray:
             file = "frames.npy" if dtype is np.uint8 else "spectrograms.npy"
-            return np.lib.format.open_memmap(temporary / file, mode="w+", dtype=dtype, shape=shape)
+            array = np.lib.format.open_memmap(temporary / file, mode="w+", dtype=dtype, shape=shape)
+            # Reserve the blocks: a disk that fills up under a mapped file ends the process without a word.
+            if hasattr(os, "posix_fallocate"):
+                with open(temporary / file, "rb+") as reserved:
+                    os.posix_fallocate(reserved.fileno(), 0, os.fstat(reserved.fileno()).st_size)
+            return array
 
         for array in _decode(part, size, audio_shape, make_array):
             array.flush()
         (temporary / "pack.json").write_text(json.dumps({"clips": len(part.clips), "size": size, "format": FORMAT}))
         os.chmod(temporary, 0o755)
+        if (folder / "pack.json").exists():  # damaged: `_load` did not take it
+            shutil.rmtree(folder)
         try:
             temporary.rename(folder)
         except OSError:
             if not (folder / "pack.json").exists():  # another process made the same pack meanwhile: use that one
                 raise
     finally:
+        os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)
     for old in folder.parent.glob(f"{name}-*/pack.json"):
         # Not younger ones: a run beside this one may be about to open its own, of another split of the same clips.
         if time.time() - old.stat().st_mtime > KEPT_SECONDS:
             shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _hold(folder: Path) -> int:
+    """Lock `folder` until the descriptor is closed or this process ends, however it ends. Raises OSError if it is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_abandoned(packs: Path) -> None:
+    """Delete the packs that killed processes left unfinished: they can be as large as the disk is full."""
+    for leftover in packs.glob(f"{TEMPORARY}*"):
+        with suppress(OSError):  # somebody is at work in it, or just finished
+            os.close(_hold(leftover))
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _decode(part: Part, size: tuple[int, int], audio_shape: tuple[int, int], make_array) -> tuple[np.ndarray, ...]:

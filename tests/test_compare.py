@@ -50,8 +50,8 @@ with open(folder / "metrics.jsonl", "a") as file:
         line = dict.fromkeys(["test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro"], 0.5)
         file.write(json.dumps(line | {"epoch": epoch, "phase": "joint", "n_audio": None, "seconds_train": 1}) + "\\n")
         (folder / "last.pth").write_text("weights")
-        if action == "stop":
-            sys.exit(1)
+        if action in ("stop", "interrupted"):
+            sys.exit(75 if action == "interrupted" else 1)
 (folder / "summary.json").write_text(json.dumps({"epochs": flags["epochs"]}))
 """
 
@@ -185,6 +185,16 @@ def test_an_interrupted_comparison_goes_on(fake: Comparison) -> None:
     assert (fake.runs / "demo_baseline_seed0" / "metrics.jsonl").stat().st_mtime_ns == kept
 
 
+def test_an_interrupted_run_is_no_failed_one(fake: Comparison, capsys) -> None:
+    fake.tell("demo_remix_seed0", "interrupted")
+    fake()
+    err = capsys.readouterr().err
+    assert fake.status == 75
+    assert "demo_remix_seed0: interrupted after 1 epochs; the same command goes on with it" in err
+    assert "FAILED" not in err
+    assert fake() == ["demo_remix_seed0 resume"] and fake.status == 0
+
+
 @pytest.mark.parametrize("state", ["finished", "unfinished"])
 def test_a_run_made_with_other_flags_is_refused_by_name(fake: Comparison, state: str) -> None:
     fake("--methods remix --seeds 0")
@@ -268,7 +278,8 @@ def test_two_comparisons_do_not_share_a_folder_even_if_the_first_was_killed(fake
         worker = compare.Worker(run, "start", fake.runs, dict(os.environ), lock)
     with pytest.raises(UserError, match="outlived"), compare.alone_in(fake.runs):  # its run still works
         pass
-    worker.stop()
+    worker.ask_to_stop()
+    worker.process.wait()
     with compare.alone_in(fake.runs):
         pass
 

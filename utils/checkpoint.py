@@ -1,18 +1,24 @@
 """Checkpoints: written whole or not at all, read without running code, the official repository's included."""
 
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import atomic_path, writing
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` (tensors, numbers, strings, dicts, lists) to `path` atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    """Write `state` (tensors, numbers, strings, dicts, lists) to `path` atomically.
+
+    Raises `UserError` naming the disk where there is no room; `path` is then what it was before.
+    """
+    # Through a file of ours: PyTorch's own does not say why a write failed.
+    with writing(path, "go on with --resume"), atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path: Path | str) -> dict:
@@ -20,6 +26,7 @@ def load_checkpoint(path: Path | str) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
+    _refuse_bomb(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types here, all of which mean the same to the user
@@ -28,6 +35,14 @@ def load_checkpoint(path: Path | str) -> dict:
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise UserError(f"{path}: no `model` entry; expected a checkpoint of this project or of the official code")
     return state
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise `UserError` if `path` is an archive that unpacks to more than it is: PyTorch never compresses."""
+    with suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+        unpacked, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+        if unpacked > size:
+            raise UserError(f"{path}: unpacks to {unpacked:,} bytes from {size:,}; no checkpoint does, do not trust it")
 
 
 def model_weights(model: nn.Module) -> dict:

@@ -1,7 +1,11 @@
 """Flags: types with a range, and mistakes as one line."""
 
 import argparse
+import os
+import shlex
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from utils.errors import UserError
 
@@ -27,3 +31,48 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
         return value
 
     return parse
+
+
+def path_name(text: str) -> str:
+    """An argparse type: something that can name a file or folder. Whether it is there is its reader's business."""
+    if not text.strip() or "\0" in text or len(os.fsencode(text)) > 4095:
+        raise argparse.ArgumentTypeError(f"{text[:80]!a} is no path")
+    return text
+
+
+def id_list(text: str) -> str:
+    """An argparse type: comma separated numbers, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts) or len(set(parts)) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text}: comma separated numbers are wanted, each once, such as 0,1")
+    return text
+
+
+def interval(text: str) -> str:
+    """An argparse type: `5` or `5epochs`, or `200steps`; in full, as `interval_of` takes it apart."""
+    unit = "steps" if text.endswith(("step", "steps")) else "epochs"
+    count = text.removesuffix("s").removesuffix(unit[:-1])
+    if not (count.isascii() and count.isdecimal() and 1 <= int(count[:10]) <= 10**9):
+        raise argparse.ArgumentTypeError(f"{text!r}: epochs as in 5, or steps as in 200steps, are wanted, at least 1")
+    return f"{int(count[:10])}{unit}"
+
+
+def interval_of(text: str) -> tuple[int, str]:
+    """What `interval` returned as (count, "epochs" or "steps")."""
+    unit = "steps" if text.endswith("steps") else "epochs"
+    return int(text.removesuffix(unit)), unit
+
+
+def resume_command(words: list[str], run_name: str, own_launch: bool) -> str:
+    """What to type to go on with the run that the flags `words` started.
+
+    `own_launch`: train.py starts its processes itself (--gpu_ids), so there is no torchrun to type.
+    """
+    program = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    start = ["python"] if own_launch or local == "1" else ["torchrun", f"--nproc_per_node={local}"]
+    kept = [word for before, word in zip(["", *words], words, strict=False)
+            if "--checkpoint" not in (before, word) and not word.startswith("--checkpoint=")]  # fmt: skip
+    if not any(word == "--run_name" or word.startswith("--run_name=") for word in kept):
+        kept += ["--run_name", run_name]
+    return shlex.join([*start, program, *kept, *(["--resume"] if "--resume" not in kept else [])])

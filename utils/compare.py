@@ -28,15 +28,13 @@ from tqdm import tqdm
 
 from utils.cli import Parser, number
 from utils.console import HEADS
-from utils.errors import UserError, run_main
-from utils.logging import read_metrics, write_json
+from utils.errors import INTERRUPTED, UserError, run_main
+from utils.logging import BEGINNINGS, read_metrics, write_json
 from utils.runs import HOW, NOT_FLAGS, UNREAD, VARIANTS, read_run
 
 TRAIN = "train.py"  # as `python -m utils.compare` is started where it lies
 OURS = {"method": "--methods", "random_seed": "--seeds", "run_name": "--log_path", "resume": "the same command again",
         "train": "nothing", "help": "nothing"}  # fmt: skip
-# A folder that holds nothing but these, and no last.pth, is a run stopped in its first epoch: nothing is lost with it.
-BEGINNINGS = ("config.json", "metrics.jsonl", "partition.csv", "events.out.tfevents.*", ".tmp-*")
 
 
 class Planned(NamedTuple):
@@ -190,10 +188,14 @@ class Worker:
     def has_ended(self) -> bool:
         return self.process.poll() is not None
 
-    def stop(self) -> None:
+    def ask_to_stop(self) -> None:
+        """It finishes its step, saves, and leaves."""
         if not self.has_ended():
             self.process.terminate()
-            self.process.wait()
+
+    def was_interrupted(self) -> bool:
+        """Whether it saved itself and left at a signal, to be resumed."""
+        return self.process.returncode == INTERRUPTED
 
     def last_words(self) -> str:
         text = self.log.read_text(errors="replace").replace("\r", "\n")
@@ -201,8 +203,8 @@ class Worker:
         return lines[-1] if lines else f"exit status {self.process.returncode}, no output"
 
 
-def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict], lock: int) -> list[str]:
-    """Run them, as many at a time as there are environments; returns a line for each run that failed."""
+def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict], lock: int) -> list[Worker]:
+    """Run them, as many at a time as there are environments; returns those that failed or were interrupted."""
     waiting, slots, ended = list(todo), [None] * len(envs), []
     epochs = sum(run.flags["epochs"] - len(read_metrics(log_path / run.name)) for run, _ in todo)
     bar = tqdm(total=epochs, unit="epoch", desc=f"run 0/{len(todo)}", mininterval=1, smoothing=0.05)
@@ -222,14 +224,19 @@ def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict], l
             time.sleep(0.5)
     finally:
         bar.close()
+        for worker in filter(None, slots):  # all first, so that they save at the same time
+            worker.ask_to_stop()
         for worker in filter(None, slots):
-            worker.stop()
+            worker.process.wait()
         signal.signal(signal.SIGTERM, before)
-    return [verdict(worker) for worker in ended if worker.process.returncode]
+    return [worker for worker in ended if worker.process.returncode]
 
 
 def verdict(worker: Worker) -> str:
     """One line on a run that ended: its accuracies, or its last words."""
+    if worker.was_interrupted():
+        done = len(read_metrics(worker.folder))
+        return f"{worker.run.name}: interrupted after {done} epochs; the same command goes on with it"
     if worker.process.returncode:
         return f"{worker.run.name}: FAILED: {worker.last_words()} (all of it: {worker.log})"
     last = read_metrics(worker.folder)[-1]
@@ -291,9 +298,11 @@ def main(argv: list[str] | None = None) -> int:
             envs = environments(args.jobs, todo[0][0].flags["device"])
             failures = run_all(todo, log_path, envs[: len(todo)], lock)
     report(args, plan, log_path)
-    for line in failures:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if failures else 0
+    for worker in failures:
+        print(f"{'' if worker.was_interrupted() else 'error: '}{verdict(worker)}", file=sys.stderr)
+    if all(worker.was_interrupted() for worker in failures):
+        return INTERRUPTED if failures else 0
+    return 1
 
 
 def note_command(log_path: Path, argv: list[str], plan: list[Planned]) -> None:

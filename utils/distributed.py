@@ -6,13 +6,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+_hosts = None  # the group in which hosts talk past their GPUs: asking it waits for no kernel; None is the default group
 
 
 def start(device: str) -> torch.device:
     """Join the group torchrun describes in the environment, if any; returns this process's device."""
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        global _hosts
+        _hosts = dist.new_group(backend="gloo") if device == "cuda" else None
     if device == "cuda":
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(local)
@@ -66,8 +70,17 @@ def lowest(value: int, device: torch.device) -> int:
     return int(agreed)
 
 
-def share_buffers(model: torch.nn.Module) -> None:
-    """Give every process rank 0's buffers. After training they differ: BatchNorm has seen other clips in each."""
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any process. Waits for the other hosts, not for the devices."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor([int(flag)])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_hosts)
+    return bool(votes.item())
+
+
+def same_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers: BatchNorm statistics are each process's own until the next joint step."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -76,3 +89,10 @@ def share_buffers(model: torch.nn.Module) -> None:
 def local_processes() -> int:
     """How many processes of the group run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
+
+
+def rows_of_ranks(values: Tensor) -> Tensor:
+    """Every process's `values` (...,), exact: (world size, ...)."""
+    rows = values.new_zeros((world_size(), *values.shape))
+    rows[rank()] = values
+    return sum_over_ranks(rows)

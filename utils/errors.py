@@ -1,21 +1,45 @@
-"""A user's mistake is one line that says what to type, never a stack trace."""
+"""A user's mistake is one line that says what to type, never a stack trace; an interruption says how to go on."""
 
+import os
 import sys
 from collections.abc import Callable
+
+INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same again later
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line: the file or flag, what was wrong, what to type."""
 
 
+class Interrupted(Exception):
+    """Stopped by SIGTERM or Ctrl-C with everything saved. The message is one line with the command that goes on."""
+
+
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`; a `UserError` becomes `error: ...` on stderr and exit status 2, Ctrl-C status 130."""
+    """Run a command's `main` and exit: status 2 and `error: ...` after a `UserError`, 75 after `Interrupted`.
+
+    Ctrl-C where nothing was to be saved is status 130. A file that the system refuses (no permission, no room) and
+    memory that it does not have are one line and status 2 as well.
+    """
     try:
         status = main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every process ends with it; one line will do
+            print(stop, file=sys.stderr)
+        status = INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise  # not about a file: a stack trace says more
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        status = 2
+    except MemoryError as error:
+        reason = " ".join(str(error).split()) or "no more memory"
+        print(f"error: out of memory ({reason}); try --cache none or a lower --batch_size", file=sys.stderr)
         status = 2
     sys.exit(status or 0)

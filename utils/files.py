@@ -1,5 +1,6 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and what is said when the system refuses one."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -7,7 +8,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils.errors import UserError
+
 TEMPORARY = ".tmp-"  # what the name of an unfinished file or folder starts with
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def writing(path: Path | str, go_on: str = "type the same command again") -> Iterator[None]:
+    """Turn an `OSError` of the block, which writes `path`, into a `UserError` that names file, disk and free room.
+
+    `go_on` is what to type once there is room. PyTorch reports a full disk as a `RuntimeError` whose context is the
+    `OSError`; that is seen through.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None or cause.errno is None:
+            raise
+        raise UserError(_refusal(Path(path), cause, go_on)) from None
+
+
+def _refusal(path: Path, error: OSError, go_on: str) -> str:
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    mount = folder.resolve()
+    while not os.path.ismount(mount):
+        mount = mount.parent
+    free = shutil.disk_usage(mount).free
+    room = f"{free / 2**20:,.0f} MB free" if free >= 2**20 else f"{free / 2**10:,.0f} kB free"
+    advice = {
+        errno.EFBIG: "the process may not write files so large: raise ulimit -f",
+        errno.EDQUOT: "the quota is used up: free some room",
+    }.get(error.errno, "free some room" if error.errno in NO_ROOM else "make it writable")
+    return f"{path}: cannot be written ({error.strerror}; disk {mount}, {room}); {advice} and {go_on}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed process left unfinished in `folder`; nobody else may be writing there."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 @contextmanager
