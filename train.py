@@ -10,6 +10,7 @@ Read it downward: flags, predict and evaluate, one training epoch, main. An epoc
 """
 
 import argparse
+import copy
 import os
 import sys
 import time
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import balance as balances
 import remix
+from balance import Balance
 from dataset.clips import CACHES, Clips, Feed, choose_cache, make_clips
 from dataset.demo import ensure_demo
 from dataset.folder import Folder, Part, load_folder, split_validation
@@ -108,6 +111,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--gamma2", type=number(float, 0), help="weight of the audio loss in audio batches (1)")
     g.add_argument("--diagnose", action="store_true", help="measure clash, imbalance, calibration each epoch (off)")
 
+    balances.add_flags(p)
+
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", "--epoch", type=number(int, 1), metavar="N", help="epochs, warm-up included (60)")
     g.add_argument("--batch_size", type=number(int, 2), metavar="B", help="clips a step, over all processes (64)")
@@ -133,6 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     preset |= {"model": spec.model, "image_size": spec.image_size, "data_root": str(spec.root)}
     args.from_preset = {name: value for name, value in preset.items() if getattr(args, name) is None}
     vars(args).update(args.from_preset)
+    balances.settle(args)
     check_args(args)
     return args
 
@@ -147,6 +153,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--resume and --checkpoint: choose one; --resume reads the run's own last.pth")
     if args.method == "remix" and args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}; Remix would never start")
+    if args.train and not args.val_fraction and not (Path(args.data_root) / "val.csv").is_file():
+        for name in balances.needs_validation(args):
+            raise UserError(f"--balance {name}: measures on a validation part, never on test; type --val_fraction 0.1")
     if args.gpu_ids is not None and not all(part.strip().isdigit() for part in args.gpu_ids.split(",")):
         raise UserError(f"--gpu_ids {args.gpu_ids}: comma separated numbers are wanted, such as 0,1")
 
@@ -229,21 +238,28 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     args: argparse.Namespace,
+    balance: Balance = Balance(),  # noqa: B008  (of no method, and never changed)
 ) -> dict[str, float]:
-    """One epoch over `plan`; returns the mean loss per clip and its terms. Raises `UserError` if it is not finite."""
+    """One epoch over `plan`; returns the mean loss per clip, its terms and what the balance methods noted.
+
+    Raises `UserError` if the loss is not finite.
+    """
     model.train()
     views = epoch_generator(args.random_seed, epoch, "views")
     sums: dict[str, Tensor] = {}  # on the device: the host reads them once, at the end
     planned = sum(len(batch.clips) for batch in plan)
     with progress(f"epoch {epoch} train", planned, distributed.is_main()) as bar:
-        for batch in clips.epoch(plan, views, load_masked=args.masked_encoder == "run"):
+        for index, batch in enumerate(clips.epoch(plan, views, load_masked=args.masked_encoder == "run")):
+            step = balances.Step(epoch, index, batch.kept, batch.labels, batch.share, batch.total)
+            balance.before_forward(step)
             with frozen_batchnorm(model) if len(batch.clips) == 1 else nullcontext():
                 output = model(batch.audio, batch.video, batch.kept)
-            terms = loss_terms(output, batch.labels, batch.kept, args)
+            output = balance.outputs(output, step)
+            terms = balance.losses(loss_terms(output, batch.labels, batch.kept, args), output, step)
             # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
-            loss = sum(terms.values()) * (batch.share * distributed.world_size())
+            loss = sum(terms.values()) * step.weight
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            balance.backward(loss, terms, output, step)
             optimizer.step()
             for name, term in terms.items():
                 weighted = term.detach() * (batch.share * batch.total)
@@ -255,7 +271,7 @@ def train_epoch(
         raise UserError(
             f"epoch {epoch}: the loss is {loss}; last.pth is of the epoch before; try a lower --learning_rate"
         )
-    return {"train_loss": loss} | {f"train_loss_{name}": mean for name, mean in means.items()}
+    return {"train_loss": loss} | {f"train_loss_{name}": mean for name, mean in means.items()} | balance.numbers()
 
 
 class frozen_batchnorm:
@@ -333,6 +349,36 @@ def make_optimizer(model: AVClassifier, args: argparse.Namespace) -> torch.optim
     return torch.optim.Adam(groups, lr=args.learning_rate, weight_decay=1e-4, fused=True)
 
 
+def parallel(model: AVClassifier) -> nn.Module:
+    """The network as this process trains it.
+
+    In a homogeneous batch the masked encoder has no gradients, on purpose; the processes agree on which one it is.
+    """
+    return DistributedDataParallel(model, find_unused_parameters=True) if distributed.world_size() > 1 else model
+
+
+def train_copy(
+    model: AVClassifier,
+    clips: Clips,
+    rates: list[float],
+    args: argparse.Namespace,
+    method: balances.Method,
+    kept: str,
+    epoch: int,
+    epochs: int,
+) -> AVClassifier:
+    """A copy of the network, trained apart under one balance method, on clips fed as `kept`, with a fresh optimizer."""
+    network = copy.deepcopy(model)
+    optimizer = make_optimizer(network, args)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    trained = parallel(network)
+    for e in range(epoch, epoch + epochs):
+        plan = remix.batches_of(len(clips), args.batch_size, kept, epoch_generator(args.random_seed, e, "plan"))
+        train_epoch(trained, clips, plan, optimizer, e, args, Balance([method]))
+    return network
+
+
 def flags(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name != "from_preset"}
 
@@ -366,7 +412,10 @@ def announce(args: argparse.Namespace, folder: Folder, clips: dict[str, Clips], 
         print(f"left out: {len(folder.missing)} broken clips (--allow_missing); config.json counts them")
     filled = ", ".join(f"{name} {value}" for name, value in args.from_preset.items())
     print(f"preset {args.preset}: {filled}")
-    print(f"{args.method} for {args.epochs} epochs; run folder {run}")
+    for note in balances.notes(args):
+        print(note)
+    balance = f" with {args.balance}" if args.balance != "none" else ""
+    print(f"{args.method}{balance} for {args.epochs} epochs; run folder {run}")
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -378,7 +427,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
 
     # run folder and seed
-    run_name = args.run_name or f"{args.dataset}_{args.method}_seed{args.random_seed}_{datetime.now():%Y%m%d-%H%M%S}"
+    method = args.method if args.balance == "none" else f"{args.method}+{args.balance.replace(',', '+')}"
+    run_name = args.run_name or f"{args.dataset}_{method}_seed{args.random_seed}_{datetime.now():%Y%m%d-%H%M%S}"
     run = claim_folder(args.log_path, run_name, args.resume) if args.train and distributed.is_main() else None
     seed_everything(args.random_seed)
 
@@ -394,25 +444,36 @@ def main(argv: list[str] | None = None) -> None:
     # model
     bare = AVClassifier(len(folder.classes), args.model, args.fusion_method)
     bare = bare.to(device, memory_format=torch.channels_last)
-    if args.checkpoint:
-        load_weights(bare, load_checkpoint(args.checkpoint)["model"], args.checkpoint)
+    start = load_checkpoint(args.checkpoint) if args.checkpoint else None
+    if start and not args.train:
+        balances.adopt(args, start.get("config", {}), args.checkpoint)
+    balances.replace_heads(bare, args)
+    if start:
+        load_weights(bare, start["model"], args.checkpoint)
+
+    def predict_part(network: AVClassifier, part: str, kept: str) -> dict[str, Tensor]:
+        return predict(network, clips[part], kept, 4 * args.batch_size, f"{part} predictions")
 
     def predict_all(part: str) -> dict[str, Tensor]:
-        return predict(bare, clips[part], inputs, 4 * args.batch_size, f"{part} predictions")
+        return predict_part(bare, part, inputs)
 
     if not args.train:
         print(result_table({args.checkpoint: evaluate(predict_all("test"), clips["test"].labels, "test")}))
         return
-    # In a homogeneous batch the masked encoder has no gradients, on purpose; the processes agree on which one it is.
-    many = distributed.world_size() > 1
-    model = DistributedDataParallel(bare, find_unused_parameters=True) if many else bare
+    model = parallel(bare)
 
     # optimizer
     optimizer = make_optimizer(bare, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
 
-    # resume, in this order: weights, optimizer, scheduler, generators, then the loop's own state. Epochs draw from
-    # (seed, epoch, purpose) alone; the global generators are put back for whatever else may draw.
+    # balance methods
+    def copy_trainer(*how) -> AVClassifier:
+        return train_copy(bare, clips["train"], [group["lr"] for group in optimizer.param_groups], args, *how)
+
+    balance = Balance.of(balances.Run(bare, clips, args, predict_part, copy_trainer))
+
+    # resume, in this order: weights, optimizer, scheduler, generators, methods, then the loop's own state. Epochs draw
+    # from (seed, epoch, purpose) alone; the global generators are put back for whatever else may draw.
     first_epoch, best, kept = 0, {}, None
     if args.resume:
         state = load_checkpoint(Path(args.log_path) / run_name / "last.pth")
@@ -421,6 +482,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         set_rng_state(state["rng"])
+        balance.load_state_dict(state.get("balance", {}))  # {}: of a run before there were methods
         best, kept, first_epoch = state["best"], state["kept"], state["epoch"] + 1
 
     log = RunLog(run, describe_run(args, folder, clips, device), first_epoch) if distributed.is_main() else None
@@ -433,6 +495,7 @@ def main(argv: list[str] | None = None) -> None:
         numbers = {"epoch": epoch, "phase": "remix" if remixing else inputs.replace("both", "joint")}
         numbers["lr"] = scheduler.get_last_lr()[-1]
         clock = time.perf_counter()
+        balance.start_epoch(epoch)
         order = epoch_generator(args.random_seed, epoch, "plan")
         if remixing:
             if kept is None or (epoch - args.warmup) % args.rescore_every == 0:
@@ -451,7 +514,7 @@ def main(argv: list[str] | None = None) -> None:
             numbers[f"n_{name}"] = sum(len(b.clips) for b in plan if b.kept == name) if remixing else None
         numbers["seconds_score"], clock = lap(clock)
 
-        numbers |= train_epoch(model, clips["train"], plan, optimizer, epoch, args)
+        numbers |= train_epoch(model, clips["train"], plan, optimizer, epoch, args, balance)
         scheduler.step()
         numbers["seconds_train"], clock = lap(clock)
 
@@ -470,7 +533,7 @@ def main(argv: list[str] | None = None) -> None:
             print(epoch_line(numbers, args.epochs), flush=True)
             state = {"model": model_weights(bare), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best,
                      "scheduler": scheduler.state_dict(), "kept": kept, "rng": rng_state(), "config": flags(args),
-                     "classes": folder.classes}  # fmt: skip
+                     "classes": folder.classes, "balance": balance.state_dict()}  # fmt: skip
             save_checkpoint(run / "last.pth", state)
             if improved:
                 save_checkpoint(run / "best.pth", state)
@@ -527,7 +590,8 @@ def finish(
         args.epochs - 1,
     )
     log.summary({
-        "method": args.method, "dataset": args.dataset, "seed": args.random_seed, "epochs": args.epochs,
+        "method": args.method, "balance": args.balance, "dataset": args.dataset, "seed": args.random_seed,
+        "epochs": args.epochs,
         "best_test_acc": best["best_test_acc"], "best_test_epoch": best["best_test_epoch"],
         "last_test_acc": last["test_acc"], "test_acc_at_best_val": honest["test_acc"] if honest else None,
         "test_acc_audio": last["test_acc_audio"], "test_acc_video": last["test_acc_video"],
