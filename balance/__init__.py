@@ -128,8 +128,8 @@ def notes(args: Namespace) -> list[str]:
     scaling = [name for name in chosen(args.balance) if METHODS[name].scales_gradients]
     if not scaling or args.optimizer != "adam":
         return []
-    return [f"note: {', '.join(scaling)} scales gradients, and Adam divides a constant scale out again: only its changes "
-            "from step to step act; the papers use --optimizer sgd"]  # fmt: skip
+    return [f"note: {', '.join(scaling)} scales gradients, and Adam divides a constant scale out again: only its "
+            "changes from step to step act; the papers use --optimizer sgd"]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- hooks

@@ -1,7 +1,7 @@
 """OGM-GE: damp the gradient of the encoder that is ahead, add noise. Peng et al., CVPR 2022.
 
 s_m = sum_i softmax(o_m,i)[y_i], o_m the modality's slice of the joint logits; rho_a = s_a / s_v, rho_v = 1 / rho_a.
-k_m = 1 - tanh(alpha * rho_m) where rho_m > 1, else 1 (Eq. 10; at a tie the official code damps audio, the paper nobody).
+k_m = 1 - tanh(alpha * rho_m) where rho_m > 1, else 1 (Eq. 10; at a tie the official code damps audio).
 The gradient g of every convolution of encoder m becomes k_m g + n, n ~ N(0, std(g)^2) elementwise, std of g unscaled.
 """
 

@@ -1,7 +1,7 @@
 """OPM: drop the feature of the modality that is ahead, on the fly. Wei, Hu, Du, Wen, TPAMI 2024.
 
-s_m as in OGM-GE; t_m = tanh(relu(s_m / s_other - 1)); q_m = clip(q_base (1 + lam t_m), 0, 1) where t_m > 0, else 0. In a
-batch chosen with probability p, each clip's feature m is dropped from the joint head with probability q_m, and all
+s_m as in OGM-GE; t_m = tanh(relu(s_m / s_other - 1)); q_m = clip(q_base (1 + lam t_m), 0, 1) where t_m > 0, else 0. In
+a batch chosen with probability p, each clip's feature m is dropped from the joint head with probability q_m, and all
 features are divided by 1 - theta, theta the mean of q over the features of both modalities, also those that are never
 dropped. At most one q is above 0, so no clip loses both.
 """

@@ -2,7 +2,8 @@
 Wei et al., ECCV 2024.
 
 After every n-th epoch: features z_m of train and of validation clips, each scaled to [-1, 1] per dimension, k-means
-with one cluster per class; P = share of clips in the majority class of their cluster. w_m = tanh(lambda |P_train - P_val|);
+with one cluster per class; P = share of clips in the majority class of their cluster.
+w_m = tanh(lambda |P_train - P_val|);
 theta_m <- w_m theta_m^0 + (1 - w_m) theta_m for all parameters of the encoder: not BatchNorm's running statistics, not
 the heads, not the optimizer's state. theta^0: the weights the run began with.
 """
