@@ -386,6 +386,7 @@ def flags(args: argparse.Namespace) -> dict:
 def check_same_run(args: argparse.Namespace, before: dict) -> None:
     """Raises `UserError` if a flag that changes the result differs from the run to be resumed."""
     now = flags(args)
+    before = {"balance": "none"} | before  # runs from before there were methods
     changed = [f"--{name} {before[name]} (now {now[name]})" for name in before
                if name in now and name not in RESUMABLE and now[name] != before[name]]  # fmt: skip
     if changed:

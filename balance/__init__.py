@@ -91,6 +91,8 @@ def _refuse(args: Namespace, method: type[Method], others: list[type[Method]]) -
     elif method.needs_slices and args.fusion_method not in SLICED:
         reason = (f"needs joint logits that are one part per modality, which --fusion_method {args.fusion_method} "
                   f"has not; type --fusion_method {' or '.join(SLICED)}")  # fmt: skip
+    elif args.train and not method.compiles and getattr(args, "compile", False):
+        reason = "cannot act in a compiled network; leave --compile out"
     reason = reason or (method.refuse(args) if args.train else None)
     if reason:
         raise UserError(f"--balance {method.name}: {reason}")
@@ -110,7 +112,8 @@ def adopt(args: Namespace, config: dict, checkpoint: str) -> None:
         return
     flags = [flag for flag, owner in flag_owners().items() if owner in chosen(config["balance"])]
     typed = {name: value for name, value in vars(args).items() if name in flags and name not in args.from_preset}
-    for name, value in ({"balance": args.balance} if args.balance != "none" else {} | typed).items():
+    typed |= {"balance": args.balance} if args.balance != "none" else {}
+    for name, value in typed.items():
         if value is not None and value != config[name]:
             raise UserError(f"--{name} {value}: {checkpoint} was trained with --{name} {config[name]}; leave it out")
     args.balance = config["balance"]

@@ -96,6 +96,7 @@ class Method:
     owns: frozenset[str] = frozenset()  # of "head", "backward", "loss weights": each has one owner in a run
     conflicts: dict[str, str] = {}  # noqa: RUF012  # method it cannot stand beside -> why
     needs_slices = False  # a fusion whose logits are one part per modality: concat, sum
+    compiles = True  # False: what it does to the network's pass is lost, or fails, where that is compiled
     scales_gradients = False  # a constant factor on a gradient cancels in Adam: the run says so
 
     def __init__(self, run: Run):

@@ -22,6 +22,7 @@ class MMPareto(Method):
     )
     owns = frozenset({"backward"})
     scales_gradients = True
+    compiles = False  # the graph is walked twice
 
     def backward(self, loss: Tensor, terms: dict[str, Tensor], step: Step) -> None:
         encoders = {name: list(self.model.encoders()[name].parameters()) for name in step.modalities}

@@ -25,6 +25,7 @@ class OPM(Method):
     )
     acts_in = ("joint",)  # elsewhere the other modality is dropped for good
     needs_slices = True
+    compiles = False  # its hook comes and goes
 
     def __init__(self, run: Run):
         super().__init__(run)
