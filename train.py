@@ -10,6 +10,7 @@ Read it downward: flags, predict and evaluate, one training epoch, main. An epoc
 """
 
 import argparse
+import copy
 import os
 import sys
 import time
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import balance as balances
 import remix
+from balance import Balance
 from dataset.clips import CACHES, Clips, Feed, choose_cache, make_clips
 from dataset.demo import ensure_demo
 from dataset.folder import Folder, Part, digest, load_folder, split_validation
@@ -126,6 +129,8 @@ def make_parser() -> Parser:
     g.add_argument("--gamma2", type=number(float, 0, MANY), help="weight of the audio loss in audio batches (1)")
     g.add_argument("--diagnose", action="store_true", help="measure clash, imbalance, calibration each epoch (off)")
 
+    balances.add_flags(p)
+
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", "--epoch", type=number(int, 1, MANY), metavar="N", help="epochs, warm-up included (60)")
     g.add_argument("--batch_size", type=number(int, 2, MANY), metavar="B", help="clips a step, over all processes (64)")
@@ -160,6 +165,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     preset["precision"] = default_precision(args.device)
     args.from_preset = {name: value for name, value in preset.items() if getattr(args, name) is None}
     vars(args).update(args.from_preset)
+    balances.settle(args)
     check_args(args)
     return args
 
@@ -174,6 +180,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--resume and --checkpoint: choose one; --resume reads the run's own last.pth")
     if args.method == "remix" and args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}; Remix would never start")
+    if args.train and not args.val_fraction and not (Path(args.data_root) / "val.csv").is_file():
+        for name in balances.needs_validation(args):
+            raise UserError(f"--balance {name}: measures on a validation part, never on test; type --val_fraction 0.1")
 
 
 # ------------------------------------------------------------------------------------------- predict and evaluate
@@ -287,6 +296,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     args: argparse.Namespace,
+    balance: Balance = Balance(),  # noqa: B008  (of no method, and never changed)
     position: Position | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
@@ -299,14 +309,17 @@ def train_epoch(
     with progress(f"epoch {epoch} train", planned, distributed.is_main()) as bar:
         bar.update(sum(len(batch.clips) for batch in plan[: position.batches]))
         for batch in clips.epoch(plan, views, args.masked_encoder == "run", position.batches):
+            step = balances.Step(epoch, position.batches, batch.kept, batch.labels, batch.share, batch.total)
+            balance.before_forward(step)
             alone = frozen_batchnorm(model) if len(batch.clips) == 1 else nullcontext()
             with alone, compiled(batch.total == args.batch_size):
                 output = model(batch.audio, batch.video, batch.kept)
-            terms = loss_terms(output, batch.labels, batch.kept, args)
+            output = balance.outputs(output, step)
+            terms = balance.losses(loss_terms(output, batch.labels, batch.kept, args), output, step)
             # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
-            loss = sum(terms.values()) * (batch.share * distributed.world_size())
+            loss = sum(terms.values()) * step.weight
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            balance.backward(loss, terms, output, step)
             optimizer.step()
             for name, term in terms.items():
                 losses = position.losses.setdefault(name, torch.zeros(len(plan), device=term.device))
@@ -438,6 +451,36 @@ def make_optimizer(model: AVClassifier, args: argparse.Namespace) -> torch.optim
     return torch.optim.Adam(groups, lr=args.learning_rate, weight_decay=1e-4, fused=True)
 
 
+def parallel(model: AVClassifier) -> nn.Module:
+    """The network as this process trains it.
+
+    In a homogeneous batch the masked encoder has no gradients, on purpose; the processes agree on which one it is.
+    """
+    return DistributedDataParallel(model, find_unused_parameters=True) if distributed.world_size() > 1 else model
+
+
+def train_copy(
+    model: AVClassifier,
+    clips: Clips,
+    rates: list[float],
+    args: argparse.Namespace,
+    method: balances.Method,
+    kept: str,
+    epoch: int,
+    epochs: int,
+) -> AVClassifier:
+    """A copy of the network, trained apart under one balance method, on clips fed as `kept`, with a fresh optimizer."""
+    network = copy.deepcopy(model)
+    optimizer = make_optimizer(network, args)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    trained = parallel(network)
+    for e in range(epoch, epoch + epochs):
+        plan = remix.batches_of(len(clips), args.batch_size, kept, epoch_generator(args.random_seed, e, "plan"))
+        train_epoch(trained, clips, plan, optimizer, e, args, Balance([method]))
+    return network
+
+
 def flags(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name != "from_preset"}
 
@@ -509,7 +552,10 @@ def announce(
         absent = [label for i, label in enumerate(folder.classes) if i not in present]
         if absent:
             print(f"warning: {name} has no clip of {len(absent)} of {len(folder.classes)} classes: {some(absent)}")
-    print(f"{args.method} for {args.epochs} epochs; run folder {run}")
+    for note in balances.notes(args):
+        print(note)
+    balance = f" with {args.balance}" if args.balance != "none" else ""
+    print(f"{args.method}{balance} for {args.epochs} epochs; run folder {run}")
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -522,7 +568,8 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
 
     # run folder and seed
-    run_name = args.run_name or f"{args.dataset}_{args.method}_seed{args.random_seed}_{datetime.now():%Y%m%d-%H%M%S}"
+    method = args.method if args.balance == "none" else f"{args.method}+{args.balance.replace(',', '+')}"
+    run_name = args.run_name or f"{args.dataset}_{method}_seed{args.random_seed}_{datetime.now():%Y%m%d-%H%M%S}"
     run = claim_folder(args.log_path, run_name, args.resume) if args.train and distributed.is_main() else None
     seed_everything(args.random_seed)
 
@@ -540,10 +587,17 @@ def main(argv: list[str] | None = None) -> None:
     set_precision(args.precision, device)
     bare = AVClassifier(len(folder.classes), args.model, args.fusion_method, args.precision == "bf16")
     bare = bare.to(device, memory_format=torch.channels_last)
+    start = load_checkpoint(args.checkpoint) if args.checkpoint else None
+    if start and not args.train:
+        balances.adopt(args, start.get("config", {}), args.checkpoint)
+    balances.replace_heads(bare, args)
     if args.compile:
         compile_in_place([bare.audio_net, bare.visual_net], device)
-    if args.checkpoint:
-        load_weights(bare, load_checkpoint(args.checkpoint)["model"], args.checkpoint)
+    if start:
+        load_weights(bare, start["model"], args.checkpoint)
+
+    def predict_part(network: AVClassifier, part: str, kept: str) -> dict[str, Tensor]:
+        return predict(network, clips[part], kept, 4 * args.batch_size, f"{part} predictions")
 
     def predict_all(part: str, name: str = "", after_batch: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
         return predict(bare, clips[part], inputs, 4 * args.batch_size, f"{name}{part} predictions", after_batch)
@@ -551,16 +605,20 @@ def main(argv: list[str] | None = None) -> None:
     if not args.train:
         print(result_table({args.checkpoint: evaluate(predict_all("test"), clips["test"].labels, "test")}))
         return
-    # In a homogeneous batch the masked encoder has no gradients, on purpose; the processes agree on which one it is.
-    many = distributed.world_size() > 1
-    model = DistributedDataParallel(bare, find_unused_parameters=True) if many else bare
+    model = parallel(bare)
 
     # optimizer
     optimizer = make_optimizer(bare, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
 
-    # resume, in this order: weights, optimizer, scheduler, generators, then the loop's own state. Epochs draw from
-    # (seed, epoch, purpose) alone; the global generators are put back for whatever else may draw.
+    # balance methods
+    def copy_trainer(*how) -> AVClassifier:
+        return train_copy(bare, clips["train"], [group["lr"] for group in optimizer.param_groups], args, *how)
+
+    balance = Balance.of(balances.Run(bare, clips, args, predict_part, copy_trainer))
+
+    # resume, in this order: weights, optimizer, scheduler, generators, methods, then the loop's own state. Epochs draw
+    # from (seed, epoch, purpose) alone; the global generators are put back for whatever else may draw.
     first_epoch, best, kept, position = 0, {}, None, None
     last, data = Path(args.log_path) / run_name / "last.pth", {name: digest(part) for name, part in parts.items()}
     if args.resume and last.is_file():  # there is none if the run was killed before its first checkpoint
@@ -570,6 +628,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         set_rng_state(state["rng"])
+        balance.load_state_dict(state.get("balance", {}))  # {}: of a run before there were methods
         best, kept, first_epoch = state["best"], state["kept"], state["epoch"] + 1
         position, started = go_on_at(state["position"], device), started - state["seconds"]
         if distributed.is_main():
@@ -587,7 +646,7 @@ def main(argv: list[str] | None = None) -> None:
         if log:
             state = {"model": model_weights(bare), "optimizer": optimizer.state_dict(), "epoch": epoch, "best": best,
                      "scheduler": scheduler.state_dict(), "kept": kept, "rng": rng_state(), "config": flags(args),
-                     "classes": folder.classes, "data": data, "position": middle,
+                     "classes": folder.classes, "data": data, "position": middle, "balance": balance.state_dict(),
                      "seconds": time.perf_counter() - started}  # fmt: skip
             if improved:
                 save_checkpoint(run / "best.pth", state)
@@ -624,11 +683,13 @@ def main(argv: list[str] | None = None) -> None:
     # loop
     for epoch in range(first_epoch, args.epochs):
         remixing = args.method == "remix" and epoch >= args.warmup
+        clock = time.perf_counter()
+        if position is None:  # else the epoch was begun before the run was interrupted
+            balance.start_epoch(epoch)
         position, plan = position or Position(), []
         numbers, earlier = position.numbers, position.seconds
         numbers |= {"epoch": epoch, "phase": "remix" if remixing else inputs.replace("both", "joint")}
         numbers["lr"] = scheduler.get_last_lr()[-1]
-        clock = time.perf_counter()
         order = epoch_generator(args.random_seed, epoch, "plan")
         if remixing:
             if position.batches == 0 and (kept is None or (epoch - args.warmup) % args.rescore_every == 0):
@@ -653,12 +714,13 @@ def main(argv: list[str] | None = None) -> None:
         seconds, clock = lap(clock)
         numbers["seconds_score"] = numbers.get("seconds_score", 0.0) + seconds
 
-        train_epoch(model, clips["train"], plan, optimizer, epoch, args, position, lambda: pause(trained=True))
+        train_epoch(model, clips["train"], plan, optimizer, epoch, args, balance, position,
+                    lambda: pause(trained=True))  # fmt: skip
         distributed.same_buffers(bare)
         if args.batchnorm == "refreshed":
             refresh_batchnorm(bare, clips["train"], inputs, args.batch_size,
                               epoch_generator(args.random_seed, epoch, "batchnorm"))  # fmt: skip
-        numbers |= mean_losses(position, plan, clips["train"].names, epoch)
+        numbers |= mean_losses(position, plan, clips["train"].names, epoch) | balance.numbers()
         seconds, clock = lap(clock)
         numbers["seconds_train"] = earlier + seconds
 
@@ -729,7 +791,8 @@ def finish(
         args.epochs,
     )
     log.summary({
-        "method": args.method, "dataset": args.dataset, "seed": args.random_seed, "epochs": args.epochs,
+        "method": args.method, "balance": args.balance, "dataset": args.dataset, "seed": args.random_seed,
+        "epochs": args.epochs,
         "best_test_acc": best["best_test_acc"], "best_test_epoch": best["best_test_epoch"],
         "last_test_acc": last["test_acc"], "test_acc_at_best_val": honest["test_acc"] if honest else None,
         "test_acc_audio": last["test_acc_audio"], "test_acc_video": last["test_acc_video"],

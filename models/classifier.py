@@ -44,6 +44,10 @@ class AVClassifier(nn.Module):
         self.head_audio = nn.Linear(features, n_classes)
         self.head_video = nn.Linear(features, n_classes)
 
+    def encoders(self) -> dict[str, nn.Module]:
+        """The trunks by modality."""
+        return {"audio": self.audio_net, "video": self.visual_net}
+
     def encode_audio(self, audio: Tensor) -> Tensor:
         """(B, 1, F, W) -> (B, D)."""
         return self._pooled(self.audio_net, audio)

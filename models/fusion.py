@@ -10,10 +10,14 @@ of the kept modality, because that is what the batch trains:
   A masked video leaves beta(a): audio alone, through the same output layer.
 - gated: audio opens a gate on the video projection. A masked audio leaves the gate open (1). A masked video leaves its
   projection's bias behind the audio's gate.
+
+Where the logits are a sum of one part per modality (concat, sum), `slices` gives the parts: o_a + o_v = joint logits.
+Several balance methods tell by them which modality is ahead. In film and gated no such parts exist.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Concat(nn.Linear):
@@ -24,6 +28,11 @@ class Concat(nn.Linear):
 
     def forward(self, a: Tensor, v: Tensor, kept: str = "both") -> Tensor:
         return super().forward(torch.cat([a, v], dim=1))  # (B, C)
+
+    def slices(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Each modality's part of the logits, 2 x (B, C), with half of the bias each (as OGM-GE, CVPR 2022)."""
+        audio, video = self.weight.chunk(2, dim=1)  # (C, D) each
+        return F.linear(a, audio, self.bias / 2), F.linear(v, video, self.bias / 2)
 
 
 class Sum(nn.Module):
@@ -36,6 +45,10 @@ class Sum(nn.Module):
 
     def forward(self, a: Tensor, v: Tensor, kept: str = "both") -> Tensor:
         return self.fc_x(a) + self.fc_y(v)  # (B, C)
+
+    def slices(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Each modality's part of the logits, 2 x (B, C), with its own bias."""
+        return self.fc_x(a), self.fc_y(v)
 
 
 class FiLM(nn.Module):

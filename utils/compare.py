@@ -86,7 +86,12 @@ def make_plan(args: Namespace, rest: list[str], train) -> list[Planned]:
 
 def _planned(method: str, seed: int, grid: list[tuple[str, str]], rest: list[str], log_path: str, train) -> Planned:
     base, variant = VARIANTS.get(method, (method, {}))
-    grid = [(flag, value) for flag, value in grid if flag not in UNREAD.get(base, ())]
+    unread = UNREAD.get(base, set())
+    if "balance" in dict(grid):  # nor does it read the flags of methods it does not have
+        names = train.balances.chosen("none" if "balance" in unread else dict(grid)["balance"])
+        unread = unread | {flag for flag, owner in train.balances.flag_owners().items() if owner not in names}
+        rest = _without(rest, unread - UNREAD.get(base, set()))
+    grid = [(flag, value) for flag, value in grid if flag not in unread]
     chosen = [word for flag, value in [("method", base), *variant.items(), *grid] for word in (f"--{flag}", str(value))]
     argv = ["--train", *chosen, *rest, "--random_seed", str(seed), "--log_path", log_path]
     args = train.parse_args([*argv, "--run_name", "x"])
@@ -97,6 +102,16 @@ def _planned(method: str, seed: int, grid: list[tuple[str, str]], rest: list[str
     name = "_".join([data, method, *(_plain(f"{flag}-{value}") for flag, value in grid), f"seed{seed}"])
     args.run_name = name
     return Planned(name, [*argv, "--run_name", name], train.flags(args) | {"from_preset": args.from_preset})
+
+
+def _without(words: list[str], flags: set[str]) -> list[str]:
+    """What was typed, without these flags and their values."""
+    kept, skip = [], False
+    for word in words:
+        skip = word.split("=")[0].removeprefix("--") in flags if word.startswith("--") else skip
+        if not skip:
+            kept.append(word)
+    return kept
 
 
 def _plain(text: str) -> str:

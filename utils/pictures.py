@@ -83,6 +83,7 @@ def predict_again(run: Path, config: dict, data_root: Path | None) -> Predicted:
     # Not at the top: the data, the network and train.py's way of loading them stand above utils, and reports on runs
     # are to need none of them.
     import train
+    from balance import replace_heads
     from dataset.clips import Feed, choose_cache, make_clips
     from dataset.specs import get_spec
     from models import AVClassifier
@@ -98,6 +99,7 @@ def predict_again(run: Path, config: dict, data_root: Path | None) -> Predicted:
     feed = Feed(get_spec(config["dataset"]).frames, config["image_size"], device, cache, workers=0, pack_size=size)
     test = make_clips(folder.root, "test", parts["test"], folder.audio_shape, feed)
     model = AVClassifier(len(folder.classes), config["model"], config["fusion_method"]).to(device)
+    replace_heads(model, Namespace(**{"balance": "none"} | config))
     load_weights(model, state["model"], run / "last.pth")
     inputs = config["method"] if config["method"] in ("audio", "video") else "both"
     plan = batches_of(len(test), 64, inputs, generator=None)

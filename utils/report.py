@@ -168,7 +168,7 @@ def notes(groups: list[Group]) -> str:
     if any(group.method in ("audio", "video") for group in groups):
         lines += ["audio and video are networks trained on that modality alone; multimodal is then their joint head."]
     for name, (method, flags) in VARIANTS.items():
-        if any(group.label.split(",")[0] == name for group in groups):
+        if any(group.label.split(",")[0].split(" + ")[0] == name for group in groups):
             told = " ".join(f"`--{flag} {short(value)}`" for flag, value in flags.items())
             lines += [f"{name} is {method} with {told}."]
     for group in groups:

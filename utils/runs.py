@@ -31,11 +31,12 @@ HOW = {"run_name", "log_path", "num_workers", "cache", "device", "gpu_ids", "res
 IRRELEVANT = HOW | {"random_seed", "dataset", "data_root", "n_classes", "allow_missing"}
 NOT_FLAGS = {"from_preset", "data", "versions", "git_commit", "hardware", "command"}
 REMIX_ONLY = {"warmup", "score", "keep", "rescore_every", "batch_order", "masked_encoder"}
-# Flags a method never reads: a grid over them gives the same run again and again.
+# Flags a method never reads: a grid over them gives the same run again and again. Beside one modality there is nothing
+# to balance.
 UNREAD = {
     "baseline": REMIX_ONLY | {"gamma1", "gamma2"},
-    "audio": REMIX_ONLY | {"alpha", "beta", "gamma1"},
-    "video": REMIX_ONLY | {"alpha", "beta", "gamma2"},
+    "audio": REMIX_ONLY | {"alpha", "beta", "gamma1", "balance"},
+    "video": REMIX_ONLY | {"alpha", "beta", "gamma2", "balance"},
 }
 
 QUANTITIES = {
@@ -143,7 +144,8 @@ def flags_of(config: dict) -> dict:
     skip = IRRELEVANT | NOT_FLAGS | UNREAD.get(config["method"], set()) | {"method"}
     absent = (None, False)  # compared by identity: 0.0 == False
     own = {name: value for name, value in sorted(config.items()) if name not in skip}
-    return {name: value for name, value in own.items() if not any(value is nothing for nothing in absent)}
+    own = {name: value for name, value in own.items() if not any(value is nothing for nothing in absent)}
+    return {name: value for name, value in own.items() if (name, value) != ("balance", "none")}
 
 
 def dataset_of(config: dict) -> str:
@@ -190,7 +192,8 @@ def _dataset_names(keys: Iterable[tuple]) -> dict[tuple, str]:
 
 
 def _label(groups: list[dict[int, Run]]) -> list[Group]:
-    """Name the groups of one data set: the method, or its variant, and the given flags in which its groups differ."""
+    """Name the groups of one data set: the method, or its variant, with the balance methods beside it, and the given
+    flags in which its groups differ."""
     named: list[Group] = []
     flags = [flags_of(_any(runs).config) for runs in groups]
     for runs, own in zip(groups, flags, strict=True):
@@ -199,7 +202,8 @@ def _label(groups: list[dict[int, Run]]) -> list[Group]:
         differing = {name for peer in peers for name in peer.keys() | own.keys() if peer.get(name) != own.get(name)}
         given = {name for run in runs.values() for name in own if name not in run.config.get("from_preset", {})}
         base, shown = _variant(method, own)
-        label = _words(base, own, differing & given - shown)
+        base = " + ".join([base, *own.get("balance", "").split(",")]) if "balance" in own else base
+        label = _words(base, own, differing & given - shown - {"balance"})
         named.append(Group(label, method, own, runs))
     # Two presets may differ in flags that nobody gave: groups of one label get all in which they differ.
     told = [group._replace(label=_words(group.label, group.flags, _differing(group, named))) for group in named]
@@ -288,9 +292,10 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
 
 
 def reference_of(group: Group, groups: list[Group]) -> Group | None:
-    """The baseline a group is compared with: of several, the one whose flags differ least. None for itself."""
+    """The plain baseline a group is compared with: of several, the one whose flags differ least. None for itself."""
     variants = set(VARIANTS)
     baselines = [g for g in groups if g.method == "baseline" and g.label.split(",")[0] not in variants]
+    baselines = [g for g in baselines if "balance" not in g.flags]
     if not baselines:
         return None
     best = min(baselines, key=lambda baseline: len(differing_flags(group, baseline)))
@@ -298,11 +303,13 @@ def reference_of(group: Group, groups: list[Group]) -> Group | None:
 
 
 def differing_flags(group: Group, reference: Group) -> list[str]:
-    """Flags that both methods read and that are not the same in both, the group's own variant aside."""
+    """Flags that both methods read and that are not the same in both, the group's own variant and balance aside."""
     shared = group.flags.keys() | reference.flags.keys()
     shared -= (
         UNREAD.get(group.method, set()) | UNREAD.get(reference.method, set()) | _variant(group.method, group.flags)[1]
     )
+    if "balance" in group.flags:  # it and its flags, which no run without it has
+        shared -= group.flags.keys() - reference.flags.keys()
     return sorted(name for name in shared if group.flags.get(name) != reference.flags.get(name))
 
 

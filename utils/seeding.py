@@ -1,6 +1,7 @@
 """Randomness that depends on nothing but (seed, epoch, purpose): an epoch repeats the same whatever came before it."""
 
 import random
+import zlib
 
 import numpy as np
 import torch
@@ -22,6 +23,15 @@ def epoch_generator(seed: int, epoch: int, stream: str) -> torch.Generator:
     """
     state = np.random.SeedSequence([seed, epoch, STREAMS.index(stream)]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def step_generator(
+    seed: int, epoch: int, step: int, stream: str, purpose: str, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator on `device` for one step of an epoch and one `purpose` in a stream: nothing to save for a resume."""
+    words = [seed, epoch, STREAMS.index(stream), step, zlib.crc32(purpose.encode())]
+    state = np.random.SeedSequence(words).generate_state(2, np.uint32)
+    return torch.Generator(device).manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
 def rng_state() -> dict:

@@ -1,0 +1,68 @@
+"""OPM: drop the feature of the modality that is ahead, on the fly. Wei, Hu, Du, Wen, TPAMI 2024.
+
+s_m as in OGM-GE; t_m = tanh(relu(s_m / s_other - 1)); q_m = clip(q_base (1 + lam t_m), 0, 1) where t_m > 0, else 0. In
+a batch chosen with probability p, each clip's feature m is dropped from the joint head with probability q_m, and all
+features are divided by 1 - theta, theta the mean of q over the features of both modalities, also those that are never
+dropped. At most one q is above 0, so no clip loses both.
+"""
+
+import torch
+from torch import Tensor
+
+from balance.method import MODALITIES, Flag, Method, Run, Step, label_scores, never_joint
+from models import Output
+from utils.cli import number
+from utils.distributed import rank, world_size
+
+
+class OPM(Method):
+    name = "opm"
+    flags = (
+        Flag("opm_q", number(float, 0, 1), 0.5, "probability of a drop where the modalities are nearly even"),
+        Flag("opm_lambda", number(float, 0), 0.5, "growth of that probability with the lead"),
+        Flag("opm_p", number(float, 0, 1), 0.7, "share of the batches it acts in"),
+        Flag("opm_starts", number(int, 0), 6, "first epoch it acts in"),
+    )
+    acts_in = ("joint",)  # elsewhere the other modality is dropped for good
+    needs_slices = True
+    compiles = False  # its hook comes and goes
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.hook = None
+
+    @classmethod
+    def refuse(cls, flags) -> str | None:
+        return never_joint(flags, flags.opm_starts, "opm_starts")
+
+    def before_forward(self, step: Step) -> None:
+        """Hook the joint head for this batch: the drop stands between its features and it."""
+        draws = self.generator(step)
+        chance, *_ = torch.rand(1, generator=draws).tolist()
+        if step.epoch < self.opm_starts or chance >= self.opm_p:
+            return
+        # Drawn for the whole batch, so that several processes drop what one would; their clips are dealt in turn.
+        uniform = torch.rand(step.total, 2, generator=draws)
+        own = uniform[rank() :: world_size()] if step.share > 0 else uniform[:1]
+
+        def drop(head, features):
+            a, v, *kept = features
+            q = drop_chances(label_scores(head.slices(a.detach(), v.detach()), step), self.opm_q, self.opm_lambda)
+            for name, value in zip(MODALITIES, q, strict=True):
+                self.note(f"q_{name}", value)
+            keep = own.to(a.device) >= q  # (B, 2)
+            return a * keep[:, :1] / (1 - q.mean()), v * keep[:, 1:] / (1 - q.mean()), *kept
+
+        self.hook = self.model.head.register_forward_pre_hook(drop)
+
+    def outputs(self, output: Output, step: Step) -> Output:
+        if self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+        return output
+
+
+def drop_chances(scores: Tensor, q_base: float, growth: float) -> Tensor:
+    """q (2,) from the scores (2,) of audio and video."""
+    lead = torch.tanh(torch.relu(scores / scores.flip(0) - 1))
+    return torch.where(lead > 0, (q_base * (1 + growth * lead)).clamp(0, 1), torch.zeros_like(lead))

@@ -1,0 +1,116 @@
+"""PMR: class prototypes give each modality a loss of its own; push the slow one, calm the fast one early.
+Fan et al., CVPR 2023.
+
+c_m[k] = mean feature of class k over about a tenth of train, taken anew before each epoch (evaluation mode), with
+c <- eps c_old + (1 - eps) c_new. q_m = softmax_k(-||z_m - c_m[k]||), PCE_m = -mean log q_m[y],
+rho = sum q_a[y] / sum q_v[y]; beta = clip(1/rho - 1, 0, 1), gamma = clip(rho - 1, 0, 1) (Eq. 11):
+    loss += alpha beta PCE_a + alpha gamma PCE_v, and in the first epochs -= mu gamma H(q_a) + mu beta H(q_v)   (Eq. 13)
+In a homogeneous batch only the fed modality's terms stand, and rho is the epoch's: from the clips of the prototypes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from balance.method import MODALITIES, Flag, Method, Run, Step
+from models import Output
+from utils.cli import number
+from utils.seeding import step_generator
+
+SHARE = 10  # a prototype is made of one clip in ten
+
+
+class PMR(Method):
+    name = "pmr"
+    flags = (
+        Flag("pmr_alpha", number(float, 0), 1.0, "weight of the prototype losses"),
+        Flag("pmr_mu", number(float, 0), 0.01, "weight of the entropy of the modality ahead"),
+        Flag("pmr_entropy_epochs", number(int, 0), 10, "epochs with the entropy term, at the start"),
+        Flag("pmr_momentum", number(float, 0, 1), 0.0, "share of the old prototypes kept each epoch"),
+        Flag("pmr_rule", str, "paper", "coefficients: clipped ratios, or 1 and 0", choices=("paper", "hard")),
+        Flag("pmr_ends", number(int, 0), 70, "last epoch it acts in"),
+    )
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.prototypes: Tensor | None = None  # (2, C, D)
+        self.present: Tensor | None = None  # (C,) bool: classes of which train has a clip
+        self.ratio: Tensor | None = None  # rho of the epoch
+
+    def start_epoch(self, epoch: int) -> None:
+        if epoch > self.pmr_ends:
+            return
+        labels = self.run.clips["train"].labels
+        draw = step_generator(self.run.flags.random_seed, epoch, 0, "balance", self.name)
+        chosen = subset(labels.cpu(), draw)
+        features = self.features("train", chosen)
+        own = labels[chosen.to(labels.device)]
+        classes = self.model.head_audio.out_features
+        stacked = torch.stack([features[name] for name in MODALITIES])  # (2, n, D)
+        new, self.present = class_means(stacked, own, classes)
+        old, eps = self.prototypes, self.pmr_momentum
+        self.prototypes = new if old is None else eps * old + (1 - eps) * new
+        scores = [self.similarity(name, features[name])[0].gather(1, own[:, None]).exp().sum() for name in MODALITIES]
+        self.ratio = scores[0] / scores[1]
+
+    def similarity(self, name: str, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D) -> log q and q, (B, C) each; a class without clips has probability 0."""
+        prototypes = self.prototypes[MODALITIES.index(name)]
+        squares = (features.float()[:, None] - prototypes).square().sum(2)  # (B, C)
+        # The root has no finite slope at 0, where a feature lies on its prototype.
+        logits = -squares.clamp(min=1e-12).sqrt().masked_fill(~self.present, torch.inf)
+        log_q = F.log_softmax(logits, dim=1)
+        return log_q, log_q.exp()
+
+    def losses(self, terms: dict[str, Tensor], output: Output, step: Step) -> dict[str, Tensor]:
+        if step.epoch > self.pmr_ends or (self.pmr_alpha == 0 and self.pmr_mu == 0):
+            return terms
+        found = {name: self.similarity(name, getattr(output, f"{name}_features")) for name in step.modalities}
+        labels = step.labels[:, None]
+        ratio = self.ratio
+        if step.kind == "joint":
+            sums = step.sum(torch.cat([q.gather(1, labels) for _, q in found.values()], dim=1))  # (2,)
+            ratio = sums[0] / sums[1]
+            self.note("ratio", ratio)
+        slow = coefficients(ratio, self.pmr_rule)
+        added = 0.0
+        for name, (log_q, q) in found.items():
+            ahead = slow[1 - MODALITIES.index(name)]  # what the other lags behind
+            added = added - self.pmr_alpha * slow[MODALITIES.index(name)] * log_q.gather(1, labels).mean()
+            if step.epoch < self.pmr_entropy_epochs:
+                entropy = -(q * log_q.masked_fill(~self.present, 0.0)).sum(1).mean()
+                added = added - self.pmr_mu * ahead * entropy
+        return terms | {"pmr": added}
+
+    def state_dict(self) -> dict:
+        return {"prototypes": self.prototypes, "present": self.present, "ratio": self.ratio}
+
+    def load_state_dict(self, state: dict) -> None:
+        device = self.run.clips["train"].labels.device
+        for name, value in state.items():
+            setattr(self, name, value.to(device) if value is not None else None)
+
+
+def subset(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices of about one clip in ten, sorted, at least one of every class that occurs. labels (N,) on the CPU."""
+    order = torch.randperm(len(labels), generator=generator)
+    shuffled = labels[order]
+    first = [int(torch.nonzero(shuffled == label)[0]) for label in shuffled.unique()]
+    taken = torch.zeros(len(labels), dtype=torch.bool)
+    taken[: -(-len(labels) // SHARE)] = True
+    taken[first] = True
+    return order[taken].sort().values
+
+
+def class_means(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """(M, n, D), (n,) -> means (M, C, D), zero for a class without clips, and which classes have clips (C,)."""
+    member = F.one_hot(labels, classes).to(features.dtype)  # (n, C)
+    counts = member.sum(0)
+    return (member.T @ features) / counts.clamp(min=1)[:, None], counts > 0
+
+
+def coefficients(ratio: Tensor, rule: str) -> tuple[Tensor, Tensor]:
+    """(beta, gamma): how far audio, and video, lag behind. At most one of them is above 0."""
+    if rule == "hard":
+        return (ratio < 1).float(), (ratio > 1).float()
+    return (1 / ratio - 1).clamp(0, 1), (ratio - 1).clamp(0, 1)

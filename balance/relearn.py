@@ -1,0 +1,104 @@
+"""D&R, diagnosing and re-learning: softly reset encoders by the gap in separability of train and held-out features.
+Wei et al., ECCV 2024.
+
+After every n-th epoch: features z_m of train and of validation clips, each scaled to [-1, 1] per dimension, k-means
+with one cluster per class; P = share of clips in the majority class of their cluster.
+w_m = tanh(lambda |P_train - P_val|);
+theta_m <- w_m theta_m^0 + (1 - w_m) theta_m for all parameters of the encoder: not BatchNorm's running statistics, not
+the heads, not the optimizer's state. theta^0: the weights the run began with.
+"""
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from balance.method import MODALITIES, Flag, Method, Run
+from utils.cli import number
+from utils.distributed import is_main, sum_over_ranks
+from utils.errors import UserError
+from utils.seeding import step_generator
+
+
+class Relearn(Method):
+    name = "dr"
+    flags = (
+        Flag("dr_lambda", number(float, 0), 3.0, "strength of a reset"),
+        Flag("dr_every", number(int, 1), 20, "a reset follows each epoch that is a multiple of this"),
+        Flag("dr_resets", number(int, 0), 3, "resets at most"),
+        Flag("dr_views", str, "augmented", "train clips as seen for the diagnosis", choices=("augmented", "plain")),
+    )
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        classes = run.model.head_audio.out_features
+        if len(run.clips["val"]) < classes:
+            raise UserError(f"--balance dr: {len(run.clips['val'])} validation clips cannot form {classes} clusters; "
+                            "type a larger --val_fraction")  # fmt: skip
+        self.classes, self.resets = classes, 0
+        encoders = run.model.encoders()
+        self.initial = {name: [p.detach().clone() for p in encoders[name].parameters()] for name in MODALITIES}
+
+    @classmethod
+    def refuse(cls, flags) -> str | None:
+        last = min(flags.epochs, flags.lr_decay_step) - 1  # a reset stands before an epoch of the first learning rate
+        if flags.dr_resets and flags.dr_every + 1 > last:
+            return (
+                f"would never reset: --dr_every {flags.dr_every}, and a reset must come before the learning rate "
+                f"decays (--lr_decay_step {flags.lr_decay_step}) and before the end (--epochs {flags.epochs})"
+            )
+        return None
+
+    @classmethod
+    def needs_validation(cls, flags) -> bool:
+        return True
+
+    def start_epoch(self, epoch: int) -> None:
+        done = epoch - 1
+        if done <= 0 or done % self.dr_every or self.resets >= self.dr_resets:
+            return
+        if epoch >= self.run.flags.lr_decay_step:
+            return  # at a tenth of the learning rate a reset encoder would not be learned again
+        self.resets += 1
+        for name, weight in zip(MODALITIES, self.diagnose(epoch), strict=True):
+            self.note(f"reset_{name}", weight)
+            with torch.no_grad():
+                for p, start in zip(self.model.encoders()[name].parameters(), self.initial[name], strict=True):
+                    p.copy_(weight * start + (1 - weight) * p)
+
+    def diagnose(self, epoch: int) -> Tensor:
+        """w (2,) of audio and video, the same on every process."""
+        draw = step_generator(self.run.flags.random_seed, epoch, 0, "balance", self.name)
+        views = {"train": draw if self.dr_views == "augmented" else None, "val": None}
+        purities = []
+        for part, generator in views.items():
+            clips = self.run.clips[part]
+            features = self.features(part, torch.arange(len(clips)), generator)
+            labels = clips.labels.cpu().numpy()
+            own = [purity(features[m].cpu().numpy(), labels, self.classes) if is_main() else 0.0 for m in MODALITIES]
+            purities.append(torch.tensor(own, device=clips.labels.device))
+        train, val = sum_over_ranks(torch.stack(purities))
+        return reset_weight(train, val, self.dr_lambda)
+
+    def state_dict(self) -> dict:
+        return {"resets": self.resets, "initial": self.initial}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.resets = state["resets"]
+        for name, own in self.initial.items():
+            for p, saved in zip(own, state["initial"][name], strict=True):
+                p.copy_(saved)
+
+
+def reset_weight(train: Tensor, val: Tensor, strength: float) -> Tensor:
+    return torch.tanh(strength * (train - val).abs())
+
+
+def purity(features: np.ndarray, labels: np.ndarray, classes: int) -> float:
+    """Share of clips that belong to their cluster's majority class. features (N, D), labels (N,)."""
+    low, high = features.min(0), features.max(0)
+    scaled = 2 * (features - low) / np.where(high > low, high - low, 1) - 1
+    cluster = KMeans(classes, n_init=10, random_state=0).fit_predict(scaled)
+    counts = np.zeros((classes, classes), dtype=int)
+    np.add.at(counts, (cluster, labels), 1)
+    return counts.max(axis=1).sum() / len(labels)
