@@ -31,7 +31,7 @@ from dataset.pack import (
     shrink,
     stored_size,
 )
-from utils.distributed import barrier, is_main, local_processes, lowest, rank, world_size
+from utils.distributed import barrier, is_first_here, local_processes, lowest, rank, world_size
 from utils.errors import UserError
 from utils.interrupt import SIGNALS
 
@@ -254,10 +254,10 @@ def make_clips(root: Path, name: str, part: Part, audio_shape: tuple[int, int], 
     if feed.cache == "none":
         return FileClips(part, feed, audio_shape)
     size = stored_size(part, feed.pack_size)
-    if not is_main():
-        barrier()  # the main process makes the pack, the others map the same file
+    if not is_first_here():
+        barrier()  # one process of each machine makes the pack, the others map the same file
     pack = open_pack(root, name, part, size, audio_shape)
-    if is_main():
+    if is_first_here():
         barrier()
     return ResidentClips(part, pack, feed)
 

@@ -86,6 +86,11 @@ def same_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
+def is_first_here() -> bool:
+    """Whether this process is the first of its machine: with several machines, each has a disk of its own."""
+    return not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", rank())) == 0
+
+
 def local_processes() -> int:
     """How many processes of the group run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
