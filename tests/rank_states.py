@@ -1,4 +1,4 @@
-"""Started by torchrun: train.py, compiled by a backend that needs no C++, each rank's network written at its end.
+"""Started by torchrun: train.py, compiled by a backend that generates no code, each rank's network written at its end.
 
 torchrun --nproc_per_node=2 tests/rank_states.py FOLDER <flags of train.py>
 """
@@ -14,7 +14,7 @@ import train
 from utils import distributed
 
 folder, argv = Path(sys.argv[1]), sys.argv[2:]
-torch.compile = functools.partial(torch.compile, backend="aot_eager")
+torch.compile = functools.partial(torch.compile, backend="eager")
 networks, make, stop = [], train.AVClassifier, distributed.stop
 
 

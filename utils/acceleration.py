@@ -36,8 +36,17 @@ def set_precision(precision: str, device: torch.device) -> None:
 def compile_in_place(modules: list[nn.Module], device: torch.device) -> None:
     """Compile `modules` where they are, so that their parameters keep their names; each when it is first called.
 
-    Every shape gets code of its own. Raises `UserError` where PyTorch cannot compile here, found out by compiling one
-    small function: what it takes (a C++ compiler, Python's headers, Triton on a GPU) differs between its versions.
+    Every shape gets code of its own. Raises `UserError` where PyTorch cannot compile.
+    """
+    try_to_compile(device)
+    for module in modules:
+        module.compile(dynamic=False)
+
+
+def try_to_compile(device: torch.device) -> None:
+    """Raises `UserError` where PyTorch cannot compile here, found out by compiling one small function.
+
+    What it takes (a C++ compiler, Python's headers, Triton on a GPU) differs between its versions.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(compiler.split()[0]) is None:
@@ -48,8 +57,6 @@ def compile_in_place(modules: list[nn.Module], device: torch.device) -> None:
     except Exception as error:  # a compiler fails in more ways than can be listed; all of them mean the same here
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(f"--compile: PyTorch cannot compile here ({lines[0].strip()}); leave the flag out") from None
-    for module in modules:
-        module.compile(dynamic=False)
 
 
 def compiled(full: bool) -> AbstractContextManager:
