@@ -175,7 +175,7 @@ def test_the_documented_method_runs(data, tmp_path, monkeypatch):
             ("n", "--epochs 1 --balance cml --cml_lambda 0"),
             ("p", "--epochs 1"),
             ("a", "--epochs 2 --balance cml,ogm_ge"),
-        )  # fmt: skip
+        )
     )
     assert all(torch.equal(neutral[name], plain[name]) for name in plain)
     assert not torch.equal(acting["head.weight"], plain["head.weight"])
