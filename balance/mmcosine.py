@@ -34,7 +34,7 @@ class MMCosine(Method):
 
 def cosines(features: Tensor, weight: Tensor) -> Tensor:
     """(B, D), (C, D) -> (B, C); a feature of zeros (a masked modality's) gives zeros."""
-    return F.linear(F.normalize(features.float(), dim=1), F.normalize(weight, dim=1))
+    return F.linear(F.normalize(features.to(weight.dtype), dim=1), F.normalize(weight, dim=1))
 
 
 class CosineLinear(nn.Linear):

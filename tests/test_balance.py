@@ -1,4 +1,4 @@
-"""Balance methods: each against its formula in NumPy or by hand, alone and with Remix, and the contract all of them keep.
+"""Balance methods: each against its formula in NumPy or by hand, and the contract that all of them keep.
 
 The contract: a method in its neutral setting leaves training bit for bit as it is; in a homogeneous batch nothing
 touches the masked encoder; what cannot go together is refused in one line.
@@ -214,8 +214,9 @@ def test_defaults_by_data_set_and_the_warning_about_adam(data, tmp_path, capsys)
     assert (args.balance, args.from_preset["ogm_alpha"]) == ("pmr,ogm_ge", 0.8)
     warned = {}
     for optimizer in ("adam", "sgd"):
-        train.main([*TINY, "--train", "--data_root", str(data), "--epochs", "1", "--method", "baseline", "--balance",
-                    "ogm_ge", "--optimizer", optimizer, "--log_path", str(tmp_path), "--run_name", optimizer])  # fmt: skip
+        train.main([*TINY, "--train", "--data_root", str(data), "--epochs", "1", "--method", "baseline",
+                    "--balance", "ogm_ge", "--optimizer", optimizer,
+                    "--log_path", str(tmp_path), "--run_name", optimizer])  # fmt: skip
         warned[optimizer] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ogm_ge")]
     assert len(warned["adam"]) == 1 and not warned["sgd"]
 
@@ -468,8 +469,10 @@ def test_blend_weighs_gain_over_squared_overfitting():
 
 def test_gblend_estimates_from_copies_trained_alone(clips):
     """Mean losses are made up of logits that give them; the estimate must find the weights they imply."""
-    losses = {("model", "audio"): (1.1, 1.1), ("audio", "audio"): (0.5, 0.9), ("model", "video"): (1.2, 1.2),
-              ("video", "video"): (0.3, 0.8), ("model", "joint"): (1.0, 1.0), ("joint", "joint"): (0.2, 0.7)}  # fmt: skip
+    losses = {
+        ("model", "audio"): (1.1, 1.1), ("audio", "audio"): (0.5, 0.9), ("model", "video"): (1.2, 1.2),
+        ("video", "video"): (0.3, 0.8), ("model", "joint"): (1.0, 1.0), ("joint", "joint"): (0.2, 0.7),
+    }  # fmt: skip
     asked = []
 
     def predict(network, part, kept):
@@ -541,10 +544,10 @@ def test_a_checkpoint_of_mmcosine_is_evaluated_with_its_own_head(data, tmp_path,
     for typed in ([], ["--balance", "mmcosine"]):
         train.main([*base, *checkpoint, *typed])
         assert capsys.readouterr().out.splitlines()[-1].split()[1:] == expected
-    for typed, message in ((["--balance", "pmr"], "--balance pmr: .*trained with --balance mmcosine"),
-                           (["--balance", "mmcosine", "--mmcosine_scale", "9"], "--mmcosine_scale 9.*trained with")):  # fmt: skip
+    for typed, message in (("--balance pmr", "--balance pmr: .*trained with --balance mmcosine"),
+                           ("--balance mmcosine --mmcosine_scale 9", "--mmcosine_scale 9.*trained with")):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            train.main([*base, *checkpoint, *typed])
+            train.main([*base, *checkpoint, *typed.split()])
 
 
 # ----------------------------------------------------------------------------------------------------------------- OPM
