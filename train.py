@@ -148,7 +148,7 @@ def make_parser() -> Parser:
     g.add_argument("--precision", choices=PRECISIONS, help="arithmetic of the network (fp32; on a GPU tf32)")
     g.add_argument("--compile", action="store_true", help="compile the encoders, a minute at the start (off)")
     g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="folder of the runs (runs)")
-    g.add_argument("--run_name", metavar="NAME", help="this run's folder (data set, method, seed and time)")
+    g.add_argument("--run_name", type=path_name, metavar="NAME", help="this run's folder (made of data, method, time)")
     g.add_argument("--resume", action="store_true", help="go on with --run_name from its last.pth (off)")
     g.add_argument("--save_every", type=interval, default="1epochs", metavar="N[steps]",
                    help="epochs, or steps as in 200steps, from last.pth to last.pth (1)")  # fmt: skip
@@ -174,6 +174,8 @@ def check_args(args: argparse.Namespace) -> None:
     """What no single flag can know. Raises `UserError`."""
     if not args.train and not args.checkpoint:
         raise UserError("nothing to do: type --train to train, or --checkpoint FILE to evaluate")
+    if args.checkpoint and not Path(args.checkpoint).is_file():
+        raise UserError(f"{args.checkpoint}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
     if args.resume and not (args.train and args.run_name):
         raise UserError("--resume: type --train and the --run_name to go on with")
     if args.resume and args.checkpoint:

@@ -123,7 +123,10 @@ def npy_fault(path: str, headers: dict[bytes, tuple[int, int]]) -> tuple[str, tu
                 if dtype != np.dtype("<f4"):
                     return f"spectrogram of type {dtype}, not float32", (0, 0)
                 if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] > MAX_SPECTROGRAM:
-                    return f"spectrogram of shape {shape}; two sides are needed", (0, 0)
+                    return f"spectrogram of shape {shape}; two sides are needed, {MAX_SPECTROGRAM:,} numbers at most", (
+                        0,
+                        0,
+                    )
                 if start == 128:
                     headers[head] = shape
             else:

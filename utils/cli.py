@@ -36,7 +36,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 def path_name(text: str) -> str:
     """An argparse type: something that can name a file or folder. Whether it is there is its reader's business."""
     if not text.strip() or "\0" in text or len(os.fsencode(text)) > 4095:
-        raise argparse.ArgumentTypeError(f"{text[:80]!a} is no path")
+        raise argparse.ArgumentTypeError(f"{text[:80]!a} is no name of a file or folder")
     return text
 
 

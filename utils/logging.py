@@ -136,6 +136,8 @@ def claim_folder(log_path: str, run_name: str, resume: bool) -> Path:
         )
     if len(os.fsencode(run_name)) > 200:
         raise UserError(f"--run_name {run_name[:40]}...: longer than 200 bytes; choose a shorter one")
+    if Path(log_path).exists() and not Path(log_path).is_dir():
+        raise UserError(f"--log_path {log_path}: not a folder; choose one")
     folder = Path(log_path) / run_name
     try:
         files = list(folder.iterdir()) if folder.exists() else []
