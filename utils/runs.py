@@ -25,7 +25,19 @@ VARIANTS = {
 ORDER = ("baseline", "joint_only", "remix", "remix_random", "audio", "video")  # of the rows; others follow
 
 # What changes where and how a run is made but not what comes out.
-HOW = {"run_name", "log_path", "num_workers", "cache", "device", "gpu_ids", "resume", "train", "preset", "diagnose"}
+HOW = {
+    "run_name",
+    "log_path",
+    "num_workers",
+    "cache",
+    "device",
+    "gpu_ids",
+    "resume",
+    "train",
+    "preset",
+    "diagnose",
+    "compile",
+}
 # Beside these, what is told apart elsewhere: the seed within a group, the data between groups.
 IRRELEVANT = HOW | {"random_seed", "dataset", "data_root", "n_classes", "allow_missing"}
 NOT_FLAGS = {"from_preset", "data", "versions", "git_commit", "hardware", "command"}
