@@ -2,16 +2,19 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_folder
 
 import remix
 import train
+from benchmarks import scaling
 from benchmarks.common import flops_per_clip
 from models import AVClassifier
 from utils import acceleration
@@ -207,3 +210,24 @@ def test_no_step_waits_for_the_gpu(data, cache):
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+def test_the_memory_benchmark_sees_a_process_grow_and_those_below_it():
+    before = scaling.memory(os.getpid())["private"]
+    held = np.ones(50 * 2**20, np.uint8)
+    assert 45e6 < scaling.memory(os.getpid())["private"] - before < 80e6 and held.all()
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert {os.getpid(), child.pid} <= set(scaling.tree(os.getpid()))
+    finally:
+        child.kill()
+        child.wait()
+    assert scaling.memory(child.pid) is None
+
+
+def test_growth_is_fitted_by_a_line():
+    rows = [{"way": "ram", "clips": n, "classes": 6, "s": 2 + n / 100, "flat": 3.0, "square": n * n} for n in range(9)]
+    fits = {fit["quantity"]: fit for fit in scaling.fit_rows(rows, "clips")}
+    assert (fits["s"]["at 0"], fits["s"]["per 1000 clips"], fits["s"]["R2"]) == ("2", "10", "1.0000")
+    assert fits["flat"]["R2"] is None and float(fits["square"]["R2"]) < 0.95

@@ -26,7 +26,7 @@ ORDER = ("baseline", "joint_only", "remix", "remix_random", "audio", "video")  #
 
 # What changes where and how a run is made but not what comes out.
 HOW = {"run_name", "log_path", "num_workers", "cache", "device", "gpu_ids", "resume", "train", "preset", "diagnose",
-       "save_every"}  # fmt: skip
+       "save_every", "compile"}  # fmt: skip
 # Beside these, what is told apart elsewhere: the seed within a group, the data between groups.
 IRRELEVANT = HOW | {"random_seed", "dataset", "data_root", "n_classes", "allow_missing"}
 NOT_FLAGS = {"from_preset", "data", "versions", "git_commit", "hardware", "command"}
