@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from utils.errors import INTERRUPTED, Interrupted, UserError, run_main
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
-FLAGS = ["--epochs", "4", "--warmup", "1", "--rescore_every", "2", "--val_fraction", "0.2", "--diagnose"]
+FLAGS = ["--epochs", "4", "--warmup", "1", "--rescore_every", "2", "--val_fraction", "0.2"]
 SECONDS = ("seconds", "clips_per_second")
 
 
@@ -180,29 +181,56 @@ def test_a_second_ctrl_c_stops_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+# Two processes as torchrun would start them, forked, so that PyTorch is imported once for six of them. argv: the runs'
+# folder and train.py's words; the last line says with which statuses the stopped two ended.
+PAIRS = """
+import os, signal, sys, time
+from pathlib import Path
+import train
+from utils.errors import run_main
+runs, words = Path(sys.argv[1]), sys.argv[2:]
+def start(port, *more):
+    pids = []
+    for rank in range(2):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in group.items()}, MASTER_ADDR="127.0.0.1")
+            sys.argv = ["train.py", *words, *more]
+            try:
+                run_main(train.main)
+            except SystemExit as end:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code)
+            finally:
+                os._exit(99)
+    return pids
+def end(pids):
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+port = int(os.environ["PAIRS_PORT"])
+whole = end(start(port, "--run_name", "two-whole"))
+pids, metrics = start(port + 1, "--run_name", "two"), runs / "two" / "metrics.jsonl"
+while not (metrics.exists() and metrics.read_text()):
+    time.sleep(0.005)
+os.kill(pids[1], signal.SIGTERM)
+stopped = end(pids)
+print(whole, stopped, end(start(port + 2, "--run_name", "two", "--resume")))
+"""
+
+
 def test_all_processes_stop_at_the_same_step_and_go_on(data, runs):
     """SIGTERM to one of two; stopped and resumed, they end as two that were never stopped."""
-    base = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY]
-    base += ["--train", "--data_root", str(data), "--log_path", str(runs), "--warmup", "1", "--batch_size", "2"]
-    base += ["--epochs", "3", "--run_name"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    assert subprocess.run([*base, "two-whole"], cwd=REPO, env=env, capture_output=True).returncode == 0
-    process = subprocess.Popen(
-        [*base, "two"], cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    metrics = runs / "two" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGTERM)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and err.count("go on: torchrun --nproc_per_node=2 train.py") == 1, err[-3000:]
-    state = torch.load(runs / "two" / "last.pth", weights_only=True)
-    assert state["position"] is not None or state["epoch"] == 2
-    again = subprocess.run([*base, "two", "--resume"], cwd=REPO, env=env, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-3000:]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--warmup", "1", "--epochs", "3"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PAIRS_PORT": str(min(port, 65000)), "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", PAIRS, str(runs), *words, "--batch_size", "2", "--device", "cpu"]
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[0, 0] [75, 75] [0, 0]", done.stderr[-3000:]
+    assert done.stderr.count("go on: torchrun --nproc_per_node=2 train.py") == 1
+    assert "resumed in epoch" in done.stdout
     assert_same_run(runs / "two-whole", runs / "two")
 
 
