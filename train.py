@@ -369,7 +369,7 @@ class frozen_batchnorm:
 
 
 @torch.no_grad()
-def refresh_batchnorm(model: nn.Module, clips: Clips, kept: str, batch_size: int, order: torch.Generator) -> None:
+def refresh_batchnorm(model: nn.Module, clips: Clips, kept: str, args: argparse.Namespace, epoch: int) -> None:
     """Estimate BatchNorm's running statistics anew for the weights of now: the mean over batches of training clips.
 
     The running ones are of weights of some ten steps ago, and of an encoder that is skipped of its last few batches,
@@ -377,8 +377,9 @@ def refresh_batchnorm(model: nn.Module, clips: Clips, kept: str, batch_size: int
     encoder can look certain, get no more batches and never recover. Clips are seen as they are scored: all of them
     alike, whatever they keep, without augmentation. At most `REFRESH_CLIPS` clips, forward only.
     """
-    chosen = torch.randperm(len(clips), generator=order)[:REFRESH_CLIPS]
-    plan = [b for b in remix.batches_of(chosen, batch_size, kept, None) if len(b.clips) >= 2 * distributed.world_size()]
+    order = epoch_generator(args.random_seed, epoch, "batchnorm")
+    plan = remix.batches_of(torch.randperm(len(clips), generator=order)[:REFRESH_CLIPS], args.batch_size, kept, None)
+    plan = [batch for batch in plan if len(batch.clips) >= 2 * distributed.world_size()]  # one clip has no statistics
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     model.train()
@@ -480,6 +481,8 @@ def train_copy(
     for e in range(epoch, epoch + epochs):
         plan = remix.batches_of(len(clips), args.batch_size, kept, epoch_generator(args.random_seed, e, "plan"))
         train_epoch(trained, clips, plan, optimizer, e, args, Balance([method]))
+    if args.batchnorm == "refreshed":  # it is measured against the network it came from, which is
+        refresh_batchnorm(network, clips, kept, args, epoch + epochs - 1)
     return network
 
 
@@ -720,8 +723,7 @@ def main(argv: list[str] | None = None) -> None:
                     lambda: pause(trained=True))  # fmt: skip
         distributed.same_buffers(bare)
         if args.batchnorm == "refreshed":
-            refresh_batchnorm(bare, clips["train"], inputs, args.batch_size,
-                              epoch_generator(args.random_seed, epoch, "batchnorm"))  # fmt: skip
+            refresh_batchnorm(bare, clips["train"], inputs, args, epoch)
         numbers |= mean_losses(position, plan, clips["train"].names, epoch) | balance.numbers()
         seconds, clock = lap(clock)
         numbers["seconds_train"] = earlier + seconds

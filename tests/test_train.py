@@ -19,6 +19,7 @@ from dataset.folder import load_folder
 from dataset.specs import get_spec
 from models import AVClassifier
 from utils.errors import UserError
+from utils.seeding import epoch_generator
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
@@ -309,9 +310,11 @@ def test_refreshed_batchnorm_statistics_are_those_of_the_training_clips(data):
     torch.manual_seed(0)
     model = AVClassifier(3, "resnet18_thin")
     weights = {name: value.clone() for name, value in model.named_parameters()}
-    train.refresh_batchnorm(model, clips, "both", 11, torch.Generator().manual_seed(5))
+    args = train.parse_args(["--train", "--dataset", "folder", "--batch_size", "11"])
+    train.refresh_batchnorm(model, clips, "both", args, 3)
 
-    order = torch.randperm(34, generator=torch.Generator().manual_seed(5))[:33].split(11)  # the 34th would be alone
+    order = torch.randperm(34, generator=epoch_generator(args.random_seed, 3, "batchnorm"))
+    order = order[:33].split(11)  # the 34th would be alone
     whole = next(clips.epoch([remix.Batch(torch.arange(34), "both")]))
     for inputs, net in ((whole.audio, model.audio_net), (whole.video.flatten(0, 1), model.visual_net)):
         per_clip = len(inputs) // 34
