@@ -321,6 +321,30 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def test_ablations_are_told_with_the_standard_error_of_paired_differences(tmp_path: Path, capsys) -> None:
+    plain, loss, easy = [0.70, 0.74, 0.78], [0.72, 0.75, 0.81], [0.60, 0.90, 0.74]
+    for seed in range(3):
+        make_run(tmp_path, "baseline", seed, [0.5] * 3 + [0.6])
+        make_run(tmp_path, "remix", seed, [0.5] * 3 + [plain[seed]], score="kl")
+        make_run(tmp_path, "remix", seed, [0.5] * 3 + [loss[seed]], score="loss")
+        make_run(tmp_path, "remix", seed, [0.5] * 3 + [easy[seed]], warmup=2)
+        make_run(tmp_path, "remix", seed, [0.5] * 3 + [easy[seed]], warmup=2, alpha=0.1)  # two flags away
+    text = report.ablation_table(groups_of(tmp_path))
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines()[2:]}
+    assert len(rows) == 2  # nothing of the baseline, nor of what differs in two flags
+
+    def told(label: str) -> str:
+        return next(cell for name, cell in rows.items() if label in name)
+
+    expected = 100 * (np.array(loss) - plain)
+    assert told("score kl -> loss") == f"**+{expected.mean():.1f} ± {stats.sem(expected):.1f}**"
+    expected = 100 * (np.array(easy) - plain)
+    assert abs(expected.mean()) < stats.sem(expected)
+    assert told("warmup 1 -> 2") == f"{expected.mean():+.1f} ± {stats.sem(expected):.1f}"  # not bold
+    make_report(tmp_path)
+    assert "### One flag at a time" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_diagnostics_are_in_the_report_where_runs_have_them(tmp_path: Path, figures) -> None:
     for seed in (0, 1):
         folder = make_run(tmp_path, "remix", seed)

@@ -32,6 +32,7 @@ from utils.runs import (
     Group,
     Run,
     Spread,
+    ablations,
     command_of,
     differing_flags,
     find_runs,
@@ -130,6 +131,30 @@ def _without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], l
     """Columns in which some row has a number."""
     keep = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
     return [head[i] for i in keep], [[row[i] for i in keep] for row in rows]
+
+
+def ablation_table(groups: list[Group]) -> str | None:
+    """One flag at a time: the paired difference to the centre, with its standard error; None if nothing was ablated.
+
+    A difference that is larger than its standard error is in bold. One standard error is a low bar, and n is small.
+    """
+    found = ablations(groups)
+    head, rows = ["changed", *(f"{quantity} [± SE]" for quantity in list(QUANTITIES)[:3]), "n", "time a run"], []
+    for group, centre, name in found:
+        cells = []
+        for quantity in list(QUANTITIES)[:3]:
+            ours, theirs = values(group, quantity), values(centre, quantity)
+            over = spread(100 * (ours[seed] - theirs[seed]) for seed in ours.keys() & theirs.keys())
+            if over is None or over.std is None:
+                cells.append("–" if over is None else f"{over.mean:+.1f} (n=1)")
+                continue
+            error = over.std / over.n**0.5
+            text = f"{over.mean:+.1f} ± {error:.1f}"
+            cells.append(f"**{text}**" if abs(over.mean) > error else text)
+        told = f"{centre.label}: {name} {short(centre.flags.get(name))} -> {short(group.flags.get(name))}"
+        pairs = len(group.runs.keys() & centre.runs.keys())
+        rows.append([told, *cells, str(pairs), f"x {minutes(group).mean / minutes(centre).mean:.2f}"])
+    return table(head, rows) if rows else None
 
 
 def diagnostics_table(groups: list[Group]) -> str | None:
@@ -255,6 +280,9 @@ def markdown(datasets: dict[str, list[Group]], left_out: list[str], pictures: di
         parts += [f"## {name}", maintable(groups), notes(groups)]
         parts += [f"![{name}: {picture}]({picture})" for picture in pictures.get(name, [])]
         parts += ["### Every protocol", *(quantitytable(quantity, groups) for quantity in QUANTITIES)]
+        if ablated := ablation_table(groups):
+            parts += ["### One flag at a time", "Last epoch, points, paired over seeds; in bold what exceeds its "
+                      "standard error.", ablated]  # fmt: skip
         if measured := diagnostics_table(groups):
             parts += ["### Diagnostics (`--diagnose`)", measured]
         parts += ["### Settings", settings(groups), "### Commands", commands(groups)]

@@ -313,6 +313,25 @@ def differing_flags(group: Group, reference: Group) -> list[str]:
     return sorted(name for name in shared if group.flags.get(name) != reference.flags.get(name))
 
 
+def ablations(groups: list[Group]) -> list[tuple[Group, Group, str]]:
+    """(group, the one it is held against, the flag that differs) for groups one flag away from their method's centre.
+
+    The centre is the group of a method with the most such neighbours, two at least: what is ablated.
+    """
+
+    def flag_between(one: Group, other: Group) -> str | None:
+        names = {name for name in one.flags.keys() | other.flags.keys() if one.flags.get(name) != other.flags.get(name)}
+        return names.pop() if len(names) == 1 else None
+
+    found = []
+    for method in dict.fromkeys(group.method for group in groups):
+        own = [group for group in groups if group.method == method]
+        centre = max(own, key=lambda group: sum(flag_between(group, other) is not None for other in own))
+        near = [(group, centre, name) for group in own if (name := flag_between(group, centre))]
+        found += near if len(near) > 1 else []
+    return found
+
+
 def mean_by_epoch(group: Group, key: str) -> tuple[list[int], list[float]]:
     """Epochs that have the number `key` in every run of the group, and its mean over the runs in each."""
     histories = [{line["epoch"]: line[key] for line in run.history if line.get(key) is not None}
