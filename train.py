@@ -126,7 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="CUDA where there is one (auto)")
     g.add_argument("--gpu_ids", metavar="IDS", help="GPUs, comma separated (all visible)")
     g.add_argument("--precision", choices=PRECISIONS, help="arithmetic of the network (fp32; on a GPU tf32)")
-    g.add_argument("--compile", action="store_true", help="compile the encoders, a minute at the start (off)")
+    g.add_argument("--compile", action="store_true", help="compile the encoders when the run starts (off)")
     g.add_argument("--log_path", default="runs", metavar="DIR", help="folder of the runs (runs)")
     g.add_argument("--run_name", metavar="NAME", help="this run's folder (data set, method, seed and time)")
     g.add_argument("--resume", action="store_true", help="go on with --run_name from its last.pth (off)")
