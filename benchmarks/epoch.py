@@ -44,7 +44,7 @@ SHAPE = {"batch_size": 64, "frame_size": (480, 360), "image_size": 224, "audio_s
 # What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision.
 SETTINGS = {
     "ours": {},
-    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False, "precision": "fp32"},
+    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False},
     "files": {"cache": "none"},
     "ram": {"cache": "ram"},
     "run": {"masked_encoder": "run"},
