@@ -146,7 +146,7 @@ def make_parser() -> Parser:
     g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="CUDA where there is one (auto)")
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, comma separated (all visible)")
     g.add_argument("--precision", choices=PRECISIONS, help="arithmetic of the network (fp32; on a GPU tf32)")
-    g.add_argument("--compile", action="store_true", help="compile the encoders, a minute at the start (off)")
+    g.add_argument("--compile", action="store_true", help="compile the encoders when the run starts (off)")
     g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="folder of the runs (runs)")
     g.add_argument("--run_name", type=path_name, metavar="NAME", help="this run's folder (made of data, method, time)")
     g.add_argument("--resume", action="store_true", help="go on with --run_name from its last.pth (off)")

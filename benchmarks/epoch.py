@@ -35,15 +35,16 @@ from utils.seeding import seed_everything
 
 PRESETS = {
     "cpu": {"clips": 128, "test_clips": 16, "settings": "ours,official"},
-    "gpu": {"clips": 6698, "test_clips": 744, "settings": "all"},
+    "gpu": {"clips": 6698, "test_clips": 744, "settings": "all", "workers": 16},
     "tiny": {"clips": 16, "test_clips": 4, "settings": "ours,official", "batch_size": 8, "frame_size": (48, 36),
              "image_size": 32, "audio_shape": (33, 24), "model": "resnet18_thin"},
 }  # fmt: skip
-SHAPE = {"batch_size": 64, "frame_size": (480, 360), "image_size": 224, "audio_shape": (257, 188), "model": "resnet18"}
+SHAPE = {"batch_size": 64, "frame_size": (480, 360), "image_size": 224, "audio_shape": (257, 188), "model": "resnet18",
+         "workers": 2}  # fmt: skip
 # What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision.
 SETTINGS = {
     "ours": {},
-    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False, "precision": "fp32"},
+    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False},
     "files": {"cache": "none"},
     "ram": {"cache": "ram"},
     "run": {"masked_encoder": "run"},
@@ -70,7 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--classes", type=number(int, 2), default=6, help="classes (6)")
     p.add_argument("--repeats", type=number(int, 1), default=5, help="rounds, after one that is not counted (5)")
     p.add_argument("--threads", type=number(int, 1), help="CPU threads (as PyTorch chooses)")
-    p.add_argument("--workers", type=number(int, 0), default=2, help="processes that read files (2)")
+    p.add_argument("--workers", type=number(int, 0), help="processes that read files (2; gpu: 16)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="CUDA where there is one (auto)")
     args = p.parse_args(argv)
     for name, value in (SHAPE | PRESETS[args.preset]).items():

@@ -20,6 +20,7 @@ import remix
 import train
 from benchmarks.common import load_clips, machine, save
 from benchmarks.scaling import numbers
+from dataset.clips import Clips
 from models import AVClassifier
 from utils.acceleration import set_precision
 from utils.checkpoint import load_checkpoint, load_weights
@@ -35,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-def compare(checkpoint: Path, args: argparse.Namespace, classes: list[str], clips, device: torch.device) -> dict:
+def compare(checkpoint: Path, args: argparse.Namespace, classes: list[str], clips: Clips, device: torch.device) -> dict:
     """Score all training clips in both precisions."""
     weights, low_is_hard = load_checkpoint(checkpoint)["model"], {}
     for precision in ("fp32", "bf16"):

@@ -65,4 +65,6 @@ def compiled(full: bool) -> AbstractContextManager:
     The last batch of a modality has another size in every epoch, for which compiling anew would cost more than it
     saves, and code for any size would be slower for all.
     """
-    return nullcontext() if full else torch.compiler.set_stance("force_eager")
+    if full or "torch._dynamo" not in sys.modules:  # importing it takes seconds; without it nothing was ever compiled
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
