@@ -37,10 +37,14 @@ def add_flags(parser: ArgumentParser) -> None:
                    help=f"balance methods beside --method baseline or remix: {', '.join(METHODS)} (none)")  # fmt: skip
     for name, method in METHODS.items():
         for flag in method.flags:
-            others = "".join(f"; {data} {value}" for data, value in flag.by_dataset.items())
-            default = f" ({flag.default}{others})" if flag.default is not None else ""
+            others = "".join(f"; {data} {_short(value)}" for data, value in flag.by_dataset.items())
+            default = f" ({_short(flag.default)}{others})" if flag.default is not None else ""
             g.add_argument(f"--{flag.name}", type=flag.type, choices=flag.choices or None,
                            metavar=None if flag.choices else "X", help=f"{name}: {flag.help}{default}")  # fmt: skip
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def flag_owners() -> dict[str, str]:

@@ -76,7 +76,8 @@ class Relearn(Method):
             features = self.features(part, torch.arange(len(clips)), generator)
             labels = clips.labels.cpu().numpy()
             own = [purity(features[m].cpu().numpy(), labels, self.classes) if is_main() else 0.0 for m in MODALITIES]
-            purities.append(torch.tensor(own, device=clips.labels.device))
+            # The type is given: NumPy's numbers are double, and the processes' tensors must be alike to be added up.
+            purities.append(torch.tensor(own, dtype=torch.float32, device=clips.labels.device))
         train, val = sum_over_ranks(torch.stack(purities))
         return reset_weight(train, val, self.dr_lambda)
 

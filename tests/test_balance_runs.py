@@ -64,6 +64,8 @@ import os, sys
 import torch, train
 from models import AVClassifier
 
+networks = []
+
 class Network(AVClassifier):  # float64, BatchNorm on its running statistics: processes differ in nothing but sums
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -78,31 +80,37 @@ class Network(AVClassifier):  # float64, BatchNorm on its running statistics: pr
                 module.eval()
         return self
 
-networks, train.AVClassifier = [], Network
-train.main(sys.argv[2:])
-torch.save(networks[0].state_dict(), sys.argv[1] + os.environ.get("RANK", ""))
+def main(path, *words):
+    train.AVClassifier = Network
+    train.main(list(words))
+    torch.save(networks[0].state_dict(), path + os.environ.get("RANK", ""))
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
 """
 
 
-def test_two_processes_train_the_weights_of_one(data, tmp_path):
-    """31 clips in batches of 12, 12, 7 fall unevenly on two processes; every method but the exclusive ones at once."""
-    (tmp_path / "worker.py").write_text(WORKER)
+def test_two_processes_train_the_weights_of_one(data, tmp_path, monkeypatch):
+    """Batches of 12, 12 and 1 clips fall unevenly on two processes; every method but the exclusive one at once."""
     methods = "mmcosine,opm,pmr,gblend,mmpareto,ogm_ge,dr --opm_starts 0 --gblend_probe 1 --dr_every 1 --dr_views plain"
-    text = f"--val_fraction 0.2 --epochs 4 --warmup 3 --data_root {data} --log_path {tmp_path} --balance {methods}"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for launcher, name in (([], "one"), (torchrun, "two")):
-        command = [sys.executable, *launcher, str(tmp_path / "worker.py"), str(tmp_path / name), *TINY, *text.split()]
-        done = subprocess.run([*command, "--run_name", f"run_{name}"], cwd=REPO, capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(REPO)}, timeout=240)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
+    text = f"--val_fraction 0.2 --epochs 3 --warmup 2 --data_root {data} --log_path {tmp_path} --balance {methods}"
+    words = [*TINY, *text.split(), "--run_name"]
+    (tmp_path / "worker.py").write_text(WORKER)
+    worker = {"__name__": "worker"}
+    exec(WORKER, worker)
+    monkeypatch.setattr(train, "AVClassifier", train.AVClassifier)  # the worker's is taken out again after the test
+    worker["main"](str(tmp_path / "one"), *words, "run_one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "worker.py"), str(tmp_path / "two"), *words, "run_two"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)})
+    assert done.returncode == 0, done.stderr[-2000:]
     one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two0", "two1"))
     for name, value in one.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-7, msg=name)
     for a, b in zip(*(lines(tmp_path / folder) for folder in ("run_one", "run_two")), strict=True):
         a, b = ({k: v for k, v in line.items() if k.startswith(("balance", "train_loss"))} for line in (a, b))
-        assert "balance/ogm_ge_k_audio" in a or a["train_loss_pmr"] is not None
-        assert a == pytest.approx(b, rel=1e-4)
+        assert "train_loss_pmr" in a and a == pytest.approx(b, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------- comparisons and reports
