@@ -173,7 +173,12 @@ def check_args(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, clips: Clips, kept: str, batch_size: int, name: str, after_batch: Callable[[], None]
+    model: nn.Module,
+    clips: Clips,
+    kept: str,
+    batch_size: int,
+    name: str,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Logits (N, C) of the heads joint, audio and video for all clips in order: evaluation mode, no augmentation.
 
@@ -272,10 +277,11 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     args: argparse.Namespace,
-    position: Position,
-    after_step: Callable[[], None],
+    position: Position | None = None,
+    after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """One epoch over `plan` from `position` on, which it moves; `after_step` may save it or end the run by raising."""
+    position = position or Position()
     model.train()
     views = epoch_generator(args.random_seed, epoch, "views")
     clock = time.perf_counter() - position.seconds

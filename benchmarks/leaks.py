@@ -98,10 +98,10 @@ def main() -> int:
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(about | {"growth_second_half": growth, "good": good, "rows": rows}, indent=1) + "\n")
     draw(rows, path.with_suffix(".png"), f"{args.epochs} epochs of Remix, PyTorch {torch.__version__}, {cpu}")
-    last = rows[-1]
-    print(f"{args.epochs} epochs in {last['seconds']:.0f} s: memory {rows[0]['memory_mb']:.0f} MB at the first, "
-          f"{rows[len(rows) // 2]['memory_mb']:.0f} in the middle, {last['memory_mb']:.0f} at the end; files "
-          f"{rows[0]['handles']} -> {last['handles']}; threads {rows[0]['threads']} -> {last['threads']}; {path}")  # fmt: skip
+    first, last = rows[0], rows[-1]
+    print(f"{args.epochs} epochs in {last['seconds']:.0f} s; memory of the last tenth {growth:.3f} times that "
+          f"after the middle; first to last: {first['memory_mb']:.0f} -> {last['memory_mb']:.0f} MB, files "
+          f"{first['handles']} -> {last['handles']}, threads {first['threads']} -> {last['threads']}; {path}")  # fmt: skip
     return 0 if good else 1
 
 
