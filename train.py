@@ -674,8 +674,9 @@ def finish(
     """summary.json, the pictures and the result table."""
     last = evaluate(logits, labels, "test")
     honest = best.get("at_best_val")
+    # At step `epochs`, one beyond the last: a run resumed here drops what it finds from its first epoch on.
     log.figure(
-        "curves", plot_curves(log.history, f"{args.dataset}, {args.method}, seed {args.random_seed}"), args.epochs - 1
+        "curves", plot_curves(log.history, f"{args.dataset}, {args.method}, seed {args.random_seed}"), args.epochs
     )
     matrices = {name: confusion(values, labels) for name, values in logits.items()}
     log.figure(

@@ -101,7 +101,8 @@ def main() -> int:
     first, last = rows[0], rows[-1]
     print(f"{args.epochs} epochs in {last['seconds']:.0f} s; memory of the last tenth {growth:.3f} times that "
           f"after the middle; first to last: {first['memory_mb']:.0f} -> {last['memory_mb']:.0f} MB, files "
-          f"{first['handles']} -> {last['handles']}, threads {first['threads']} -> {last['threads']}; {path}")  # fmt: skip
+          f"{first['handles']} -> {last['handles']}, threads {first['threads']} -> {last['threads']}")  # fmt: skip
+    print(path)
     return 0 if good else 1
 
 
