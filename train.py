@@ -303,6 +303,7 @@ def train_epoch(
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """One epoch over `plan` from `position` on, which it moves; `after_step` may save it or end the run by raising."""
+    position = position or Position()
     model.train()
     position = position or Position()
     views = epoch_generator(args.random_seed, epoch, "views")
@@ -785,8 +786,9 @@ def finish(
     """summary.json, the pictures and the result table."""
     last = evaluate(logits, labels, "test")
     honest = best.get("at_best_val")
+    # At step `epochs`, one beyond the last: a run resumed here drops what it finds from its first epoch on.
     log.figure(
-        "curves", plot_curves(log.history, f"{args.dataset}, {args.method}, seed {args.random_seed}"), args.epochs - 1
+        "curves", plot_curves(log.history, f"{args.dataset}, {args.method}, seed {args.random_seed}"), args.epochs
     )
     matrices = {name: confusion(values, labels) for name, values in logits.items()}
     log.figure(

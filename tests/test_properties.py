@@ -98,6 +98,7 @@ def test_a_clip_id_that_is_taken_stays_in_the_folder(text):
         assert len(text.encode()) <= MAX_CLIP_BYTES
 
 
+@settings(max_examples=20)  # two files each
 @given(CLASSES, st.lists(st.tuples(CLIP, st.integers(0, 7)), max_size=20), st.booleans(), st.booleans(), st.booleans())
 def test_lists_are_read_as_they_were_written(classes, rows, bom, crlf, quotes):
     rows = [(clip, classes[i % len(classes)]) for clip, i in dict(rows).items()]
