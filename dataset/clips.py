@@ -155,22 +155,11 @@ class FileClips(Clips):
 
     def _load(self, jobs: list[Job]) -> Iterator[ClipBatch]:
         self.jobs[:] = jobs
-        for job, (audio, pixels, mistake) in zip(jobs, self._read(), strict=True):
+        for job, (audio, pixels, mistake) in zip(jobs, self.loader, strict=True):
             if mistake:
                 raise UserError(mistake)
             audio, pixels = (x.to(self.device, non_blocking=True) if x is not None else None for x in (audio, pixels))
             yield self._batch(job, audio, pixels.float() if pixels is not None else None)
-
-    def _read(self) -> Iterator[tuple[Tensor | None, Tensor | None, str]]:
-        try:
-            yield from self.loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                "--num_workers: a process that reads clips was killed, by a lack of memory or by hand; "
-                "go on with --resume, with fewer workers if it happens again"
-            ) from None
 
 
 def _ignore_signals(_: int) -> None:
