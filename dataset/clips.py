@@ -177,22 +177,11 @@ class FileClips(Clips):
 
     def _load(self, jobs: list[Job]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         self.jobs[:] = jobs
-        for audio, pixels, mistake in self._read():
+        for audio, pixels, mistake in self.loader:
             if mistake:
                 raise UserError(mistake)
             audio, pixels = (x.to(self.device, non_blocking=True) if x is not None else None for x in (audio, pixels))
             yield audio, pixels.float() if pixels is not None else None
-
-    def _read(self) -> Iterator[tuple[Tensor | None, Tensor | None, str]]:
-        try:
-            yield from self.loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                "--num_workers: a process that reads clips was killed, by a lack of memory or by hand; "
-                "go on with --resume, with fewer workers if it happens again"
-            ) from None
 
 
 def _ignore_signals(_: int) -> None:

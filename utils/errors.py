@@ -18,8 +18,8 @@ class Interrupted(Exception):
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: status 2 and `error: ...` after a `UserError`, 75 after `Interrupted`.
 
-    Ctrl-C where nothing was to be saved is status 130. A file that the system refuses (no permission, no room) and
-    memory that it does not have are one line and status 2 as well.
+    Ctrl-C where nothing was to be saved is status 130. A file that the system refuses (no permission, no room), memory
+    that it does not have and a reading process that was killed are one line and status 2 as well.
     """
     try:
         status = main()
@@ -32,6 +32,13 @@ def run_main(main: Callable[[], int | None]) -> None:
         status = INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except RuntimeError as error:
+        # PyTorch raises it out of a signal handler, wherever the program happens to be.
+        if "DataLoader worker" not in str(error):
+            raise
+        print("error: --num_workers: a process that reads clips was killed, by a lack of memory or by hand; "
+              "go on with --resume, with fewer workers if it happens again", file=sys.stderr)  # fmt: skip
         status = 2
     except OSError as error:
         if error.filename is None or error.strerror is None:
