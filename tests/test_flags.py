@@ -5,6 +5,7 @@ import argparse
 import pytest
 from helpers import make_folder
 
+import balance
 import train
 from utils.errors import run_main
 
@@ -49,8 +50,14 @@ WRONG = {
     "gpu_ids": ["", "a", "0,,1", "0,0", "-1", "0;1", "\u00b2", "0,7"],
     "log_path": [*PATH, "/proc/version"],
     "run_name": ["", ".", "..", "../x", "a/b", "/x", "a\0b", "x" * 300],
+    "batchnorm": NAME,
+    "pack_size": [*WHOLE, "0", "7", "100000"],
+    "precision": [*NAME, "fp16"],
+    "balance": [*NAME, "ogm_ge,", "none,pmr", "agm,ogm_ge", "gblend,dr"],  # the last needs a validation part
     "save_every": ["", "0", "-1", "1.5", "steps", "0steps", "5 minutes", "\u00b2", "9" * 30],
 }  # fmt: skip
+# Of a balance method's flag: what neither its type nor its choices can be.
+WRONG |= {name: ["", "some", "-1", "nan", "inf", "0,0,0"] for name in balance.flag_owners()}
 
 
 def takes_value(action: argparse.Action) -> bool:
@@ -83,6 +90,8 @@ def test_wrong_values(name, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2 if name == "gpu_ids" else 0)
     monkeypatch.setattr(train, "train_epoch", lambda *_: pytest.fail(f"--{name} was taken"))  # not 60 epochs of it
     usual = {"data_root": str(data), "log_path": str(tmp_path / "runs"), "run_name": "r"}
+    if owner := balance.flag_owners().get(name):
+        usual |= {"balance": owner, "val_fraction": "0.2"}
     for value in WRONG[name]:
         words = [f"--{flag}={text}" for flag, text in ({"dataset": "folder"} | usual | {name: value}).items()]
         said = mistake(["--train", *words], capsys)
