@@ -158,14 +158,14 @@ def check_args(args: argparse.Namespace) -> None:
     """What no single flag can know. Raises `UserError`."""
     if not args.train and not args.checkpoint:
         raise UserError("nothing to do: type --train to train, or --checkpoint FILE to evaluate")
-    if args.checkpoint and not Path(args.checkpoint).is_file():
-        raise UserError(f"{args.checkpoint}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
     if args.resume and not (args.train and args.run_name):
         raise UserError("--resume: type --train and the --run_name to go on with")
     if args.resume and args.checkpoint:
         raise UserError("--resume and --checkpoint: choose one; --resume reads the run's own last.pth")
     if args.method == "remix" and args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}; Remix would never start")
+    if args.checkpoint and not Path(args.checkpoint).is_file():
+        raise UserError(f"{args.checkpoint}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
 
 
 # ------------------------------------------------------------------------------------------- predict and evaluate
@@ -203,8 +203,8 @@ def predict(
     sound = torch.stack([values.isfinite().all(dim=1) for values in logits.values()]).all(dim=0)  # (N,)
     if not sound.all():
         bad = [clips.names[i] for i in (~sound).nonzero().flatten().tolist()]
-        raise UserError(f"{name}: not finite for {len(bad)} of {len(clips)} clips: {some(bad)}; no checkpoint was "
-                        "written since; try a lower --learning_rate")  # fmt: skip
+        raise UserError(f"{name}: not finite for {len(bad)} of {len(clips)} clips: {some(bad)}; look at them, or "
+                        "train with a lower --learning_rate")  # fmt: skip
     return logits
 
 
