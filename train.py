@@ -223,8 +223,8 @@ def predict(
     sound = torch.stack([values.isfinite().all(dim=1) for values in logits.values()]).all(dim=0)  # (N,)
     if not sound.all():
         bad = [clips.names[i] for i in (~sound).nonzero().flatten().tolist()]
-        raise UserError(f"{name}: not finite for {len(bad)} of {len(clips)} clips: {some(bad)}; no checkpoint was "
-                        "written since; try a lower --learning_rate")  # fmt: skip
+        raise UserError(f"{name}: not finite for {len(bad)} of {len(clips)} clips: {some(bad)}; look at them, or "
+                        "train with a lower --learning_rate")  # fmt: skip
     return logits
 
 
