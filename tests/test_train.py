@@ -248,7 +248,7 @@ def test_two_processes_equal_one(data, runs):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY]
     command += ["--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", "two"]
     command += ["--epochs", "1", "--warmup", "0", "--learning_rate", "1e-12"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [(runs / name / "partition.csv").read_text().splitlines() for name in ("one", "two")]
     assert len(rows[0]) == 35
