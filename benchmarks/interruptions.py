@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -89,7 +90,7 @@ class Attempt:
         if any(run.glob(".tmp-*.pth")):
             return "saving"
         said = self.log.read_text(errors="replace").replace("\r", "\n")
-        if "result" in said or "last epoch" in said:
+        if "curves of all runs" in said:
             return "after the summary"
         bars = re.findall(r"(?:epoch \d+,? )?(train predictions|test predictions|train):", said)
         if not bars:
@@ -99,10 +100,10 @@ class Attempt:
 
 
 def disturb(words: list[str], run: Path, log: Path, number: int, kind: str, moment: float) -> dict:
-    """Start, interrupt, resume until it is done. Returns what happened."""
+    """Start, interrupt after `moment` seconds, resume until it is done. Returns what happened."""
     attempt, saves = Attempt(words, log), 0
     at_save = kind == "SIGKILL" and number % 5 == 4  # while the (moment-th) checkpoint is being written
-    status, seen = None, ""
+    status, seen, due = None, "", False
     while status is None:
         if at_save:
             writing = "".join(str(path) for path in run.glob(".tmp-*.pth"))
@@ -123,6 +124,9 @@ def disturb(words: list[str], run: Path, log: Path, number: int, kind: str, mome
            "phase": attempt.phase(run)}  # fmt: skip
     if kind == "SIGTERM" and status == INTERRUPTED:
         row["said"] = log.read_text(errors="replace").strip().splitlines()[-1].split(";")[0].split("stopped by ")[-1]
+    row["interrupted"] = due
+    if not due:
+        return row  # it was done before its time came
     row["had"] = "last.pth" if (run / "last.pth").exists() else "no checkpoint" if run.exists() else "nothing"
     again = [*words, "--resume"] if run.exists() and any(run.iterdir()) else words
     row["resumed_status"] = Attempt(again, log).wait()
@@ -167,7 +171,10 @@ def measure(folder: Path, kills: int, terms: int) -> tuple[list[dict], float]:
     for number_, kind in enumerate(["SIGKILL"] * kills + ["SIGTERM"] * terms):
         name = f"run{number_}"
         flags = [*words, "--run_name", name, "--save_every", "3steps" if number_ % 2 else "1"]
-        row = disturb(flags, runs / name, folder / "log", number_, kind, dice.uniform(0, 0.98 * length))
+        share = dice.uniform(0, 1)  # of a run's length, which other programs on the machine stretch and shrink
+        while not (row := disturb(flags, runs / name, folder / "log", number_, kind, share * length))["interrupted"]:
+            length = 0.9 * min(length, row["seconds"])
+            shutil.rmtree(runs / name)
         row["different"] = differences(outcome(runs / name), wanted) if row["resumed_status"] == 0 else ["unfinished"]
         rows.append(row)
         print(f"{number_ + 1:>3}/{kills + terms} {kind} {row['seconds']:>6.2f} s {row['phase']:<22} {row['had']:<14}"
