@@ -81,9 +81,10 @@ class Trained:
         for epoch in epochs:
             self.balance.start_epoch(epoch)
             plan = remix.batches_of(25, BATCH, kept, None)
-            self.numbers = train.train_epoch(
-                self.net, self.clips["train"], plan, self.optimizer, epoch, self.args, self.balance
-            )
+            position = train.Position()
+            clips = self.clips["train"]
+            train.train_epoch(self.net, clips, plan, self.optimizer, epoch, self.args, self.balance, position)
+            self.numbers = train.mean_losses(position, plan, clips.names, epoch) | self.balance.numbers()
         return self
 
     def batch(self, kept: str = "both", clips: int = BATCH, epoch: int = EPOCHS[0], index: int = 0):
