@@ -139,7 +139,7 @@ def ablation_table(groups: list[Group]) -> str | None:
     A difference that is larger than its standard error is in bold. One standard error is a low bar, and n is small.
     """
     found = ablations(groups)
-    head, rows = ["changed", *(f"{quantity} [± SE]" for quantity in list(QUANTITIES)[:3]), "n", "time a run"], []
+    head, rows = ["changed", *(f"{quantity} [± SE]" for quantity in list(QUANTITIES)[:3]), "n"], []
     for group, centre, name in found:
         cells = []
         for quantity in list(QUANTITIES)[:3]:
@@ -153,7 +153,7 @@ def ablation_table(groups: list[Group]) -> str | None:
             cells.append(f"**{text}**" if abs(over.mean) > error else text)
         told = f"{centre.label}: {name} {short(centre.flags.get(name))} -> {short(group.flags.get(name))}"
         pairs = len(group.runs.keys() & centre.runs.keys())
-        rows.append([told, *cells, str(pairs), f"x {minutes(group).mean / minutes(centre).mean:.2f}"])
+        rows.append([told, *cells, str(pairs)])
     return table(head, rows) if rows else None
 
 
