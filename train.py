@@ -387,7 +387,8 @@ def refresh_batchnorm(model: nn.Module, clips: Clips, kept: str, args: argparse.
     for i, batch in enumerate(clips.epoch(plan)):
         for norm in norms:
             norm.momentum = 1 / (i + 1)  # a plain mean; PyTorch's own (None) reads a counter off the device each time
-        model(batch.audio, batch.video, kept)
+        with compiled(False):  # one more graph for a pass without gradients would take longer than it saves
+            model(batch.audio, batch.video, kept)
     for norm, (momentum, tracked) in zip(norms, before, strict=True):
         norm.momentum = momentum
         norm.num_batches_tracked.copy_(tracked)  # counts training: an epoch that is resumed is refreshed once more
