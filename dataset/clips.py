@@ -110,7 +110,9 @@ class Clips:
             jobs.append(Job(order[mine], views.rows(mine), batch.kept, audio, video, total, share))
         # To the device once for the whole epoch: a copy in each batch would make the host wait for it each time.
         jobs, shares = jobs[first:], shares[first:]
-        clips = order[torch.cat(shares)].to(self.device) if shares else order[:0]
+        if not jobs:
+            return
+        clips = order[torch.cat(shares)].to(self.device)
         per_batch = [len(mine) for mine in shares]
         batches = zip(jobs, clips.split(per_batch), self.labels[clips].split(per_batch), self._load(jobs), strict=True)
         for job, mine, labels, (audio, pixels) in batches:
