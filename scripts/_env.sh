@@ -14,7 +14,8 @@ ENV_GB=6 # what .venv takes with the CUDA build of torch
 ENV_CHECK='
 import re, sys
 from importlib import metadata, util
-MODULES = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2"}  # imported by another name
+# Imported by another name.
+MODULES = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2", "pytest-xdist": "xdist"}
 SAME = ["opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"]  # cv2 too
 def numbers(text):
     return [int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3]]

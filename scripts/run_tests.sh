@@ -8,8 +8,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 lint=0
 "$PYTHON" -m ruff check . || lint=1
 "$PYTHON" -m ruff format --check . || lint=1
+# A file at a time per process, since its tests share fixtures; one thread each, since they share the cores.
 tests=0
-"$PYTHON" -m pytest -q "$@" || tests=$?
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@" || tests=$?
 if [ "$lint" -ne 0 ]; then
     echo "error: ruff found something, see above the tests; type: ruff check --fix . && ruff format ." >&2
     exit 1

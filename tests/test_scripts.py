@@ -48,7 +48,7 @@ esac
 FAKE_INSTALL = r"""
 import re, sys
 from pathlib import Path
-modules = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2"}
+modules = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2", "pytest-xdist": "xdist"}
 for item in sys.argv[2:]:
     for line in Path(item).read_text().splitlines() if Path(item).exists() else [item]:
         line = line.split("#")[0].strip()
@@ -263,7 +263,8 @@ def test_tests_get_their_packages_in_venv_and_never_in_the_current_environment(m
     log = machine.log.read_text().splitlines()
     assert log[0] == "venv"
     assert log[1].endswith("-r requirements.txt -r requirements-dev.txt")
-    assert log[2:] == ["ruff check .", "ruff format --check .", "pytest -q -k two words"]
+    tests = "pytest -q -n auto --maxprocesses 4 --dist loadfile -k two words"
+    assert log[2:] == ["ruff check .", "ruff format --check .", tests]
     assert not (machine.bin.parent / "site" / "pytest").exists()
 
 
