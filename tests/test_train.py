@@ -263,7 +263,7 @@ def test_two_processes_equal_one(data, runs):
     (["--train", "--method", "magic"], "--method.*remix.*baseline.*audio.*video"),
     (["--train", "--dataset", "cremad"], "--dataset.*CREMAD"),
     (["--train", "--warmup", "61"], "--warmup 61.*--epochs 60"),
-    (["--train", "--gpu_ids", "a,b"], "--gpu_ids a,b"),
+    (["--train", "--gpu_ids", "a,b"], "--gpu_ids: a,b"),
     (["--train", "--resume"], "--resume.*--run_name"),
     (["--train", "--device", "cuda"], "no CUDA device"),
     (["--train", "--unknown", "1"], "unrecognized arguments: --unknown"),
