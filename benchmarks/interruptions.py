@@ -4,7 +4,7 @@
 
 A short Remix run on a part of the demo (120 clips, 6 epochs, warm-up 2) is made once undisturbed. Then it is started
 again and again: ended by kill -9 (every fifth one while a checkpoint is being written, half of all with checkpoints
-every 3 steps) or by SIGTERM, and resumed. What must be equal: summary.json but for the seconds, weights of last.pth
+every 3 steps) or by SIGTERM, and resumed. A moment at which there is nothing to interrupt is drawn again. What must be equal: summary.json but for the seconds, weights of last.pth
 and best.pth bit for bit, metrics.jsonl but for seconds and rates, partition.csv. Each run is a process forked from
 this one, so that PyTorch is not imported a hundred times. Writes benchmarks/results/interruptions-<cpu>-<date>.json
 and .md; exit status 1 if a run came out otherwise.
@@ -124,9 +124,9 @@ def disturb(words: list[str], run: Path, log: Path, number: int, kind: str, mome
            "phase": attempt.phase(run)}  # fmt: skip
     if kind == "SIGTERM" and status == INTERRUPTED:
         row["said"] = log.read_text(errors="replace").strip().splitlines()[-1].split(";")[0].split("stopped by ")[-1]
-    row["interrupted"] = due
-    if not due:
-        return row  # it was done before its time came
+    row["interrupted"] = due and (kind == "SIGKILL" or status == INTERRUPTED)
+    if not row["interrupted"]:
+        return row  # done before its time came, or, SIGTERM, not begun yet or drawing its pictures: nothing to resume
     row["had"] = "last.pth" if (run / "last.pth").exists() else "no checkpoint" if run.exists() else "nothing"
     again = [*words, "--resume"] if run.exists() and any(run.iterdir()) else words
     row["resumed_status"] = Attempt(again, log).wait()
@@ -171,10 +171,12 @@ def measure(folder: Path, kills: int, terms: int) -> tuple[list[dict], float]:
     for number_, kind in enumerate(["SIGKILL"] * kills + ["SIGTERM"] * terms):
         name = f"run{number_}"
         flags = [*words, "--run_name", name, "--save_every", "3steps" if number_ % 2 else "1"]
-        share = dice.uniform(0, 1)  # of a run's length, which other programs on the machine stretch and shrink
-        while not (row := disturb(flags, runs / name, folder / "log", number_, kind, share * length))["interrupted"]:
-            length = 0.9 * min(length, row["seconds"])
-            shutil.rmtree(runs / name)
+        while True:  # other programs on the machine stretch and shrink a run
+            row = disturb(flags, runs / name, folder / "log", number_, kind, dice.uniform(0, 1) * length)
+            if row["interrupted"]:
+                break
+            length = min(length, max(row["seconds"], 0.9 * length))
+            shutil.rmtree(runs / name, ignore_errors=True)
         row["different"] = differences(outcome(runs / name), wanted) if row["resumed_status"] == 0 else ["unfinished"]
         rows.append(row)
         print(f"{number_ + 1:>3}/{kills + terms} {kind} {row['seconds']:>6.2f} s {row['phase']:<22} {row['had']:<14}"
