@@ -14,6 +14,7 @@ import copy
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -636,6 +637,8 @@ def main(argv: list[str] | None = None) -> None:
         scheduler.load_state_dict(state["scheduler"])
         set_rng_state(state["rng"])
         balance.load_state_dict(state.get("balance", {}))  # {}: of a run before there were methods
+        # An epoch resumed after its last step takes none before the scheduler's; PyTorch would take that for a mistake.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         best, kept, first_epoch = state["best"], state["kept"], state["epoch"] + 1
         position, started = go_on_at(state["position"], device), started - state["seconds"]
         if distributed.is_main():

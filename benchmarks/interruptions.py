@@ -3,11 +3,11 @@
     python -m benchmarks.interruptions [--kills 30] [--terms 10]
 
 A short Remix run on a part of the demo (120 clips, 6 epochs, warm-up 2) is made once undisturbed. Then it is started
-again and again: ended by kill -9 (every fifth one while a checkpoint is being written, half of all with checkpoints
-every 3 steps) or by SIGTERM, and resumed. A moment at which there is nothing to interrupt is drawn again. What must be equal: summary.json but for the seconds, weights of last.pth
-and best.pth bit for bit, metrics.jsonl but for seconds and rates, partition.csv. Each run is a process forked from
-this one, so that PyTorch is not imported a hundred times. Writes benchmarks/results/interruptions-<cpu>-<date>.json
-and .md; exit status 1 if a run came out otherwise.
+again and again, ended by kill -9 (every fifth one while a checkpoint is being written, half of all with checkpoints
+every 3 steps) or by SIGTERM, and resumed. A moment at which there is nothing to interrupt is drawn again. What must be
+equal: summary.json but for the seconds, weights of last.pth and best.pth bit for bit, metrics.jsonl but for seconds and
+rates, partition.csv. Each run is a process forked from this one, so that PyTorch is not imported a hundred times.
+Writes benchmarks/results/interruptions-<cpu>-<date>.json and .md; exit status 1 if a run came out otherwise.
 """
 
 import argparse

@@ -442,7 +442,7 @@ def two_classes(stage: Stage) -> str:
 def many_classes(stage: Stage) -> str:
     (stage.data / "stat.csv").write_text("".join(f"{name}\n" for name in ["a", "b", "c", *range(1000, 1306)]))
     stage.patch.undo()  # the pictures too
-    return stage.train("--method", "remix", "--warmup", "0")
+    return stage.train()
 
 
 # ---------------------------------------------------------------------------------------------------------- environment
