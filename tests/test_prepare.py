@@ -498,7 +498,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen([*command, str(tmp_path / out)], cwd=ROOT, start_new_session=True, **quiet)
 
-    assert start("whole").wait(120) == 0
+    assert start("whole").wait(400) == 0
     dice, finished = random.Random(100 + kills), []
     journal = tmp_path / "killed" / ".prepare" / "clips.jsonl"
     for wanted in sorted(dice.sample(range(58), kills)):
@@ -511,7 +511,7 @@ def test_killed_at_random_moments_the_result_is_the_same(tmp_path):
         process.wait()
         finished.append(_lines(journal))
         _wait_for_the_workers(process.pid)
-    assert start("killed").wait(120) == 0
+    assert start("killed").wait(400) == 0
     print(f"{kills} kills, clips of 60 finished at each: {finished}")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
