@@ -35,7 +35,7 @@ from dataset.folder import Folder, Part, digest, load_folder, split_validation
 from dataset.specs import SPECS, get_spec
 from models import FUSIONS, MODELS, AVClassifier, Output
 from utils import distributed
-from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision
+from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision, use_huge_pages
 from utils.checkpoint import load_checkpoint, load_weights, model_weights, save_checkpoint
 from utils.cli import Parser, id_list, interval, interval_of, number, path_name, resume_command
 from utils.console import epoch_line, progress, result_table
@@ -572,6 +572,8 @@ def announce(
 @interrupt
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.device != "cuda":
+        use_huge_pages()
     device = choose_device(args)
     started = time.perf_counter()
 

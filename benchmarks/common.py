@@ -4,7 +4,9 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -138,8 +140,9 @@ def machine(device: torch.device) -> dict:
     """What the numbers depend on."""
     found = environment(device, 1)
     load = round(os.getloadavg()[0], 2)
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     return {**found["hardware"], **found["versions"], "commit": found["git_commit"], "load_before": load,
-            "command": found["command"]}  # fmt: skip
+            "command": command}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:

@@ -12,8 +12,10 @@ clips video and half audio, so that every setting has the same work. Data are ge
 """
 
 import argparse
+import ctypes
 import os
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import redirect_stderr
@@ -28,10 +30,12 @@ from dataset.clips import Clips
 from dataset.specs import get_spec
 from models import AVClassifier
 from utils import distributed
-from utils.acceleration import compile_in_place, compiled, default_precision, set_precision
+from utils.acceleration import compile_in_place, compiled, default_precision, set_precision, use_huge_pages
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
 from utils.seeding import seed_everything
+
+PR_SET_THP_DISABLE = 41  # of linux/prctl.h: no huge pages for this process, whatever it asks for
 
 PRESETS = {
     "cpu": {"clips": 128, "test_clips": 16, "settings": "ours,official"},
@@ -41,14 +45,16 @@ PRESETS = {
 }  # fmt: skip
 SHAPE = {"batch_size": 64, "frame_size": (480, 360), "image_size": 224, "audio_shape": (257, 188), "model": "resnet18",
          "workers": 2}  # fmt: skip
-# What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision.
+# What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision,
+# on a CPU huge pages.
 SETTINGS = {
     "ours": {},
-    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False},
+    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False, "huge_pages": False},
     "files": {"cache": "none"},
     "ram": {"cache": "ram"},
     "run": {"masked_encoder": "run"},
     "default_layout": {"channels_last": False},
+    "small_pages": {"huge_pages": False},
     "fp32": {"precision": "fp32"},
     "tf32": {"precision": "tf32"},
     "bf16": {"precision": "bf16"},
@@ -57,10 +63,22 @@ SETTINGS = {
 }
 
 
+PHASES = ("load", "score", "forward", "joint", "remix", "evaluate")
+
+
+def phase_list(text: str) -> tuple[str, ...]:
+    """An argparse type: `joint,remix`."""
+    unknown = [name for name in text.split(",") if name not in PHASES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: unknown; allowed: {', '.join(PHASES)}")
+    return tuple(text.split(","))
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--preset", default="cpu", choices=PRESETS, help="clips, settings, shapes (cpu)")
     p.add_argument("--settings", metavar="A,B", help=f"all, or of {', '.join(SETTINGS)} (preset's)")
+    p.add_argument("--phases", type=phase_list, default=PHASES, metavar="A,B", help=f"of {', '.join(PHASES)} (all)")
     p.add_argument("--clips", type=number(int, 4), help="training clips (preset's)")
     p.add_argument("--test_clips", type=number(int, 1), help="test clips (preset's)")
     p.add_argument("--frame_size", type=pair, metavar="WxH", help="of the JPEGs, pixels (480x360)")
@@ -87,7 +105,8 @@ class Setting:
         self.name, self.clips, self.device = name, clips, device
         self.args = train.parse_args([*argv, "--masked_encoder", choices.get("masked_encoder", "skip")])
         self.precision = choices.get("precision", default_precision(device.type))
-        set_precision(self.precision, device)
+        self.huge_pages = choices.get("huge_pages", True)
+        self.take_over()
         seed_everything(0)
         classes = int(clips["train"].labels.max()) + 1
         self.model = AVClassifier(classes, self.args.model, bf16=self.precision == "bf16").to(device)
@@ -97,6 +116,12 @@ class Setting:
             compile_in_place([self.model.audio_net, self.model.visual_net], device)
         self.optimizer = train.make_optimizer(self.model, self.args)
         self.ready = None
+
+    def take_over(self) -> None:
+        """Put what holds for the whole process as this setting has it."""
+        set_precision(self.precision, self.device)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, int(not self.huge_pages), 0, 0, 0)
 
     def plans(self) -> dict[str, list[remix.Batch]]:
         """A joint epoch's and a Remix epoch's: half of the clips keep audio."""
@@ -173,18 +198,19 @@ class Setting:
         }
 
 
-def measure(settings: list[Setting], repeats: int) -> dict[tuple[str, str], list[float]]:
+def measure(settings: list[Setting], phases: tuple[str, ...], repeats: int) -> dict[tuple[str, str], list[float]]:
     """(setting, phase) -> seconds in each round."""
     seconds: dict[tuple[str, str], list[float]] = {}
     for setting in settings:
-        set_precision(setting.precision, setting.device)
+        setting.take_over()
         setting.warm_up()
     for repeat in range(repeats):
         for setting in settings:
-            set_precision(setting.precision, setting.device)
-            for phase, function in setting.phases().items():
+            setting.take_over()
+            functions = setting.phases()
+            for phase in phases:
                 clock = train.lap(0)[1]
-                function()
+                functions[phase]()
                 seconds.setdefault((setting.name, phase), []).append(train.lap(clock)[0])
         print(f"round {repeat + 1} of {repeats} done", flush=True)
     return seconds
@@ -195,6 +221,8 @@ def median_rows(settings: list[Setting], seconds: dict, flops: dict, rates: dict
     for setting in settings:
         work = setting.work(flops)
         for phase, flop in work.items():
+            if (setting.name, phase) not in seconds:
+                continue
             times = seconds[setting.name, phase]
             middle = statistics.median(times)
             clips = len(setting.clips["test" if phase == "evaluate" else "train"])
@@ -215,6 +243,8 @@ def ratio_rows(seconds: dict, names: list[str]) -> list[dict]:
     pairs += [(f"{name}: scoring / bare forward", (name, "score"), (name, "forward")) for name in names]
     rows = []
     for title, above, below in pairs:
+        if above not in seconds or below not in seconds:
+            continue
         ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
         rows.append({"ratio of seconds": title, "median": f"{statistics.median(ratios):.3f}", "lowest":
                      f"{min(ratios):.3f}", "highest": f"{max(ratios):.3f}", "rounds": len(ratios)})  # fmt: skip
@@ -223,7 +253,7 @@ def ratio_rows(seconds: dict, names: list[str]) -> list[dict]:
 
 def choose_settings(text: str, device: torch.device) -> list[str]:
     """Names asked for, ours first. `all` leaves out what is the same as another on this device."""
-    same = {"cuda": (), "cpu": ("ram", "fp32", "tf32")}[device.type]
+    same = {"cuda": ("small_pages",), "cpu": ("ram", "fp32", "tf32")}[device.type]
     names = [name for name in SETTINGS if name not in same] if text == "all" else text.split(",")
     for name in names:
         if name not in SETTINGS:
@@ -233,6 +263,7 @@ def choose_settings(text: str, device: torch.device) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    use_huge_pages()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -256,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
             settings.append(Setting(name, SETTINGS[name], argv, device, paths[cache]))
         print(f"{args.clips} clips made and packed in {time.perf_counter() - clock:.0f} s", flush=True)
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # progress bars
-            seconds = measure(settings, args.repeats)
+            seconds = measure(settings, args.phases, args.repeats)
         rates = {}
         for precision in {setting.precision for setting in settings}:
             set_precision(precision, device)
