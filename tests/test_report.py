@@ -18,7 +18,7 @@ from models import AVClassifier
 from utils import report
 from utils.errors import UserError
 from utils.people import compare_with_people, read_partition, read_votes, recognition
-from utils.runs import find_runs, group_runs, paired_difference, read_run, reference_of, spread, values
+from utils.runs import epoch_cost, find_runs, group_runs, paired_difference, read_run, reference_of, spread, values
 
 REPO = Path(__file__).resolve().parents[1]
 SUMMARY_TABLE = REPO.parent / "shared" / "data" / "cremad" / "summaryTable.csv"
@@ -483,3 +483,16 @@ def test_reading_a_run_twice_gives_it_once(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "baseline", 0)
     assert len(find_runs([folder, tmp_path, folder])) == 1
     assert read_run(folder).problem == ""
+
+
+def test_an_epochs_cost_is_in_the_baselines_epochs_over_shared_seeds(tmp_path):
+    for seed, (joint, remixed) in {0: (10.0, 8.0), 1: (20.0, 30.0)}.items():
+        for method, seconds in (("baseline", joint), ("remix", remixed)):
+            metrics = make_run(tmp_path, method, seed) / "metrics.jsonl"
+            lines = [json.loads(line) | {"seconds_train": seconds, "seconds_score": 2.0 if method == "remix" else None}
+                     for line in metrics.read_text().splitlines()]  # fmt: skip
+            metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_run(tmp_path, "remix", 2)  # no baseline of its seed
+    groups = by_label(tmp_path)
+    assert epoch_cost(groups["remix"], groups["baseline"]) == pytest.approx((10 / 10 + 32 / 20) / 2)
+    assert report.maintable(list(groups.values())).splitlines()[-1].endswith(" 1.30 |")

@@ -35,6 +35,7 @@ from utils.runs import (
     ablations,
     command_of,
     differing_flags,
+    epoch_cost,
     find_runs,
     group_runs,
     minutes,
@@ -102,15 +103,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def maintable(groups: list[Group]) -> str:
     """The table people quote: last epoch, the papers' protocol beside it, and the difference to the baseline."""
     head = ["method", "multimodal", "audio", "video", "macro F1", "best on test¹", "best on validation",
-            "multimodal – baseline [95 %]", "n", "min/run"]  # fmt: skip
+            "multimodal – baseline [95 %]", "n", "min/run", "epoch / baseline's"]  # fmt: skip
     rows = []
     for group in groups:
+        reference = reference_of(group, groups)
+        cost = epoch_cost(group, reference) if reference else None
         found = {(row["quantity"], row["protocol"]): row for row in measure(group, groups)}
         n = len(group.runs)
         cells = [_cell(found[quantity, "last"]["spread"], n) for quantity in QUANTITIES]
         cells += [_cell(found["multimodal", protocol]["spread"], n) for protocol in ("best_test", "best_val")]
         cells += [_difference_cell(found["multimodal", "last"]["difference"], n)]
-        rows.append([group.label, *cells, str(n), f"{minutes(group).mean:.2g}"])
+        rows.append([group.label, *cells, str(n), f"{minutes(group).mean:.2g}", f"{cost:.2f}" if cost else "–"])
     head, rows = _without_empty(head, rows)
     return table(head, rows)
 
@@ -196,6 +199,9 @@ def notes(groups: list[Group]) -> str:
         if any(group.label.split(",")[0].split(" + ")[0] == name for group in groups):
             told = " ".join(f"`--{flag} {short(value)}`" for flag, value in flags.items())
             lines += [f"{name} is {method} with {told}."]
+    if any(reference_of(group, groups) for group in groups):
+        lines += ["Epoch / baseline's: seconds of scoring and training, over the same seeds; as exact as the machine "
+                  "was idle."]  # fmt: skip
     for group in groups:
         reference = reference_of(group, groups)
         if reference and (names := differing_flags(group, reference)):
@@ -314,7 +320,9 @@ def as_json(datasets: dict[str, list[Group]], left_out: list[str]) -> dict:
         return row | {key: row[key] and row[key]._asdict() for key in ("spread", "difference")}
 
     def describe(group: Group, groups: list[Group]) -> dict:
+        reference = reference_of(group, groups)
         return {"label": group.label, "method": group.method, "flags": group.flags, "minutes": minutes(group)._asdict(),
+                "epoch_cost": reference and epoch_cost(group, reference),
                 "command": command_of(group), "runs": {seed: str(run.folder) for seed, run in group.runs.items()},
                 "numbers": [plain(row) for row in measure(group, groups)]}  # fmt: skip
 

@@ -346,6 +346,19 @@ def minutes(group: Group) -> Spread | None:
     return spread(sum(line.get(key) or 0 for line in run.history for key in keys) / 60 for run in group.runs.values())
 
 
+def epoch_cost(group: Group, reference: Group) -> float | None:
+    """An epoch's scoring and training in those of the reference: mean of the ratios over the seeds both have.
+
+    None if they share no seed. What a balance method does between epochs counts, as scoring.
+    """
+    seconds = [
+        {seed: np.mean([line["seconds_train"] + (line.get("seconds_score") or 0) for line in run.history])
+         for seed, run in g.runs.items()} for g in (group, reference)
+    ]  # fmt: skip
+    found = spread(seconds[0][seed] / seconds[1][seed] for seed in seconds[0].keys() & seconds[1].keys())
+    return found and found.mean
+
+
 def command_of(group: Group) -> str:
     """A line of shell that makes the group's runs again, from what was typed."""
     drop = {"--random_seed", "--log_path", "--run_name", "--num_workers", "--gpu_ids", "--device", "--cache"}
