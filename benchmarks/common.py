@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import itertools
 import json
 import os
 import shlex
@@ -156,7 +157,7 @@ def table(rows: list[dict]) -> str:
 def save(name: str | None, about: dict, tables: dict[str, list[dict]]) -> None:
     """Print the tables; write them to benchmarks/results/<name>-<device>-<date>.json and, to read, .md.
 
-    Without `name` nothing is written.
+    Without `name` nothing is written. Results of the same day get a number.
     """
     device = about["cpu"] if about["device"] == "cpu" else about["device"]
     device = "-".join("".join(c if c.isalnum() else " " for c in device).split())
@@ -167,6 +168,8 @@ def save(name: str | None, about: dict, tables: dict[str, list[dict]]) -> None:
     if name is None:
         return
     RESULTS.mkdir(exist_ok=True)
+    numbered = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    stem = next(s for s in numbered if not (RESULTS / f"{s}.json").exists())
     (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": about, **tables}, indent=2) + "\n")
     (RESULTS / f"{stem}.md").write_text(f"{where}\n\n{text}\n")
     print(f"written: {RESULTS / stem}.json and .md")

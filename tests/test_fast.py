@@ -1,5 +1,6 @@
 """Speed that must not change results: compiled code, bfloat16, several processes, and the work in a clip."""
 
+import datetime
 import functools
 import json
 import os
@@ -14,7 +15,7 @@ from helpers import make_folder
 
 import remix
 import train
-from benchmarks import scaling
+from benchmarks import common, scaling
 from benchmarks.common import flops_per_clip
 from models import AVClassifier
 from utils import acceleration
@@ -261,3 +262,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         assert done.returncode == 0, done.stderr
         faults[how] = int(done.stdout)
     assert faults["huge"] < faults["small"] / 2  # a system short of whole 2 MB pieces may give fewer
+
+
+def test_a_benchmark_never_overwrites_a_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    for clips in (1, 2, 3):
+        common.save("epoch", {"device": "cpu", "cpu": "A CPU"}, {"Clips": [{"clips": clips}]})
+    stem = f"epoch-A-CPU-{datetime.date.today().isoformat()}"
+    found = [json.loads((tmp_path / "results" / f"{stem}{n}.json").read_text()) for n in ("", "-2", "-3")]
+    assert [result["Clips"][0]["clips"] for result in found] == [1, 2, 3]
+    assert len(list((tmp_path / "results").glob("*.md"))) == 3
