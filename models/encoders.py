@@ -4,7 +4,21 @@ Shapes: B images, c input channels, H x W pixels, D = 8 * width feature channels
 """
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
+
+
+class PickedConv(nn.Conv2d):
+    """A strided 1 x 1 convolution as one of stride 1 on the pixels that it looks at: the same numbers.
+
+    oneDNN's own (PyTorch 2.11, AVX-512, two threads or more) writes past its buffer in the backward pass of some shapes
+    if the input channels are no multiple of 16: 8 to 16 channels, 6 maps of 16 x 12, channels last, ends in "corrupted
+    size vs. prev_size".
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, right = self.stride
+        return F.conv2d(x[:, :, ::down, ::right], self.weight, self.bias)
 
 
 class Trunk(ResNet):
@@ -24,6 +38,12 @@ class Trunk(ResNet):
             self.layer2 = self._make_layer(BasicBlock, 2 * width, 2, stride=2)
             self.layer3 = self._make_layer(BasicBlock, 4 * width, 2, stride=2)
             self.layer4 = self._make_layer(BasicBlock, 8 * width, 2, stride=2)
+        for layer in (self.layer2, self.layer3, self.layer4):
+            conv = layer[0].downsample[0]
+            if conv.in_channels % 16:  # only in thin ones
+                layer[0].downsample[0] = nn.utils.skip_init(  # drawing no random numbers
+                    PickedConv, conv.in_channels, conv.out_channels, 1, conv.stride, bias=False
+                )
         self.conv1 = nn.Conv2d(in_channels, width, kernel_size=7, stride=2, padding=3, bias=False)
         del self.avgpool, self.fc  # pooling is the classifier's: over frames too; the heads replace fc
         self.features = 8 * width

@@ -1,11 +1,19 @@
 """The network: official names and shapes, initialisation, and what masking a modality means."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet18
 
 from models import FUSIONS, AVClassifier
+from models.encoders import PickedConv, Trunk
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 def official_shapes(classes: int) -> dict[str, tuple[int, ...]]:
@@ -174,3 +182,37 @@ def test_every_fusion_trains_the_kept_encoders(fusion, kept):
     for name, net in (("audio", model.audio_net), ("video", model.visual_net)):
         moved = any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
         assert moved == (kept in ("both", name))
+
+
+def test_a_thin_trunks_downsampling_is_the_strided_convolution():
+    trunk = Trunk(1, 8).double()
+    conv = trunk.layer2[0].downsample[0]
+    assert isinstance(conv, PickedConv)
+    strided = nn.Conv2d(8, 16, 1, stride=2, bias=False).double()
+    strided.load_state_dict(conv.state_dict())
+    for height, width in ((16, 12), (7, 5), (1, 1)):
+        x = torch.randn(3, 8, height, width, dtype=torch.float64, requires_grad=True)
+        ours, theirs = conv(x), strided(x)
+        torch.testing.assert_close(ours, theirs)
+        weights = torch.randn_like(ours)
+        got = torch.autograd.grad((ours * weights).sum(), [x, conv.weight])
+        torch.testing.assert_close(got, torch.autograd.grad((theirs * weights).sum(), [x, strided.weight]))
+
+
+def test_a_wide_trunk_is_torchvisions():
+    assert not any(isinstance(module, PickedConv) for module in Trunk(3, 64).modules())
+
+
+def test_a_thin_trunk_leaves_the_heap_whole():
+    """With two threads, 6 maps of 16 x 12: where oneDNN's strided convolution wrote past its buffer."""
+    script = """
+import torch
+from models.encoders import Trunk
+torch.set_num_threads(2)
+trunk = Trunk(1, 8).to(memory_format=torch.channels_last).train()
+for batch in [*range(2, 9)] * 4:
+    trunk(torch.randn(batch, 1, 64, 48)).sum().backward()
+"""
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
