@@ -306,7 +306,6 @@ def train_epoch(
     """One epoch over `plan` from `position` on, which it moves; `after_step` may save it or end the run by raising."""
     position = position or Position()
     model.train()
-    position = position or Position()
     views = epoch_generator(args.random_seed, epoch, "views")
     clock = time.perf_counter() - position.seconds
     planned = sum(len(batch.clips) for batch in plan)

@@ -97,17 +97,16 @@ class Clips:
             return
         order = torch.cat([batch.clips for batch in plan])
         views = draw_views(self.counts[order], self.sizes[order], self.frames, generator, *self.crops)
-        shares, start = [], 0  # of each batch: the places in `order` that are this process's
+        jobs, shares, start = [], [], 0  # a share: the places in `order` that are this process's
         for batch in plan:
-            mine = torch.arange(start + rank(), start + len(batch.clips), world_size())
-            shares.append(mine if len(mine) else torch.tensor([start]))
-            start += len(batch.clips)
-        jobs = []
-        for batch, mine in zip(plan, shares, strict=True):
             total = len(batch.clips)
-            share = len(range(rank(), total, world_size())) / total
+            mine = torch.arange(start, start + total)[rank() :: world_size()]
+            share = len(mine) / total
+            mine = mine if len(mine) else torch.tensor([start])
             audio, video = (load_masked or batch.kept in ("both", name) for name in ("audio", "video"))
             jobs.append(Job(order[mine], views.rows(mine), batch.kept, audio, video, total, share))
+            shares.append(mine)
+            start += total
         # To the device once for the whole epoch: a copy in each batch would make the host wait for it each time.
         jobs, shares = jobs[first:], shares[first:]
         if not jobs:

@@ -86,6 +86,19 @@ def test_processes_share_a_batch_without_overlap_and_see_one_processes_crops(fol
     assert [s[1].share for s in shares] == [1.0, 0.0]  # the last clip counts once
 
 
+def test_more_processes_than_clips_in_a_batch(folder, monkeypatch):
+    plan = [remix.Batch(torch.tensor([4, 2]), "both"), remix.Batch(torch.tensor([7]), "both")]
+    monkeypatch.setattr(clips_module, "world_size", lambda: 5)
+    shares = []
+    for process in range(5):
+        monkeypatch.setattr(clips_module, "rank", lambda process=process: process)
+        shares.append(load(folder, "ram", plan, seed=5)[1])
+    assert [s[0].share for s in shares] == [1 / 2, 1 / 2, 0, 0, 0]
+    assert [s[1].share for s in shares] == [1, 0, 0, 0, 0]
+    assert [s[0].clips.tolist() for s in shares] == [[4], [2], [4], [4], [4]]  # who has none repeats the first
+    assert all(s[1].clips.tolist() == [7] for s in shares)
+
+
 def test_a_pack_is_made_once_and_again_when_a_source_changes(tmp_path):
     root = make_folder(tmp_path / "data")
     folder = load_folder(root, get_spec("folder"))
