@@ -21,10 +21,12 @@ import train
 from dataset.clips import Clips, Feed, make_clips
 from dataset.specs import get_spec
 from models import AVClassifier
+from utils.cli import Parser, number
 from utils.logging import environment
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = 16  # different frames and spectrograms; the other files are hard links to them
+CREMAD_SHAPE = {"frame_size": (480, 360), "image_size": 224, "audio_shape": (257, 188), "model": "resnet18"}
 JPEG_QUALITY = 95  # OpenCV's default, as dataset/video.py leaves it
 
 
@@ -34,6 +36,22 @@ def pair(text: str) -> tuple[int, int]:
     if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise argparse.ArgumentTypeError(f"{text}: two numbers are wanted, such as 480x360")
     return int(sides[0]), int(sides[1])
+
+
+def add_shape_flags(p: Parser, shape: dict | None = None) -> None:
+    """What clips and network are like, with the defaults of `shape`: CREMA-D's, if not given."""
+    shape = shape or CREMAD_SHAPE
+    frames, spectrogram = ("x".join(map(str, shape[name])) for name in ("frame_size", "audio_shape"))
+    p.add_argument("--frame_size", type=pair, metavar="WxH", help=f"of the JPEGs, pixels ({frames})")
+    p.add_argument("--image_size", type=number(int, 8), help=f"side frames are fed at, pixels ({shape['image_size']})")
+    p.add_argument("--audio_shape", type=pair, metavar="FxW", help=f"of the spectrograms ({spectrogram})")
+    p.add_argument("--model", choices=train.MODELS, help=f"trunk ({shape['model']})")
+    p.set_defaults(**shape)
+
+
+def command() -> str:
+    """The benchmark as it was typed, without where the repository lies."""
+    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -141,9 +159,8 @@ def machine(device: torch.device) -> dict:
     """What the numbers depend on."""
     found = environment(device, 1)
     load = round(os.getloadavg()[0], 2)
-    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     return {**found["hardware"], **found["versions"], "commit": found["git_commit"], "load_before": load,
-            "command": command}  # fmt: skip
+            "command": command()}  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:

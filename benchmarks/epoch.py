@@ -25,7 +25,16 @@ import torch
 
 import remix
 import train
-from benchmarks.common import flops_per_clip, generate_folder, load_clips, machine, pair, product_rate, save
+from benchmarks.common import (
+    CREMAD_SHAPE,
+    add_shape_flags,
+    flops_per_clip,
+    generate_folder,
+    load_clips,
+    machine,
+    product_rate,
+    save,
+)
 from dataset.clips import Clips
 from dataset.specs import get_spec
 from models import AVClassifier
@@ -43,8 +52,7 @@ PRESETS = {
     "tiny": {"clips": 16, "test_clips": 4, "settings": "ours,official", "batch_size": 8, "frame_size": (48, 36),
              "image_size": 32, "audio_shape": (33, 24), "model": "resnet18_thin"},
 }  # fmt: skip
-SHAPE = {"batch_size": 64, "frame_size": (480, 360), "image_size": 224, "audio_shape": (257, 188), "model": "resnet18",
-         "workers": 2}  # fmt: skip
+USUAL = CREMAD_SHAPE | {"batch_size": 64, "workers": 2}  # where a preset does not say
 # What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision,
 # on a CPU huge pages.
 SETTINGS = {
@@ -81,10 +89,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--phases", type=phase_list, default=PHASES, metavar="A,B", help=f"of {', '.join(PHASES)} (all)")
     p.add_argument("--clips", type=number(int, 4), help="training clips (preset's)")
     p.add_argument("--test_clips", type=number(int, 1), help="test clips (preset's)")
-    p.add_argument("--frame_size", type=pair, metavar="WxH", help="of the JPEGs, pixels (480x360)")
-    p.add_argument("--image_size", type=number(int, 8), help="side frames are fed at, pixels (224)")
-    p.add_argument("--audio_shape", type=pair, metavar="FxW", help="of the spectrograms (257x188)")
-    p.add_argument("--model", choices=train.MODELS, help="trunk (resnet18)")
+    add_shape_flags(p)
+    p.set_defaults(**dict.fromkeys(CREMAD_SHAPE))  # the preset has a say before
     p.add_argument("--batch_size", type=number(int, 2), help="clips a step (64)")
     p.add_argument("--classes", type=number(int, 2), default=6, help="classes (6)")
     p.add_argument("--repeats", type=number(int, 1), default=5, help="rounds, after one that is not counted (5)")
@@ -92,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--workers", type=number(int, 0), help="processes that read files (2; gpu: 16)")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="CUDA where there is one (auto)")
     args = p.parse_args(argv)
-    for name, value in (SHAPE | PRESETS[args.preset]).items():
+    for name, value in (USUAL | PRESETS[args.preset]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args

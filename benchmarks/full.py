@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import flops_per_clip, generate_folder, machine, pair, save
+from benchmarks.common import add_shape_flags, flops_per_clip, generate_folder, machine, save
 from dataset.specs import get_spec
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
@@ -30,10 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     p.add_argument("--clips", type=number(int, 8), default=6698, help="training clips (6698)")
     p.add_argument("--test_clips", type=number(int, 2), default=744, help="test clips (744)")
-    p.add_argument("--frame_size", type=pair, default=(480, 360), metavar="WxH", help="of the JPEGs, pixels (480x360)")
-    p.add_argument("--image_size", type=number(int, 8), default=224, help="side frames are fed at, pixels (224)")
-    p.add_argument("--audio_shape", type=pair, default=(257, 188), metavar="FxW", help="of the spectrograms (257x188)")
-    p.add_argument("--model", default="resnet18", help="trunk (resnet18)")
+    add_shape_flags(p)
     p.add_argument("--epochs", type=number(int, 1), default=60, help="warm-up included (60)")
     p.add_argument("--warmup", type=number(int, 0), default=10, help="joint epochs (10)")
     p.add_argument("rest", nargs="*", help="after --, flags of train.py")

@@ -29,13 +29,13 @@ from pathlib import Path
 import torch
 
 import train
+from benchmarks.common import RESULTS, command
 from dataset.demo import ensure_demo
 from dataset.specs import get_spec
 from utils.cli import number
 from utils.errors import INTERRUPTED, UserError, run_main
 from utils.logging import environment
 
-RESULTS = Path(__file__).parent / "results"
 EPOCHS, WARMUP = 6, 2
 CHANGING = ("seconds", "clips_per_second")
 PHASES = {"train predictions": "scoring", "test predictions": "evaluation", "train": "training"}
@@ -185,9 +185,7 @@ def measure(folder: Path, kills: int, terms: int) -> tuple[list[dict], float]:
 
 
 def write(rows: list[dict], length: float) -> Path:
-    about = environment(torch.device("cpu"), 1) | {
-        "command": f"python -m benchmarks.interruptions {' '.join(sys.argv[1:])}".strip()
-    }
+    about = environment(torch.device("cpu"), 1) | {"command": command()}
     cpu = re.sub(r"\W+", "-", about["hardware"]["cpu"]).strip("-")
     path = RESULTS / f"interruptions-{cpu}-{datetime.date.today()}.md"
     counts = {

@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,8 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from benchmarks.interruptions import RESULTS, part_of_demo
+from benchmarks.common import RESULTS, command
+from benchmarks.interruptions import part_of_demo
 from utils.cli import number
 from utils.errors import run_main
 from utils.logging import RunLog, environment
@@ -92,7 +92,7 @@ def main() -> int:
         rows = measure(Path(folder), args.epochs)
     growth, good = verdict(rows)
     about = environment(torch.device("cpu"), 1)
-    about["command"] = f"python -m benchmarks.leaks {' '.join(sys.argv[1:])}".strip()
+    about["command"] = command()
     cpu = re.sub(r"\W+", "-", about["hardware"]["cpu"]).strip("-")
     path = RESULTS / f"leaks-{cpu}-{datetime.date.today()}.json"
     RESULTS.mkdir(exist_ok=True)

@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import generate_folder, machine, pair, save
+from benchmarks.common import add_shape_flags, generate_folder, machine, save
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
 
 REPO = Path(__file__).resolve().parents[1]
 WAYS = {"none": ("none", 1), "ram": ("ram", 1), "ram x 2 processes": ("ram", 2)}
 STORED_FRAMES = 3
+SHAPE = {"frame_size": (96, 72), "image_size": 32, "audio_shape": (64, 48), "model": "resnet18_thin"}
 PHASES = {"joint": "seconds_train", "remix": "seconds_train", "score": "seconds_score", "evaluate": "seconds_eval"}
 
 
@@ -44,10 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--clips", type=numbers, default=[500, 1000, 2000, 4000, 8000], help="(500,1000,2000,4000,8000)")
     p.add_argument("--classes", type=numbers, default=[6, 31, 100, 300], help="with as many clips each (6,31,100,300)")
     p.add_argument("--class_clips", type=number(int, 8), default=1000, help="clips of the runs over classes (1000)")
-    p.add_argument("--frame_size", type=pair, default=(96, 72), metavar="WxH", help="of the JPEGs, pixels (96x72)")
-    p.add_argument("--image_size", type=number(int, 8), default=32, help="side frames are fed at, pixels (32)")
-    p.add_argument("--audio_shape", type=pair, default=(64, 48), metavar="FxW", help="of the spectrograms (64x48)")
-    p.add_argument("--model", default="resnet18_thin", help="trunk (resnet18_thin)")
+    add_shape_flags(p, SHAPE)
     p.add_argument("--batch_size", type=number(int, 2), default=64, help="clips a step (64)")
     p.add_argument("--epochs", type=number(int, 3), default=11, help="of each run (11)")
     p.add_argument("--warmup", type=number(int, 2), default=6, help="of them joint, the first not counted (6)")

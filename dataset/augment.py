@@ -109,7 +109,7 @@ def crop_resize(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tens
 
     frames (M, 3, H, W) uint8, boxes (M, 4), flips (M,), all on one device -> (M, 3, S, S) float32 in [0, 255].
     Bilinear with antialiasing as PIL's, on either of two ways, by what is faster there: on a GPU, and for small frames,
-    all at once; on the CPU large frames one by one (480 x 360 to 224 x 224 on one core: about a fifth of the time).
+    all at once; on the CPU large frames one by one.
     """
     if frames.device.type == "cpu" and frames.shape[-2] * frames.shape[-1] >= LARGE:
         return crop_resize_singly(frames, boxes, flips, size)

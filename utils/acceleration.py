@@ -36,10 +36,10 @@ def set_precision(precision: str, device: torch.device) -> None:
 def use_huge_pages() -> None:
     """Have PyTorch ask the system for pages of 2 MB, not 4 KB, for large tensors in the machine's own memory.
 
-    On a CPU every activation of every step is a new block whose pages the system has to find and zero one by one: a
-    tenth of a ResNet-18's training time (docs/performance.md). To be called before the first tensor is made, for
-    PyTorch looks once. Nothing happens where the system has no such pages (macOS, a Linux set to `never`), nor if
-    the user has set the variable.
+    On a CPU every activation of every step is a new block whose pages the system has to find and zero one by one
+    (`benchmarks.epoch --settings small_pages` tells what that costs). To be called before the first tensor is made, for
+    PyTorch looks once. Nothing happens where the system has no such pages (macOS, a Linux set to `never`), nor if the
+    user has set the variable.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
