@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import wave
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +53,9 @@ def goertzel(sound: np.ndarray, frequency: float) -> float:
     return last**2 + before**2 - turn * last * before
 
 
+TRUE = demo.Machine(1.0, [])  # runs at the right speed and is silent
+
+
 def heard_key(sound: np.ndarray) -> str:
     rows, columns = (697, 770, 852, 941), (1209, 1336, 1477)
     row = max(range(4), key=lambda i: goertzel(sound, rows[i]))
@@ -59,13 +63,14 @@ def heard_key(sound: np.ndarray) -> str:
     return ("123", "456", "789", "*0#")[row][column]
 
 
-def measured_snr_db(sound: np.ndarray, digit: str) -> float:
-    """Tones fitted by least squares; what they leave over is the noise."""
+def measured_snr_db(sound: np.ndarray, digit: str, machine: demo.Machine = TRUE) -> float:
+    """Tones fitted by least squares; what they and the machine's hum leave over is the noise."""
     time = np.arange(len(sound)) / RATE
-    waves = [shape(2 * np.pi * f * time) for f in demo.DTMF[digit] for shape in (np.sin, np.cos)]
+    pitches = [f * machine.speed for f in demo.DTMF[digit]] + [f for f, _ in machine.hum]
+    waves = [shape(2 * np.pi * f * time) for f in pitches for shape in (np.sin, np.cos)]
     basis = np.stack(waves, axis=1)
-    tone = basis @ np.linalg.lstsq(basis, sound, rcond=None)[0]
-    return 10 * np.log10(np.mean(tone**2) / np.mean((sound - tone) ** 2))
+    parts = basis * np.linalg.lstsq(basis, sound, rcond=None)[0]
+    return 10 * np.log10(np.mean(parts[:, :4].sum(1) ** 2) / np.mean((sound - parts.sum(1)) ** 2))
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +86,54 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("digit", "0123456789")
 def test_a_key_sounds_its_row_and_column(digit):
     settings = DemoSettings(tone_snr_db=(15.0, 15.0))
-    sound, truth = demo.draw_tone(digit, settings, np.random.default_rng(5))
+    sound, truth = demo.draw_tone(digit, TRUE, settings, np.random.default_rng(5))
     assert heard_key(sound) == digit
-    assert truth == {"snr_db": 15.0}
+    assert truth == {"snr_db": 15.0, "speed": 1.0}
     assert np.sqrt(np.mean(sound**2)) == pytest.approx(settings.level)
 
 
 @pytest.mark.parametrize("wanted", [10.0, 0.0, -8.0, -16.0])
 def test_tone_snr_is_what_was_asked(wanted):
     settings = DemoSettings(tone_snr_db=(wanted, wanted))
-    sounds = [demo.draw_tone("7", settings, np.random.default_rng(seed))[0] for seed in range(8)]
+    sounds = [demo.draw_tone("7", TRUE, settings, np.random.default_rng(seed))[0] for seed in range(8)]
     assert np.mean([measured_snr_db(sound, "7") for sound in sounds]) == pytest.approx(wanted, abs=0.5)
+
+
+def test_a_slow_machine_makes_another_key():
+    settings = DemoSettings(tone_snr_db=(15.0, 15.0))
+    slow = demo.Machine(697 / 770, [])
+    assert heard_key(demo.draw_tone("5", slow, settings, np.random.default_rng(5))[0]) == "1"
+
+
+def test_a_machine_hums_its_own_tones_beside_the_keys():
+    settings = DemoSettings(tone_snr_db=(30.0, 30.0), speed=(1.0, 1.0), hum_db=(-6.0, -6.0))
+    machine = demo.draw_machine(3, settings)
+    sound, _ = demo.draw_tone("7", machine, settings, np.random.default_rng(5))
+    spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)), 8 * len(sound)))
+    heights = [spectrum[round(f * 8 * len(sound) / RATE)] for f, _ in machine.hum]
+    assert len(heights) == 6
+    key = np.mean([spectrum[round(f * 8 * len(sound) / RATE)] for f in demo.DTMF["7"]])
+    # two hums may lie close together, and then beat: the median is spared that
+    assert 20 * np.log10(np.median(heights) / key) == pytest.approx(-6, abs=1)
+
+
+def test_machines_differ_between_the_parts_and_cover_the_speeds():
+    settings = DemoSettings()
+    slow, fast = settings.speed
+    machines = [demo.draw_machine(number, settings) for number in range(2 * settings.machines)]
+    assert len({machine.speed for machine in machines}) == len({tuple(m.hum) for m in machines}) == len(machines)
+    for part in (machines[: settings.machines], machines[settings.machines :]):
+        steps = [int((m.speed - slow) / (fast - slow) * settings.machines) for m in part]
+        assert steps == list(range(settings.machines))
+
+    _, labels = demo.load_scans()
+    clips = demo.plan_clips(labels, None, settings)
+    used = {part: {clip.machine for clip in clips if clip.part == part} for part in ("train", "test")}
+    assert used == {"train": set(range(6)), "test": set(range(6, 12))}
+    for part in used:
+        for digit in demo.DIGITS:
+            counts = Counter(clip.machine for clip in clips if (clip.part, clip.digit) == (part, digit))
+            assert max(counts.values()) - min(counts.values()) <= 1, (part, digit)
 
 
 def test_speech_is_placed_whole_and_its_snr_counts_only_its_own_length():
@@ -221,8 +263,9 @@ def test_raw_files_are_what_clips_csv_says(tiny):
         sound = read_wav(tiny / "raw" / "audio" / f"{row['clip']}.wav")
         assert len(sound) == TINY.samples
         # 16-bit rounding is 60 dB below; the fit itself errs by more the weaker the tone is
-        if float(row["snr_db"]) > -16:
-            assert measured_snr_db(sound, row["digit"]) == pytest.approx(float(row["snr_db"]), abs=2)
+        machine = demo.draw_machine(int(row["machine"]), TINY)
+        assert f"{machine.speed:.4f}" == row["speed"]
+        assert measured_snr_db(sound, row["digit"], machine) == pytest.approx(float(row["snr_db"]), abs=1.5)
         video = cv2.VideoCapture(str(tiny / "raw" / "video" / f"{row['clip']}.avi"))
         assert video.get(cv2.CAP_PROP_FPS) == TINY.fps
         frames = 0
@@ -243,7 +286,7 @@ def test_made_twice_it_is_the_same_byte_by_byte(tiny, tmp_path):
 def test_another_seed_draws_other_clips_and_another_tone_range_the_same_pictures(tiny, tmp_path):
     ensure_demo(tmp_path / "seed", settings=replace(TINY, seed=1), quiet=True)
     assert lists(tmp_path / "seed") != lists(tiny)
-    ensure_demo(tmp_path / "tones", settings=replace(TINY, tone_snr_db=(-10.0, 0.0)), quiet=True)
+    ensure_demo(tmp_path / "tones", settings=replace(TINY, tone_snr_db=(-16.0, -4.0)), quiet=True)
     first, second = contents(tiny), contents(tmp_path / "tones")
     assert all(first[name] == second[name] for name in first if name.endswith((".avi", ".jpg")))
     assert not any(first[name] == second[name] for name in first if name.endswith((".wav", ".npy")))
