@@ -15,9 +15,9 @@ from helpers import make_folder
 
 import remix
 import train
-from benchmarks import common, scaling
+from benchmarks import common, epoch, scaling
 from benchmarks.common import flops_per_clip
-from models import AVClassifier
+from models import AVClassifier, encoders
 from utils import acceleration
 from utils.acceleration import set_precision, try_to_compile
 from utils.errors import UserError
@@ -185,6 +185,18 @@ def test_a_clip_costs_what_design_says():
     # A Remix epoch, half of the clips each way: 2.5 F, the official way 4 F, a joint epoch 3 F.
     ours = flops["both"]["forward"] + (flops["audio"]["train"] + flops["video"]["train"]) / 2
     assert ours / flops["both"]["forward"] == pytest.approx(2.5, abs=0.05)
+
+
+def test_the_epoch_benchmark_runs_and_leaves_the_network_as_it_was(capsys, monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # which it sets
+    threads = torch.get_num_threads()
+    try:
+        epoch.main(["--preset", "tiny", "--phases", "remix", "--repeats", "1", "--threads", "1"])
+    finally:
+        torch.set_num_threads(threads)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "| remix |" in line]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["ours", "official"]
+    assert encoders.normalised is epoch.FOLDING
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

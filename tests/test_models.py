@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from models import FUSIONS, AVClassifier
-from models.encoders import PickedConv, Trunk
+from models.encoders import PickedConv, Trunk, normalised
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -54,12 +54,30 @@ def test_state_dict_is_the_official_one(classes):
 
 
 def test_video_trunk_computes_torchvisions_resnet18():
-    trunk = AVClassifier(6).visual_net.eval()
-    reference = resnet18(weights=None).eval()
+    """In training, in evaluation, and where evaluation needs no gradient and BatchNorm goes into the convolutions."""
+    torch.manual_seed(0)
+    trunk = AVClassifier(6).visual_net.double()
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+    reference = resnet18(weights=None).double()
     reference.load_state_dict(trunk.state_dict(), strict=False)
     reference.avgpool = reference.fc = nn.Identity()
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     torch.testing.assert_close(trunk(x).flatten(1), reference(x))
+    trunk.eval(), reference.eval()
+    torch.testing.assert_close(trunk(x).flatten(1), reference(x))
+
+    ran = []
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda *_: ran.append(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(trunk(x).flatten(1), reference(x))
+        assert not ran
+    trunk(x)
+    assert len(ran) == 20
 
 
 def test_initialisation():
@@ -186,7 +204,7 @@ def test_every_fusion_trains_the_kept_encoders(fusion, kept):
 
 def test_a_thin_trunks_downsampling_is_the_strided_convolution():
     trunk = Trunk(1, 8).double()
-    conv = trunk.layer2[0].downsample[0]
+    conv, norm = trunk.layer2[0].downsample
     assert isinstance(conv, PickedConv)
     strided = nn.Conv2d(8, 16, 1, stride=2, bias=False).double()
     strided.load_state_dict(conv.state_dict())
@@ -197,6 +215,9 @@ def test_a_thin_trunks_downsampling_is_the_strided_convolution():
         weights = torch.randn_like(ours)
         got = torch.autograd.grad((ours * weights).sum(), [x, conv.weight])
         torch.testing.assert_close(got, torch.autograd.grad((theirs * weights).sum(), [x, strided.weight]))
+        norm.eval().running_var.uniform_(0.5, 2.0)
+        with torch.no_grad():
+            torch.testing.assert_close(normalised(conv, norm, x), norm(strided(x)))
 
 
 def test_a_wide_trunk_is_torchvisions():
