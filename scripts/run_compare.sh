@@ -4,7 +4,7 @@
 #   bash scripts/run_compare.sh --dataset CREMAD --methods baseline,remix --seeds 0,1,2 --gpu_ids 0
 #   bash scripts/run_compare.sh --grid warmup=5,10,20 --grid score=kl,random --jobs 2  # any flag of train.py
 #   bash scripts/run_compare.sh --methods baseline,remix --seeds 0,1,2 --grid balance=none,ogm_ge,pmr+mmpareto \
-#     --optimizer sgd --learning_rate 0.1                       # balance methods (docs/balance.md), a row each
+#     --optimizer sgd --learning_rate 0.03                      # balance methods (docs/balance.md), a row each
 #   bash scripts/run_compare.sh --help
 # The same command goes on after an interruption. The demo reproduces README.md's result table: 20 runs of the time and
 # accuracy given there, one for each CPU core at a time, under 2 GB of memory each; on a GPU one at a time.
