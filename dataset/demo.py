@@ -6,7 +6,7 @@
 Pictures are scikit-learn's 1,797 scans of 8 x 8 pixels, drifting over clutter behind an occluding square; sounds are
 DTMF tones in noise, taken down by answering machines that each run and hum in their own way. The machines of the test
 clips are others than those of the training clips, as the speakers of a speaker-independent test are. So the sound is
-quick to learn but half of it holds for known machines only, the picture slow to learn but informative: that is the
+quick to learn but much of it holds for known machines only, the picture slow to learn but informative: that is the
 imbalance Data Remixing is about. Raw files come first (`raw/video/*.avi`, `raw/audio/*.wav`) and then go through
 the same preparation as a real data set. How hard each clip was made is kept in `clips.csv`.
 """

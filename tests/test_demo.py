@@ -442,6 +442,16 @@ def run_command(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "dataset.demo", *flags], cwd=REPO, capture_output=True, text=True)
 
 
+def test_the_command_makes_what_its_flags_say(tmp_path, monkeypatch, capsys):
+    made = ensure_demo
+    monkeypatch.setattr(
+        demo, "ensure_demo", lambda root, speech, s: made(root, speech, replace(TINY, seed=s.seed), True)
+    )
+    assert demo.main(["--out", str(tmp_path / "there"), "--seed", "7"]) == 0
+    assert demo.read_record(tmp_path / "there")["settings"]["seed"] == 7
+    assert f"--data_root {tmp_path / 'there'}" in capsys.readouterr().out
+
+
 def test_the_command_names_a_missing_folder():
     result = run_command("--speech", "no/such/folder")
     assert result.returncode == 2
