@@ -6,7 +6,7 @@
 #   bash scripts/run_compare.sh --methods baseline,remix --seeds 0,1,2 --grid balance=none,ogm_ge,pmr+mmpareto \
 #     --optimizer sgd --learning_rate 0.03                      # balance methods (docs/balance.md), a row each
 #   bash scripts/run_compare.sh --help
-# The same command goes on after an interruption. On the demo 20 runs, one for each CPU core at a time, under 2 GB of memory
-# each; on a GPU one at a time. README.md names the command of its own table, which has more methods.
+# The same command goes on after an interruption. On the demo 20 runs, one for each CPU core at a time, under 2 GB of
+# memory each; on a GPU one at a time. README.md names the command of its own table, which has more methods.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 exec "$PYTHON" -m utils.compare "$@"
