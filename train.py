@@ -440,8 +440,8 @@ def load_parts(args: argparse.Namespace) -> tuple[Folder, dict[str, Part]]:
     if args.val_fraction:
         if "val" in parts:
             raise UserError(f"--val_fraction: {root} has a val.csv already; leave the flag out")
-        by_actor = folder.split.get("name") == "actor"
-        parts["train"], parts["val"] = split_validation(parts["train"], args.val_fraction, args.random_seed, by_actor)
+        cut = split_validation(parts["train"], args.val_fraction, args.random_seed, folder.groups)
+        parts["train"], parts["val"] = cut
     return folder, parts
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from dataset.lists import Fault, read_classes, read_record, scan_clips
+from dataset.lists import Fault, read_classes, read_record, scan_clips, scan_groups
 from dataset.specs import AUDIO_RECIPES, DatasetSpec
 from dataset.splits import actor_of
 from utils.errors import UserError
@@ -46,6 +46,7 @@ class Files(NamedTuple):
 class Report(NamedTuple):
     """What an inspection found. `parts` holds the (clip, label) rows of each list, `files` the sound clips.
 
+    `groups` is the group of each clip as groups.csv says, None where there is no such file.
     Training would be sound exactly when `problems` is empty; `warnings` are worth knowing and stop nothing.
     """
 
@@ -58,6 +59,7 @@ class Report(NamedTuple):
     problems: list[Problem]
     warnings: list[Problem]
     numbers: dict
+    groups: dict[str, str] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,11 +208,12 @@ def inspect_folder(root: Path | str, spec: DatasetSpec, deep: bool, quiet: bool 
             if not parts[name]:
                 problems.append(Problem("empty_list", "", str(root / f"{name}.csv"), "no clips; prepare again", name))
     problems += _in_two_parts(root, parts)
+    groups = _groups(root, parts, problems)
     files, shape = _inspect_clips(root, spec, parts, problems, quiet)
-    numbers = _numbers(spec, read_record(root, "split.json"), classes, parts, warnings)
+    numbers = _numbers(spec, read_record(root, "split.json"), classes, parts, groups, warnings)
     if deep:
         _inspect_content(files, parts, problems, warnings, quiet)
-    return Report(root, "training", classes, parts, files, shape, problems, warnings, numbers)
+    return Report(root, "training", classes, parts, files, shape, problems, warnings, numbers, groups)
 
 
 def _list_problem(root: Path, part: str, fault: Fault) -> Problem:
@@ -225,6 +228,20 @@ def _in_two_parts(root: Path, parts: dict[str, list[tuple[str, str]]]) -> list[P
                 reason = f"also in {first[clip]}.csv; delete it from one"
                 found.append(Problem("clip_in_two_parts", clip, str(root / f"{part}.csv"), reason, part))
     return found
+
+
+def _groups(root: Path, parts: dict[str, list[tuple[str, str]]], problems: list[Problem]) -> dict[str, str] | None:
+    """The group of each clip as groups.csv says, None without that file; adds clips without one to `problems`."""
+    path = root / "groups.csv"
+    if not path.exists():
+        return None
+    rows, faults = scan_groups(path)
+    problems += [_list_problem(root, "groups", fault) for fault in faults]
+    groups = dict(rows)
+    for clip in [clip for clips in parts.values() for clip, _ in clips if clip not in groups]:
+        reason = f"no group for clip {clip}; add a line clip,group, or delete the file"
+        problems.append(Problem("no_group", clip, str(path), reason, "groups"))
+    return groups
 
 
 def _inspect_clips(
@@ -276,8 +293,15 @@ def _wanted_shape(root: Path, spec: DatasetSpec, files: dict[str, Files]) -> tup
     return shapes.most_common(1)[0][0] if shapes else None
 
 
-def _numbers(spec: DatasetSpec, split: dict, classes: list[str], parts: dict, warnings: list[Problem]) -> dict:
-    """Counts per part and class; compares them with the published ones and looks for shared actors."""
+def _numbers(
+    spec: DatasetSpec,
+    split: dict,
+    classes: list[str],
+    parts: dict,
+    groups: dict[str, str] | None,
+    warnings: list[Problem],
+) -> dict:
+    """Counts per part and class; compares them with the published ones and looks for shared actors and groups."""
     numbers = {"clips": {part: len(rows) for part, rows in parts.items()}}
     numbers["per_class"] = {
         part: {name: count[name] for name in classes}
@@ -304,6 +328,10 @@ def _numbers(spec: DatasetSpec, split: dict, classes: list[str], parts: dict, wa
         if shared:
             reason = f"{len(shared)} actors are in both train and test; --split actor makes a split that shares none"
             warnings.append(Problem("actor_overlap", "", "", reason, ""))
+    if groups is not None:
+        found = {part: {groups[clip] for clip, _ in rows if clip in groups} for part, rows in parts.items()}
+        numbers["groups"] = {part: len(names) for part, names in found.items()}
+        numbers["groups_in_train_and_test"] = len(found["train"] & found["test"])
     return numbers
 
 

@@ -36,8 +36,8 @@ from dataset.specs import AUDIO_RECIPES, SPECS
 from utils.errors import UserError, run_main
 from utils.files import atomic_path
 
-# Raise it when the drawing below changes what the same settings give: data made by older code is then made anew.
-VERSION = 2
+# Raise it when the code below changes what the same settings give: data made by older code is then made anew.
+VERSION = 3
 
 DIGITS = SPECS["demo"].classes
 SPEECH_ROOT = SPECS["demo"].root.with_name("demo_speech")
@@ -503,7 +503,8 @@ def _is_whole(root: Path, record: dict) -> bool:
         counts = {len(list((root / folder).iterdir())) for folder in ("visual", "audio")}
     except OSError:
         return False
-    return counts == {record["clips"]} and all((root / f"{name}.csv").is_file() for name in ("train", "test", "stat"))
+    lists = ["train", "test", "stat"] + (["groups"] if record["speech"] is None else [])
+    return counts == {record["clips"]} and all((root / f"{name}.csv").is_file() for name in lists)
 
 
 def _refuse_foreign(root: Path, record: dict | None) -> None:
@@ -531,7 +532,9 @@ def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, rec
             raise UserError(f"{skipped[0].path}: {skipped[0].reason}; is there room on the disk? run this again")
         shutil.rmtree(making / ".prepare")  # for resuming, which is not done here, and full of times of the clock
         parts = {part: [(c.name, c.digit) for c in plan if c.part == part] for part in ("train", "test")}
-        write_lists(making, DIGITS, parts, {"source": "demo", "seed": settings.seed})
+        # a validation part of the machines trained on would read far too high; recordings' speakers are in both parts
+        groups = None if recordings else [(c.name, f"machine{c.machine}") for c in plan]
+        write_lists(making, DIGITS, parts, {"source": "demo", "seed": settings.seed}, groups)
         _write_clips_csv(plan, making / "clips.csv")
         with atomic_path(making / RECORD) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -9,12 +9,12 @@ import numpy as np
 from dataset.check import Problem, Report, inspect_folder
 from dataset.lists import read_record
 from dataset.specs import DatasetSpec
-from dataset.splits import hold_out, hold_out_actors
+from dataset.splits import actor_of, hold_out, hold_out_groups
 from utils.errors import UserError
 
 # No list could be trusted with these, so --allow_missing does not pass over them.
 LIST_KINDS = ("wrong_classes", "empty_list", "bad_row", "unsafe_clip", "unknown_label", "duplicate_clip")
-LIST_KINDS += ("clip_in_two_parts",)
+LIST_KINDS += ("clip_in_two_parts", "no_group")
 
 
 class Part(NamedTuple):
@@ -27,7 +27,11 @@ class Part(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """A training folder. `missing` are the problems of clips left out; `split` is what is known of how it was split."""
+    """A training folder. `missing` are the problems of clips left out; `split` is what is known of how it was split.
+
+    `groups` maps each clip to what it has in common with others (its actor, its speaker, its microphone) where a
+    validation part has to be of other groups than training, else None.
+    """
 
     root: Path
     classes: list[str]
@@ -35,6 +39,7 @@ class Folder(NamedTuple):
     audio_shape: tuple[int, int]
     missing: list[Problem]
     split: dict
+    groups: dict[str, str] | None
 
 
 def load_folder(root: Path | str, spec: DatasetSpec, allow_missing: bool = False) -> Folder:
@@ -52,16 +57,19 @@ def load_folder(root: Path | str, spec: DatasetSpec, allow_missing: bool = False
         if not part.clips:
             raise UserError(f"{report.root}: no sound clip in {name}.csv; {_doctor(report.root, spec)} lists why")
     split = read_record(report.root, "split.json")
-    return Folder(report.root, report.classes, parts, report.audio_shape, report.problems, split)
+    groups = report.groups
+    if groups is None and split.get("name") == "actor":
+        groups = {clip: actor_of(clip) for part in parts.values() for clip in part.clips}
+    return Folder(report.root, report.classes, parts, report.audio_shape, report.problems, split, groups)
 
 
-def split_validation(part: Part, fraction: float, seed: int, by_actor: bool) -> tuple[Part, Part]:
-    """(train, validation): `fraction` of the clips, of each class alike; no actor in both where `by_actor`.
+def split_validation(part: Part, fraction: float, seed: int, groups: dict[str, str] | None) -> tuple[Part, Part]:
+    """(train, validation): `fraction` of the clips, of each class alike; with `groups`, of the groups, none in both.
 
     Deterministic from `seed`; the order of the clips is kept. Raises `UserError` where a part would be empty.
     """
-    if by_actor:
-        held = hold_out_actors(part.clips, part.labels.tolist(), fraction, seed)
+    if groups is not None:
+        held = hold_out_groups([groups[clip] for clip in part.clips], part.labels.tolist(), fraction, seed)
     else:
         held = hold_out(part.labels, fraction, seed)
     return _select(part, ~held), _select(part, held)

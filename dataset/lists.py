@@ -1,4 +1,4 @@
-"""The lists of a training folder: stat.csv (class names) and train.csv, test.csv, val.csv (clip,label).
+"""The lists of a training folder: stat.csv (class names), train.csv, test.csv, val.csv (clip,label), groups.csv.
 
 They come from people and spreadsheets, so a byte-order mark, quotes and CRLF are accepted; anything that would make
 training wrong (an unknown label, a clip listed twice, an id that leaves the folder) is refused by file and line.
@@ -110,8 +110,15 @@ def scan_clips(
     return rows, faults
 
 
+def scan_groups(path: Path | str) -> tuple[list[tuple[str, str]], list[Fault]]:
+    """The good (clip, group) rows of groups.csv and a `Fault` for each other one; clips of no part are welcome."""
+    rows, faults = scan_clips(path)
+    faults = [fault._replace(reason=fault.reason.replace("clip,label", "clip,group")) for fault in faults]
+    return rows, faults
+
+
 def _fault(row: list[str], line: int, known: set[str] | None, first_line: dict[str, int]) -> Fault | None:
-    if len(row) != 2:
+    if len(row) != 2 or not row[1]:
         return Fault("bad_row", "", line, f"{','.join(row)[:80]!r} is not clip,label")
     clip, label = row
     try:

@@ -19,7 +19,7 @@ from dataset.lists import check_clip_id, read_record
 from dataset.published import BASE_URL, SUMS, Split, published_split
 from dataset.raw import CREMAD_CLIPS, Index, cremad_rows, find_clips, index_raw, inspect_raw
 from dataset.specs import AUDIO_RECIPES, SPECS, DatasetSpec, get_spec
-from dataset.splits import describe, hold_out_actors
+from dataset.splits import actor_of, describe, hold_out_groups
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
 from utils.files import atomic_path
@@ -31,10 +31,17 @@ ACTOR_SEED = 0  # fixed: there is one actor split, not one for every user
 SHOWN = 5  # files printed for each kind of problem; skipped.csv and --json have them all
 
 
-def write_lists(out: Path | str, classes: list[str], parts: dict[str, list[tuple[str, str]]], split: dict) -> None:
+def write_lists(
+    out: Path | str,
+    classes: list[str],
+    parts: dict[str, list[tuple[str, str]]],
+    split: dict,
+    groups: list[tuple[str, str]] | None = None,
+) -> None:
     """Write stat.csv, a list for each part (train, test and maybe val) and split.json into a training folder.
 
-    `parts` maps a part to its (clip, label) rows, kept in order; `split` says how the parts came about. stat.csv is
+    `parts` maps a part to its (clip, label) rows, kept in order; `split` says how the parts came about; `groups` are
+    the (clip, group) rows of groups.csv, of which one made by hand is left alone where None is given. stat.csv is
     removed first and written last: a kill between two lists leaves a folder that training refuses. Raises `UserError`
     for an unsafe clip id or a label that is no class.
     """
@@ -52,6 +59,8 @@ def write_lists(out: Path | str, classes: list[str], parts: dict[str, list[tuple
             (out / f"{part}.csv").unlink(missing_ok=True)  # of an earlier split
     with atomic_path(out / "split.json") as temporary:
         temporary.write_text(json.dumps(split, indent=2) + "\n", encoding="utf-8")
+    if groups is not None:
+        _write_csv(out / "groups.csv", groups)
     _write_csv(out / "stat.csv", [(name,) for name in sorted(classes)])
 
 
@@ -101,7 +110,10 @@ def _split(args, spec: DatasetSpec, index: Index, out: Path) -> Split:
 def actor_split(rows: list[tuple[str, str]], spec: DatasetSpec) -> Split:
     """Cut (clip, label) rows into train and test, about 90/10, no actor in both, class shares as in the whole."""
     rows = sorted(rows)
-    held = hold_out_actors([clip for clip, _ in rows], [label for _, label in rows], ACTOR_TEST_FRACTION, ACTOR_SEED)
+    actors = [actor_of(clip) for clip, _ in rows]
+    if len(set(actors)) < 2:
+        raise UserError(f"clips of {len(set(actors))} actor(s) cannot be split by actor; use --split official")
+    held = hold_out_groups(actors, [label for _, label in rows], ACTOR_TEST_FRACTION, ACTOR_SEED)
     parts = {
         "train": [row for row, test in zip(rows, held, strict=True) if not test],
         "test": [row for row, test in zip(rows, held, strict=True) if test],

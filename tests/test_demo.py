@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import train
 from dataset import demo
 from dataset.demo import DemoSettings, ensure_demo
 from utils.errors import UserError
@@ -254,6 +255,20 @@ def test_the_folder_has_the_training_layout(tiny):
         assert len(list((tiny / "visual" / name).glob("*.jpg"))) == TINY.seconds
         spectrogram = np.load(tiny / "audio" / f"{name}.npy")
         assert (spectrogram.shape, spectrogram.dtype) == ((32, 32), np.float32)
+
+
+def test_a_validation_part_is_of_other_machines(tmp_path):
+    root = tmp_path / "demo"
+    settings = replace(TINY, limit=240)
+    ensure_demo(root, settings=settings, quiet=True)
+    machine = {row["clip"]: row["machine"] for row in read_csv(root / "clips.csv")}
+    flags = ["--train", "--data_root", str(root), "--val_fraction", "0.1"]
+    _, parts = train.load_parts(train.parse_args(flags))
+    used = {name: {machine[clip] for clip in part.clips} for name, part in parts.items()}
+    assert [len(used[name]) for name in ("train", "val", "test")] == [5, 1, 6]
+    assert not used["train"] & used["val"] and not used["test"] & (used["train"] | used["val"])
+    (root / "groups.csv").unlink()
+    assert ensure_demo(root, settings=settings, quiet=True) and (root / "groups.csv").is_file()
 
 
 def test_raw_files_are_what_clips_csv_says(tiny):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset import lists
+from dataset.check import inspect_folder
 from dataset.folder import load_folder, split_validation
 from dataset.lists import check_clip_id, read_classes, read_clips, read_record
 from dataset.specs import get_spec
@@ -195,12 +196,52 @@ def test_no_folder_says_what_to_do(tmp_path):
 
 def test_validation_part(tmp_path):
     part = load_folder(make_folder(tmp_path / "data", train=60), get_spec("folder")).parts["train"]
-    train, val = split_validation(part, 0.2, 1, by_actor=False)
+    train, val = split_validation(part, 0.2, 1, groups=None)
     assert sorted(train.clips + val.clips) == sorted(part.clips)
     assert [val.labels.tolist().count(label) for label in range(3)] == [4, 4, 4]
-    assert split_validation(part, 0.2, 1, by_actor=False)[1].clips == val.clips
-    assert split_validation(part, 0.2, 2, by_actor=False)[1].clips != val.clips
+    assert split_validation(part, 0.2, 1, groups=None)[1].clips == val.clips
+    assert split_validation(part, 0.2, 2, groups=None)[1].clips != val.clips
     assert all(path.stem == clip for path, clip in zip(val.spectrograms, val.clips, strict=True))
     for fraction in (0, 1, -1, 1.5):
         with pytest.raises(UserError, match="val_fraction"):
-            split_validation(part, fraction, 1, by_actor=False)
+            split_validation(part, fraction, 1, groups=None)
+
+
+def test_a_validation_part_shares_no_group_with_training(tmp_path):
+    root = make_folder(tmp_path / "data", train=60, test=6)
+    clips = [row.split(",")[0] for part in ("train", "test") for row in (root / f"{part}.csv").read_text().split()]
+    microphone = {clip: f"mic {i // 10}" for i, clip in enumerate(clips)}  # six of ten clips; the test clips' own
+    write(root / "groups.csv", "".join(f"{clip},{name}\n" for clip, name in [*microphone.items(), ("unused", "x")]))
+    folder = load_folder(root, get_spec("folder"))
+    train, val = split_validation(folder.parts["train"], 0.2, 1, folder.groups)
+    assert sorted(train.clips + val.clips) == sorted(folder.parts["train"].clips) and len(val.clips) == 10
+    assert not {microphone[clip] for clip in train.clips} & {microphone[clip] for clip in val.clips}
+    assert set(val.labels.tolist()) == set(train.labels.tolist())
+    numbers = inspect_folder(root, get_spec("folder"), deep=False).numbers
+    assert numbers["groups"] == {"train": 6, "test": 1} and numbers["groups_in_train_and_test"] == 0
+    write(root / "groups.csv", "".join(f"{clip},one\n" for clip in clips))
+    folder = load_folder(root, get_spec("folder"))
+    with pytest.raises(UserError, match="1 group"):
+        split_validation(folder.parts["train"], 0.2, 1, folder.groups)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("", "no group for clip train_0001"),
+        ("train_0001,", "line 2: 'train_0001,' is not clip,group.*no group"),
+        ("train_0001", "line 2: 'train_0001' is not clip,group"),
+        ("train_0001,a,b", "line 2: 'train_0001,a,b' is not clip,group"),
+        ("train_0000,b", "line 2: clip train_0000 is also in line 1"),
+        ("a/x,b", "line 2: clip id 'a/x' holds a slash"),
+    ],
+)
+def test_a_faulty_list_of_groups_is_refused_by_line(tmp_path, line, complaint):
+    root = make_folder(tmp_path / "data")
+    clips = [row.split(",")[0] for part in ("train", "test") for row in (root / f"{part}.csv").read_text().split()]
+    assert clips[:2] == ["train_0000", "train_0001"]
+    write(root / "groups.csv", "\n".join(["train_0000,a", line, *(f"{clip},b" for clip in clips[2:])]) + "\n")
+    for allow_missing in (False, True):
+        with pytest.raises(UserError, match=f"groups.csv: {complaint}") as error:
+            load_folder(root, get_spec("folder"), allow_missing)
+        one_line(error)

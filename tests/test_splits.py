@@ -14,7 +14,7 @@ from dataset.lists import read_clips
 from dataset.prepare import actor_split
 from dataset.published import SUMS, published_split, read_kinetics_list
 from dataset.specs import get_spec
-from dataset.splits import actor_of, hold_out, hold_out_actors
+from dataset.splits import actor_of, hold_out, hold_out_groups
 from utils.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -164,15 +164,18 @@ def made_up(actors=20, each=12):
 
 def test_actors_are_held_out_whole():
     clips, labels = made_up()
-    held = hold_out_actors(clips, labels, 0.1, seed=3)
+    actors = [actor_of(clip) for clip in clips]
+    held = hold_out_groups(actors, labels, 0.1, seed=3)
     kept_actors = {actor_of(clip) for clip, h in zip(clips, held, strict=True) if not h}
     assert held.sum() == 24 and not kept_actors & {actor_of(clip) for clip, h in zip(clips, held, strict=True) if h}
-    assert (held == hold_out_actors(clips, labels, 0.1, seed=3)).all()
-    assert (held != hold_out_actors(clips, labels, 0.1, seed=4)).any()
+    assert (held == hold_out_groups(actors, labels, 0.1, seed=3)).all()
+    assert (held != hold_out_groups(actors, labels, 0.1, seed=4)).any()
     chosen = {actor_of(clip) for clip, h in zip(clips, held, strict=True) if h}
     assert chosen == {"1006", "1018"}, "the same on every machine and with every version of NumPy"
-    with pytest.raises(UserError, match="1 actor"):
-        hold_out_actors(clips[:12], labels[:12], 0.1, seed=3)
+    with pytest.raises(UserError, match="1 group"):
+        hold_out_groups(actors[:12], labels[:12], 0.1, seed=3)
+    with pytest.raises(UserError, match=r"1 actor.*--split official"):
+        actor_split([(f"1001_S{i:02d}_ANG_XX", "ANG") for i in range(12)], get_spec("CREMAD"))
 
 
 def test_hold_out_takes_of_every_class():
