@@ -1,8 +1,6 @@
 """What the speed benchmarks share: generated training folders, the work in a clip, the machine, saved tables."""
 
 import argparse
-import datetime
-import itertools
 import json
 import os
 import shlex
@@ -18,13 +16,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from benchmarks.saving import new_result
 from dataset.clips import Clips, Feed, make_clips
 from dataset.specs import get_spec
 from models import AVClassifier
 from utils.cli import Parser, number
 from utils.logging import environment
 
-RESULTS = Path(__file__).parent / "results"
 PICTURES = 16  # different frames and spectrograms; the other files are hard links to them
 CREMAD_SHAPE = {"frame_size": (480, 360), "image_size": 224, "audio_shape": (257, 188), "model": "resnet18"}
 JPEG_QUALITY = 95  # OpenCV's default, as dataset/video.py leaves it
@@ -176,17 +174,12 @@ def save(name: str | None, about: dict, tables: dict[str, list[dict]]) -> None:
 
     Without `name` nothing is written. Results of the same day get a number.
     """
-    device = about["cpu"] if about["device"] == "cpu" else about["device"]
-    device = "-".join("".join(c if c.isalnum() else " " for c in device).split())
-    stem = f"{name}-{device}-{datetime.date.today().isoformat()}"
     text = "\n\n".join(f"**{title}**\n\n{table(rows)}" for title, rows in tables.items() if rows)
     where = ", ".join(f"{key} {value}" for key, value in about.items())
     print(f"{text}\n\n{where}")
     if name is None:
         return
-    RESULTS.mkdir(exist_ok=True)
-    numbered = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-    stem = next(s for s in numbered if not (RESULTS / f"{s}.json").exists())
-    (RESULTS / f"{stem}.json").write_text(json.dumps({"machine": about, **tables}, indent=2) + "\n")
-    (RESULTS / f"{stem}.md").write_text(f"{where}\n\n{text}\n")
-    print(f"written: {RESULTS / stem}.json and .md")
+    path = new_result(name, about["cpu"] if about["device"] == "cpu" else about["device"])
+    path.with_suffix(".json").write_text(json.dumps({"machine": about, **tables}, indent=2) + "\n")
+    path.with_suffix(".md").write_text(f"{where}\n\n{text}\n")
+    print(f"written: {path}.json and .md")

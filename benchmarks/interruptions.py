@@ -12,7 +12,6 @@ Writes benchmarks/results/interruptions-<cpu>-<date>.json and .md; exit status 1
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import platform
@@ -29,7 +28,8 @@ from pathlib import Path
 import torch
 
 import train
-from benchmarks.common import RESULTS, command
+from benchmarks.common import command
+from benchmarks.saving import new_result
 from dataset.demo import ensure_demo
 from dataset.specs import get_spec
 from utils.cli import number
@@ -186,8 +186,7 @@ def measure(folder: Path, kills: int, terms: int) -> tuple[list[dict], float]:
 
 def write(rows: list[dict], length: float) -> Path:
     about = environment(torch.device("cpu"), 1) | {"command": command()}
-    cpu = re.sub(r"\W+", "-", about["hardware"]["cpu"]).strip("-")
-    path = RESULTS / f"interruptions-{cpu}-{datetime.date.today()}.md"
+    path = new_result("interruptions", about["hardware"]["cpu"]).with_suffix(".md")
     counts = {
         kind: Counter(not row["different"] for row in rows if row["signal"] == kind) for kind in ("SIGKILL", "SIGTERM")
     }
@@ -207,7 +206,6 @@ def write(rows: list[dict], length: float) -> Path:
     for i, row in enumerate(rows, 1):
         cells = [row[name] for name in ("signal", "seconds", "phase", "save_every", "status", "had")]
         lines.append("| " + " | ".join(map(str, [i, *cells, verdict(row)])) + " |")
-    RESULTS.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     path.with_suffix(".json").write_text(json.dumps(about | {"run_seconds": length, "rows": rows}, indent=1) + "\n")
     print("\n".join(lines[:7]))

@@ -8,7 +8,6 @@ exit status 1 if handles or threads grew, or memory by more than 5 % over the se
 """
 
 import argparse
-import datetime
 import json
 import os
 import re
@@ -20,8 +19,9 @@ import torch
 from matplotlib.figure import Figure
 
 import train
-from benchmarks.common import RESULTS, command
+from benchmarks.common import command
 from benchmarks.interruptions import part_of_demo
+from benchmarks.saving import new_result
 from utils.cli import number
 from utils.errors import run_main
 from utils.logging import RunLog, environment
@@ -93,9 +93,8 @@ def main() -> int:
     growth, good = verdict(rows)
     about = environment(torch.device("cpu"), 1)
     about["command"] = command()
-    cpu = re.sub(r"\W+", "-", about["hardware"]["cpu"]).strip("-")
-    path = RESULTS / f"leaks-{cpu}-{datetime.date.today()}.json"
-    RESULTS.mkdir(exist_ok=True)
+    cpu = about["hardware"]["cpu"]
+    path = new_result("leaks", cpu).with_suffix(".json")
     path.write_text(json.dumps(about | {"growth_second_half": growth, "good": good, "rows": rows}, indent=1) + "\n")
     draw(rows, path.with_suffix(".png"), f"{args.epochs} epochs of Remix, PyTorch {torch.__version__}, {cpu}")
     first, last = rows[0], rows[-1]

@@ -8,7 +8,6 @@ folder. Prints machine and versions; writes benchmarks/results/prepare-<cpu>-<da
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from benchmarks.raw_samples import cremad_names, write_video, write_wav
+from benchmarks.saving import new_result
 from dataset import engine
 from dataset.engine import Clip, prepare_clips
 from dataset.specs import AUDIO_RECIPES, get_spec
@@ -28,7 +28,6 @@ from utils.errors import UserError, run_main
 
 MODELS = 6  # different videos; the other clips are copies of them, for encoding takes ten times as long as preparing
 PACKAGES = ("numpy", "opencv-python-headless", "librosa", "soundfile", "av", "torch", "torchaudio")
-RESULTS = Path(__file__).parent / "results"
 
 
 def make_raw(folder: Path, count: int) -> list[Clip]:
@@ -150,9 +149,7 @@ def main() -> None:
 
 def write(about: dict, rows: list[dict]) -> None:
     """JSON with everything, CSV with a row for each number of workers."""
-    RESULTS.mkdir(exist_ok=True)
-    cpu = "-".join("".join(c if c.isalnum() else " " for c in about["cpu"]).split())
-    stem = RESULTS / f"prepare-{cpu}-{datetime.date.today().isoformat()}"
+    stem = new_result("prepare", about["cpu"])
     stem.with_suffix(".json").write_text(json.dumps({"machine": about, "results": rows}, indent=2) + "\n")
     with open(stem.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")

@@ -15,7 +15,7 @@ from helpers import make_folder
 
 import remix
 import train
-from benchmarks import common, epoch, scaling
+from benchmarks import common, epoch, saving, scaling
 from benchmarks.common import flops_per_clip
 from models import AVClassifier, encoders
 from utils import acceleration
@@ -199,6 +199,27 @@ def test_the_epoch_benchmark_runs_and_leaves_the_network_as_it_was(capsys, monke
     assert encoders.normalised is epoch.FOLDING
 
 
+def test_the_benchmark_scores_without_folding_where_a_setting_says_so(monkeypatch):
+    score, forward, calls = epoch.Setting.score, torch.nn.BatchNorm2d.forward, {}
+
+    def counted(setting):
+        with pytest.MonkeyPatch.context() as patch:
+            seen = calls.setdefault(setting.name, [])
+            patch.setattr(torch.nn.BatchNorm2d, "forward", lambda norm, x: seen.append(norm) or forward(norm, x))
+            return score(setting)
+
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    monkeypatch.setattr(epoch.Setting, "score", counted)
+    words = ["--preset", "tiny", "--phases", "score", "--repeats", "1", "--threads", "1", "--settings", "no_fold"]
+    threads = torch.get_num_threads()
+    try:
+        epoch.main(words)
+    finally:
+        torch.set_num_threads(threads)
+    assert calls["ours"] == [] and len(calls["no_fold"]) >= 40  # 20 of them in each trunk
+    assert encoders.normalised is epoch.FOLDING
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cache", ["ram", "device"])
 def test_no_step_waits_for_the_gpu(data, cache):
@@ -277,7 +298,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_a_benchmark_never_overwrites_a_result(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(saving, "RESULTS", tmp_path / "results")
     for clips in (1, 2, 3):
         common.save("epoch", {"device": "cpu", "cpu": "A CPU"}, {"Clips": [{"clips": clips}]})
     stem = f"epoch-A-CPU-{datetime.date.today().isoformat()}"
