@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import balance as balances
 import remix
 from balance import Balance
-from dataset.clips import CACHES, Clips, Feed, choose_cache, make_clips
+from dataset.clips import CACHES, Clips, Feed, choose_cache, make_clips, step_bytes
 from dataset.demo import ensure_demo
 from dataset.folder import Folder, Part, digest, load_folder, split_validation
 from dataset.specs import SPECS, get_spec
@@ -210,14 +210,15 @@ def predict(
     logits: dict[str, Tensor] = {}
     with progress(name, len(clips), distributed.is_main()) as bar:
         for batch in clips.epoch(plan):
-            if batch.share > 0:
-                with compiled(batch.total == batch_size):
-                    output = model(batch.audio, batch.video, kept)
-                for head in ("joint", "audio", "video"):
-                    values = getattr(output, head)
-                    if values is not None:
-                        values = values.float()
-                        logits.setdefault(head, values.new_zeros(len(clips), values.shape[1]))[batch.clips] = values
+            with compiled(batch.total == batch_size):
+                output = model(batch.audio, batch.video, kept)
+            for head in ("joint", "audio", "video"):
+                values = getattr(output, head)
+                if values is not None:
+                    values = values.float()
+                    rows = logits.setdefault(head, values.new_zeros(len(clips), values.shape[1]))
+                    if batch.share > 0:  # else the clip is another process's, which counts it
+                        rows[batch.clips] = values
             bar.update(batch.total)
             after_batch()
     logits = {head: distributed.sum_over_ranks(values) for head, values in logits.items()}
@@ -399,30 +400,25 @@ def refresh_batchnorm(model: nn.Module, clips: Clips, kept: str, args: argparse.
 # -------------------------------------------------------------------------------------------------------------- set-up
 
 
-def choose_device(args: argparse.Namespace) -> torch.device:
-    """The device of this process. Starts one process per GPU by torchrun where several are to be used."""
+def choose_device(args: argparse.Namespace, typed: bool) -> torch.device:
+    """The device of this process. Where several GPUs are to be used and train.py was `typed` as a command, starts it
+    anew by torchrun, a process for each; another program that calls `main` keeps to one."""
     available = torch.cuda.device_count() if args.device != "cpu" else 0
     if args.device == "cuda" and not available:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; type --device cpu, or leave the flag out")
     if not available:
         if args.gpu_ids is not None:
             print(f"no CUDA device in use: --gpu_ids {args.gpu_ids} has no effect, running on the CPU")
-        return distributed.start("cpu")
-    if "WORLD_SIZE" not in os.environ:
-        ids = list(range(available)) if args.gpu_ids is None else [int(part) for part in args.gpu_ids.split(",")]
-        if max(ids) >= available or len(set(ids)) < len(ids):
-            raise UserError(
-                f"--gpu_ids {args.gpu_ids}: this machine has {available} GPU(s), numbered from 0, each usable once"
-            )
-        ids = ids if args.train else ids[:1]
-        visible = (
-            os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else None
+        return distributed.start([])
+    ids = list(range(available)) if args.gpu_ids is None else [int(part) for part in args.gpu_ids.split(",")]
+    if max(ids) >= available or len(set(ids)) < len(ids):
+        raise UserError(
+            f"--gpu_ids {args.gpu_ids}: this machine has {available} GPU(s), numbered from 0, each usable once"
         )
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[i] if visible else str(i) for i in ids)
-        if len(ids) > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(ids)}"]
-            os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
-    return distributed.start("cuda")
+    if typed and args.train and len(ids) > 1 and "WORLD_SIZE" not in os.environ:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(ids)}"]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+    return distributed.start(ids)
 
 
 def load_parts(args: argparse.Namespace) -> tuple[Folder, dict[str, Part]]:
@@ -573,7 +569,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.device != "cuda":
         use_huge_pages()
-    device = choose_device(args)
+    device = choose_device(args, typed=argv is None)
     started = time.perf_counter()
 
     # run folder and seed
@@ -585,8 +581,9 @@ def main(argv: list[str] | None = None) -> None:
     # data
     folder, parts = load_parts(args)
     used = {name: part for name, part in parts.items() if args.train or name == "test"}
-    cache = choose_cache(args.cache, folder.root, list(used.values()), folder.audio_shape, device, args.pack_size)
     spec = get_spec(args.dataset)
+    step = step_bytes(args.batch_size, spec.frames, args.image_size, folder.audio_shape)
+    cache = choose_cache(args.cache, folder.root, used, folder.audio_shape, device, args.pack_size, step)
     feed = Feed(spec.frames, args.image_size, device, cache[0], args.num_workers, spec.crop_area, spec.mirror,
                 args.pack_size)  # fmt: skip
     clips = {name: make_clips(folder.root, name, part, folder.audio_shape, feed) for name, part in used.items()}
@@ -612,7 +609,10 @@ def main(argv: list[str] | None = None) -> None:
         return predict(bare, clips[part], inputs, 4 * args.batch_size, f"{name}{part} predictions", after_batch)
 
     if not args.train:
-        print(result_table({args.checkpoint: evaluate(predict_all("test"), clips["test"].labels, "test")}))
+        found = evaluate(predict_all("test"), clips["test"].labels, "test")
+        if distributed.is_main():
+            print(result_table({args.checkpoint: found}))
+        distributed.stop()
         return
     model = parallel(bare)
 
@@ -707,7 +707,7 @@ def main(argv: list[str] | None = None) -> None:
                 logits = predict_all("train", f"epoch {epoch}, ", lambda: pause(trained=False))
                 low_is_hard = remix.difficulty(logits["audio"], logits["video"], args.score, clips["train"].labels,
                                                epoch_generator(args.random_seed, epoch, "score"))  # fmt: skip
-                before, kept = kept, remix.decouple(low_is_hard, args.keep).cpu()
+                before, kept = kept, distributed.same(remix.decouple(low_is_hard, args.keep)).cpu()
                 # partition.csv shows the KL whatever the score
                 position.kl = torch.stack([remix.kl_from_uniform(logits[name]) for name in ("audio", "video")], 1).cpu()
                 if args.diagnose:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models import AVClassifier, Output
+from utils.acceleration import compiled
 from utils.diagnostics import aside, collect
 from utils.distributed import sum_over_ranks, world_size
 from utils.seeding import step_generator
@@ -172,7 +173,7 @@ class Method:
         size = 4 * self.run.flags.batch_size
         plan = [Fed(indices, "both") for indices in clips.split(size)]
         source = self.run.clips[part]
-        with aside(self.model):
+        with aside(self.model), compiled(False):  # these batches' sizes would each be compiled
             batches = source.epoch(plan, generator)
             found = collect(batches, lambda batch: self.model(batch.audio, batch.video, batch.kept), len(source))
         return {name: found[f"{name}_features"][clips.to(source.device)] for name in MODALITIES}

@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here")
-    device = distributed.start("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = distributed.start([0] if args.device != "cpu" and torch.cuda.is_available() else [])
     names, about = choose_settings(args.settings, device), machine(device)
     resident = "device" if device.type == "cuda" else "ram"
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:

@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         wall = time.perf_counter() - clock
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         config = json.loads((Path(folder) / "run" / "config.json").read_text())
+    about |= config["hardware"]  # of the run, which may have had several processes
     flops = flops_per_clip(args.model, 6, get_spec("folder").frames, args.image_size, args.audio_shape)
     rows = []
     for phase in dict.fromkeys(line["phase"] for line in lines):

@@ -5,8 +5,6 @@ Both draw the same views for the same generator, so they feed the same pictures.
 Shapes: N clips, B clips of a batch on this process, T frames, S x S pixels, (F, W) spectrogram.
 """
 
-import os
-import shutil
 import signal
 import warnings
 from collections.abc import Iterator
@@ -24,16 +22,19 @@ from dataset.pack import (
     Pack,
     fit,
     frame_size,
+    is_packed,
     open_pack,
     pack_bytes,
     read_frame,
     read_spectrogram,
+    room_for_packs,
     shrink,
     stored_size,
 )
 from utils.distributed import barrier, is_first_here, local_processes, lowest, rank, world_size
 from utils.errors import UserError
 from utils.interrupt import SIGNALS
+from utils.memory import available_ram, gigabytes
 
 CACHES = ("auto", "none", "ram", "device")
 SLOWEST_FIRST = ("none", "ram", "device")
@@ -78,7 +79,7 @@ class Clips:
         self.frames, self.image_size, self.device = feed.frames, feed.image_size, feed.device
         self.crops = (feed.crop_area, feed.mirror)
         self.counts = torch.tensor([len(f) for f in part.frames])
-        self.sizes = sizes  # (N, 2) height and width of each clip's stored frames
+        self.sizes = sizes  # (N, 2) height and width of each clip's frames, pack_size applied
         self.labels = torch.as_tensor(part.labels).to(feed.device)
 
     def __len__(self) -> int:
@@ -128,8 +129,11 @@ class ResidentClips(Clips):
     """Clips held in memory: on the compute device, or (cache ram) on the host and gathered there batch by batch."""
 
     def __init__(self, part: Part, pack: Pack, feed: "Feed"):
-        size = torch.tensor(pack.frames.shape[-2:]).expand(len(part.clips), 2)
-        super().__init__(part, feed, size)
+        # Views are drawn for the frames as they were, as on the other path, and found again in frames kept at one size.
+        sizes = torch.tensor([shrink(frame_size(paths[0]), feed.pack_size) for paths in part.frames])
+        super().__init__(part, feed, sizes)
+        kept = torch.tensor(pack.frames.shape[-2:])
+        self.scale = kept / sizes if (sizes != kept).any() else None  # (N, 2)
         self.store = store = feed.device if feed.cache == "device" else torch.device("cpu")
         # Memory-mapped arrays are read-only, which PyTorch warns of; nothing here writes to them.
         self.pixels = _as_tensor(pack.frames).to(store)  # (K, 3, H, W)
@@ -139,7 +143,7 @@ class ResidentClips(Clips):
     def _load(self, jobs: list[Job]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         clips = [job.clips for job in jobs]
         rows = [(self.first[job.clips][:, None] + job.views.picks).flatten() for job in jobs]  # (B*T,) each
-        boxes = [job.views.boxes.flatten(0, 1) for job in jobs]
+        boxes = [self._boxes(job).flatten(0, 1) for job in jobs]
         flips = [job.views.flips.flatten() for job in jobs]
         placed = (_to_device(clips, self.store), _to_device(rows, self.store),
                   _to_device(boxes, self.device), _to_device(flips, self.device))  # fmt: skip
@@ -147,6 +151,16 @@ class ResidentClips(Clips):
             audio = self._take(self.spectrograms, clip) if job.audio else None
             pixels = crop_resize(self._take(self.pixels, row), box, flip, self.image_size) if job.video else None
             yield audio, pixels
+
+    def _boxes(self, job: Job) -> Tensor:
+        """Where the boxes (B, T, 4) of the job's views lie in the frames as they are kept, in whole pixels."""
+        if self.scale is None:
+            return job.views.boxes
+        start, extent = job.views.boxes.double().split(2, dim=2)  # (B, T, 2) each
+        scale = self.scale[job.clips].double()[:, None]
+        first, last = (start * scale).round(), ((start + extent) * scale).round()
+        first = torch.minimum(first, torch.tensor(self.pixels.shape[-2:]).double() - 1)
+        return torch.cat([first, (last - first).clamp(min=1)], dim=2).long()
 
     def _take(self, array: Tensor, rows: Tensor) -> Tensor:
         """Rows of `array` on the device, from the host by way of pinned memory: the host need not wait for the copy."""
@@ -252,56 +266,54 @@ def make_clips(root: Path, name: str, part: Part, audio_shape: tuple[int, int], 
     return ResidentClips(part, pack, feed)
 
 
+def step_bytes(batch_size: int, frames: int, image_size: int, audio_shape: tuple[int, int]) -> float:
+    """About what a run takes on a GPU beside the clips: weights, optimizer and CUDA itself, and the step's activations.
+
+    Per pixel or spectrogram value that is fed, ResNet-18 keeps 450 bytes for the gradient in float32 (counted in
+    tests/test_clips.py); scoring, at four times the batch, and the crops it is fed take more: 700. That is too much for
+    thinner trunks and for bf16.
+    """
+    return 1.5e9 + 700 * batch_size * (frames * image_size**2 + audio_shape[0] * audio_shape[1])
+
+
 def choose_cache(
     cache: str,
     root: Path,
-    parts: list[Part],
+    parts: dict[str, Part],
     audio_shape: tuple[int, int],
     device: torch.device,
     pack_size: int | None = None,
+    step: float = 0,
 ) -> tuple[str, str]:
     """The data path, and why it. For `auto` the fastest on which `parts` surely fit: GPU, host memory, else files.
 
-    All processes agree on the slowest that any of them chooses. Raises `UserError` if `device` is asked for and the
-    clips are larger than what the GPU has free.
+    `step` is what training takes on the GPU beside the clips, in bytes. All processes agree on the slowest that any of
+    them chooses. Raises `UserError` if `device` is asked for and the clips are larger than what the GPU has free.
     """
-    needed = sum(pack_bytes(part, stored_size(part, pack_size), audio_shape) for part in parts)
+    sizes = {name: stored_size(part, pack_size) for name, part in parts.items()}
+    needed = sum(pack_bytes(part, sizes[name], audio_shape) for name, part in parts.items())
     on_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if cache == "device" and device.type == "cuda" and needed > on_gpu:
-        raise UserError(f"--cache device: the clips take {_gigabytes(needed)}, the GPU has {_gigabytes(on_gpu)} free; "
+        raise UserError(f"--cache device: the clips take {gigabytes(needed)}, the GPU has {gigabytes(on_gpu)} free; "
                         "type --cache auto, or a smaller --pack_size")  # fmt: skip
     if cache != "auto":
         return cache, f"--cache {cache}"
-    # One file that all processes map; where it cannot be written, each has to hold the clips itself.
-    writable = os.access(root, os.W_OK) and shutil.disk_usage(root).free > needed
-    free, copies = available_ram(), 1 if writable else local_processes()
-    if needed < SHARE_OF_DEVICE * on_gpu:
-        own, why = "device", f"{_gigabytes(needed)}, {_gigabytes(on_gpu)} free on the GPU"
-    elif copies * needed < SHARE_OF_RAM * free:
-        own, why = "ram", f"{_gigabytes(needed)}, {_gigabytes(free)} of memory free"
-        why += f", only {_gigabytes(on_gpu)} on the GPU" if device.type == "cuda" else ""
+    # One file that all processes map; where there is none and none can be written, each has to hold the clips itself,
+    # if only until they are on its GPU.
+    shared = room_for_packs(root) > needed
+    shared = shared or all(is_packed(root, name, part, sizes[name], audio_shape) for name, part in parts.items())
+    free, held = available_ram(), needed if shared else local_processes() * needed
+    fits_memory = held < SHARE_OF_RAM * free
+    if needed < SHARE_OF_DEVICE * on_gpu and needed + step < on_gpu and (shared or fits_memory):
+        own, why = "device", f"{gigabytes(needed)}, {gigabytes(on_gpu)} free on the GPU"
+    elif fits_memory:
+        own, why = "ram", f"{gigabytes(needed)}, {gigabytes(free)} of memory free"
+        why += f", only {gigabytes(on_gpu)} on the GPU" if device.type == "cuda" else ""
     else:
         own = "none"
-        why = f"{_gigabytes(copies * needed)} would be over {SHARE_OF_RAM:.0%} of the {_gigabytes(free)} of memory free"
+        why = f"{gigabytes(held)} would be over {SHARE_OF_RAM:.0%} of the {gigabytes(free)} of memory free"
     agreed = SLOWEST_FIRST[lowest(SLOWEST_FIRST.index(own), device)]
     return agreed, f"--cache auto: {why}" if agreed == own else "--cache auto: another process has less memory free"
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"
-
-
-def available_ram() -> int:
-    """Bytes of host memory that can be taken without swapping, a container's limit included where there is one."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError, StopIteration):  # not Linux, no container, or "max"
-        pass
-    return free
 
 
 def _as_tensor(array) -> Tensor:

@@ -7,6 +7,7 @@ folder is made under a temporary name and renamed when whole, so neither is half
 Shapes: N clips, K frames in all, H x W stored pixels, (F, W) spectrogram.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,8 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.folder import Part
+from utils.distributed import local_processes
 from utils.errors import UserError
 from utils.files import TEMPORARY
+from utils.memory import available_ram, gigabytes
 
 KEPT_SECONDS = 24 * 3600  # a pack that no run has opened for so long goes when the next one is made
 FORMAT = 1  # raise when the layout changes, so that older packs are made anew
@@ -84,23 +87,52 @@ def open_pack(root: Path, name: str, part: Part, size: tuple[int, int], audio_sh
     """The pack of part `name`, made now if there is none for these very files.
 
     Raises `UserError` for a frame or spectrogram that cannot be read. Where `root` cannot be written, the arrays are
-    held in memory instead, and a line says so.
+    held in memory instead, and a line says so; a `UserError` if they do not fit, once for each process of the machine.
     """
     counts = np.array([len(frames) for frames in part.frames], dtype=np.int64)
     first = np.concatenate([[0], counts.cumsum()[:-1]]) if len(counts) else counts
-    key = _key(part, size)
-    folder = root / ".pack" / f"{name}-{key}"
+    folder = _folder(root, name, part, size)
     arrays = _load(folder, part, size, audio_shape)
     if arrays is None:
         try:
             _write(folder, name, part, size, audio_shape)
         except OSError as error:
+            needed, free = local_processes() * pack_bytes(part, size, audio_shape), available_ram()
+            if needed > free:
+                why = (
+                    f"no pack written ({error.strerror}), and of {gigabytes(free)} of free memory the clips would take"
+                )
+                raise UserError(f"{root}: {why} {gigabytes(needed)}; type --cache none") from None
             print(f"{root}: no pack written ({error.strerror}); holding the clips in this process's memory instead")
             return Pack(*_decode(part, size, audio_shape, np.empty), first, counts)
         arrays = _load(folder, part, size, audio_shape)
+        if arrays is None:
+            raise UserError(f"{folder}: unreadable right after it was written; delete it and run again")
     with suppress(OSError):  # a read-only folder's packs are not ours to clear either
         os.utime(folder / "pack.json")
     return Pack(*arrays, first, counts)
+
+
+def is_packed(root: Path, name: str, part: Part, size: tuple[int, int], audio_shape: tuple[int, int]) -> bool:
+    """Whether `open_pack` would find a whole pack and write nothing."""
+    return _load(_folder(root, name, part, size), part, size, audio_shape) is not None
+
+
+def room_for_packs(root: Path) -> int:
+    """Bytes that packs of the training folder `root` may take on its disk, 0 where none can be written there.
+
+    What killed processes left unfinished is deleted first.
+    """
+    packs = root / ".pack"
+    place = packs if packs.exists() else root
+    if not os.access(place, os.W_OK | os.X_OK):
+        return 0
+    _remove_abandoned(packs)
+    return shutil.disk_usage(place).free
+
+
+def _folder(root: Path, name: str, part: Part, size: tuple[int, int]) -> Path:
+    return root / ".pack" / f"{name}-{_key(part, size)}"
 
 
 def _load(
@@ -153,10 +185,9 @@ def _key(part: Part, size: tuple[int, int]) -> str:
 
 def _write(folder: Path, name: str, part: Part, size: tuple[int, int], audio_shape: tuple[int, int]) -> None:
     folder.parent.mkdir(exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if pack_bytes(part, size, audio_shape) > free:
-        raise OSError(28, "not enough room on the disk")
-    _remove_abandoned(folder.parent)
+    _remove_abandoned(folder.parent)  # before looking for room: they may be what fills the disk
+    if pack_bytes(part, size, audio_shape) > shutil.disk_usage(folder.parent).free:
+        raise OSError(errno.ENOSPC, "not enough room on the disk")
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder.parent))
     held = _hold(temporary)
     try:
@@ -174,12 +205,13 @@ def _write(folder: Path, name: str, part: Part, size: tuple[int, int], audio_sha
             array.flush()
         (temporary / "pack.json").write_text(json.dumps({"clips": len(part.clips), "size": size, "format": FORMAT}))
         os.chmod(temporary, 0o755)
-        if (folder / "pack.json").exists():  # damaged: `_load` did not take it
-            shutil.rmtree(folder)
+        if _load(folder, part, size, audio_shape) is not None:
+            return  # another process made the same pack meanwhile, and may have it open: use that one
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one, if any
         try:
             temporary.rename(folder)
         except OSError:
-            if not (folder / "pack.json").exists():  # another process made the same pack meanwhile: use that one
+            if _load(folder, part, size, audio_shape) is None:
                 raise
     finally:
         os.close(held)

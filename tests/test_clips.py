@@ -11,10 +11,12 @@ from helpers import make_folder
 
 import remix
 from dataset import clips as clips_module
-from dataset.clips import Feed, FileClips, ResidentClips, available_ram, choose_cache, make_clips
+from dataset import pack as pack_module
+from dataset.clips import Feed, FileClips, ResidentClips, choose_cache, make_clips, step_bytes
 from dataset.folder import load_folder
-from dataset.pack import open_pack, pack_bytes, stored_size
+from dataset.pack import open_pack, pack_bytes, room_for_packs, stored_size
 from dataset.specs import get_spec
+from models import AVClassifier
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -134,6 +136,40 @@ def test_a_half_written_pack_is_not_read(tmp_path, monkeypatch):
     assert list((root / ".pack").iterdir()) == []
 
 
+def test_a_pack_that_another_process_finished_first_is_used_and_left_alone(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data")
+    folder = load_folder(root, get_spec("folder"))
+    asked = (root, "train", folder.parts["train"], (40, 48), folder.audio_shape)
+    decode, others = pack_module._decode, []
+
+    def slow(*args):
+        monkeypatch.setattr(pack_module, "_decode", decode)
+        others.append(open_pack(*asked))  # while this one is at work
+        others.append(next((root / ".pack").glob("train-*/frames.npy")).stat().st_ino)
+        return decode(*args)
+
+    monkeypatch.setattr(pack_module, "_decode", slow)
+    mine = open_pack(*asked)
+    assert next((root / ".pack").glob("train-*/frames.npy")).stat().st_ino == others[1]
+    assert np.array_equal(mine.frames, others[0].frames) and len(list((root / ".pack").iterdir())) == 1
+
+
+def test_what_a_killed_run_left_is_cleared_before_room_is_measured(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "data")
+    folder = load_folder(root, get_spec("folder"))
+    left, usage = root / ".pack" / ".tmp-left", shutil.disk_usage(root)
+    full = lambda _: usage._replace(free=0 if left.exists() else 10**9)  # noqa: E731  (it is what fills the disk)
+    monkeypatch.setattr(pack_module.shutil, "disk_usage", full)
+    for use in (
+        lambda: room_for_packs(root) == 10**9,
+        lambda: len(open_pack(root, "train", folder.parts["train"], (40, 48), folder.audio_shape).counts) == 24,
+    ):
+        left.mkdir(parents=True)
+        (left / "frames.npy").write_bytes(bytes(1000))
+        assert use() and not left.exists()
+    assert len(list((root / ".pack").glob("train-*"))) == 1
+
+
 def test_where_the_folder_cannot_be_written_memory_is_used(tmp_path, monkeypatch, capsys):
     root = make_folder(tmp_path / "data")
     folder = load_folder(root, get_spec("folder"))
@@ -153,14 +189,31 @@ def test_frames_of_another_size_are_resized_to_the_most_common(tmp_path):
     assert open_pack(root, "train", folder.parts["train"], (40, 48), folder.audio_shape).frames.shape[2:] == (40, 48)
 
 
+@pytest.mark.parametrize("size", [(90, 60), (45, 120)])
+def test_frames_of_another_shape_are_cropped_alike_on_either_path(tmp_path, size):
+    """A box is drawn for the frame as it was: kept at another shape, it is found again there."""
+    root = make_folder(tmp_path / "data", train=8, size=(60, 80))
+    ramp = np.linspace(0, 200, size[0])[:, None, None] + np.linspace(0, 55, size[1])[None, :, None] + np.zeros(3)
+    for path in (root / "visual" / "train_0003").glob("*.jpg"):
+        cv2.imwrite(str(path), ramp.round().astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 100])
+    folder = load_folder(root, get_spec("folder"))
+    plan = remix.batches_of(8, 8, "both", None)
+    for seed in (None, 0, 1, 2):
+        fed = {}
+        for cache in ("none", "ram"):
+            clips, (fed[cache],) = load(folder, cache, plan, seed)
+            assert clips.sizes[3].tolist() == list(size)
+        apart = (fed["none"].video - fed["ram"].video).abs().amax(dim=(1, 2, 3, 4)) * 255 * 0.225  # in levels
+        assert apart[3] < 6 and apart[[0, 1, 2, 4, 5, 6, 7]].max() < 1.5, apart  # a pixel of the ramp is 2 to 5 levels
+
+
 def test_auto_takes_the_fastest_path_that_fits_and_says_why(folder, monkeypatch):
-    parts = list(folder.parts.values())
     needed = 30 * 3 * 3 * 40 * 48 + 30 * 4 * 33 * 20  # 30 clips of three frames, 599,040 bytes
 
-    def choose(cache="auto", device=CPU, free=10**10, on_gpu=0):
+    def choose(cache="auto", device=CPU, free=10**10, on_gpu=0, step=0):
         monkeypatch.setattr(clips_module, "available_ram", lambda: free)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (on_gpu, 10**11))
-        return choose_cache(cache, folder.root, parts, folder.audio_shape, device)
+        return choose_cache(cache, folder.root, folder.parts, folder.audio_shape, device, step=step)
 
     gpu = torch.device("cuda", 0)
     assert choose() == ("ram", "--cache auto: 0.0006 GB, 10 GB of memory free")
@@ -168,17 +221,61 @@ def test_auto_takes_the_fastest_path_that_fits_and_says_why(folder, monkeypatch)
     assert "over 50% of the 1e-06 GB" in choose(free=1000)[1]
     assert choose(device=gpu, on_gpu=2 * needed) == ("device", "--cache auto: 0.0006 GB, 0.0012 GB free on the GPU")
     assert choose(device=gpu, on_gpu=needed)[0] == "ram"
+    assert choose(device=gpu, on_gpu=9 * needed, step=7 * needed)[0] == "device"
+    assert choose(device=gpu, on_gpu=9 * needed, step=8 * needed)[0] == "ram"  # no room for the step itself
     assert choose(device=gpu, on_gpu=needed, free=1000)[0] == "none"
     assert choose("none") == ("none", "--cache none")
     with pytest.raises(UserError, match=r"--cache device: .*--pack_size"):
         choose("device", device=gpu, on_gpu=needed - 1)
-    # Where no pack can be written each process holds its own copy.
+
+
+def test_where_no_pack_can_be_written_auto_counts_a_copy_for_each_process(tmp_path, monkeypatch):
+    folder = load_folder(make_folder(tmp_path / "data", train=6, test=3), get_spec("folder"))
+    needed = 9 * (3 * 3 * 40 * 48 + 4 * 33 * 20)
     monkeypatch.setattr(clips_module, "local_processes", lambda: 4)
-    assert choose(free=7 * needed)[0] == "ram"
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert choose(free=7 * needed)[0] == "none" and choose(free=9 * needed)[0] == "ram"
-    monkeypatch.undo()
-    assert 1e8 < available_ram() < 1e14
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**10, 10**11))
+
+    def choose(free, device=CPU):
+        monkeypatch.setattr(clips_module, "available_ram", lambda: free)
+        return choose_cache("auto", folder.root, folder.parts, folder.audio_shape, device)[0]
+
+    gpu = torch.device("cuda", 0)
+    assert choose(7 * needed) == "ram" and choose(7 * needed, gpu) == "device"
+    monkeypatch.setattr(pack_module.os, "access", lambda path, mode: False)
+    assert choose(7 * needed) == "none" and choose(9 * needed) == "ram"
+    assert choose(7 * needed, gpu) == "none" and choose(9 * needed, gpu) == "device"  # each decodes it first
+    for name, part in folder.parts.items():  # packs that somebody else made: one file for all
+        open_pack(folder.root, name, part, (40, 48), folder.audio_shape)
+    assert choose(7 * needed) == "ram" and choose(7 * needed, gpu) == "device"
+
+
+def test_clips_that_fit_neither_disk_nor_memory_are_one_line(tmp_path, monkeypatch):
+    folder = load_folder(make_folder(tmp_path / "data"), get_spec("folder"))
+    (folder.root / ".pack").write_text("in the way")
+    monkeypatch.setattr(pack_module, "available_ram", lambda: 1000)
+    with pytest.raises(UserError, match=r"no pack written .*--cache none"):
+        open_pack(folder.root, "train", folder.parts["train"], (40, 48), folder.audio_shape)
+
+
+def test_what_a_step_takes_is_not_underestimated():
+    """The activations that autograd keeps, counted on the full-size network without computing anything."""
+    batch, frames, side, shape = 4, 2, 224, (257, 188)
+    with torch.device("meta"):
+        network = AVClassifier(6, "resnet18")
+        fed = torch.empty(batch, 1, *shape), torch.empty(batch, frames, 3, side, side)
+    kept = {}
+
+    def keep(tensor):
+        kept[id(tensor.untyped_storage())] = (tensor, tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = network(*fed)
+    weights = sum(p.untyped_storage().nbytes() for p in network.parameters())
+    activations = sum(size for _, size in kept.values()) - weights
+    values = batch * (frames * side**2 + shape[0] * shape[1])
+    assert output.joint.shape == (batch, 6) and 300 < activations / values < 500
+    assert activations + 4 * weights < step_bytes(batch, frames, side, shape)  # weights, gradients, two of Adam
 
 
 @pytest.mark.parametrize(("pack_size", "stored"), [(None, (90, 120)), (60, (60, 80)), (200, (90, 120))])

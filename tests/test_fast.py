@@ -71,6 +71,21 @@ def test_a_compiled_run_resumes_and_gives_the_same_network(data, tmp_path, monke
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
 
 
+def test_a_balance_method_compiles_nothing_more(data, tmp_path, monkeypatch):
+    sizes = []
+
+    def backend(module, inputs):
+        sizes.append(next(x.shape[0] for x in inputs if x.dim() == 4 and not x.requires_grad))
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(acceleration, "try_to_compile", lambda device: None)
+    torch.compiler.reset()
+    run(data, tmp_path, "pmr", "--warmup", "1", "--epochs", "2", "--compile", "--balance", "pmr")
+    torch.compiler.reset()
+    assert sorted(sizes) == [8, 16, 32, 64]  # PMR's prototypes take passes over batches of other sizes
+
+
 def test_without_a_compiler_there_is_one_line(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"--compile: no C.. compiler .no-such-compiler. found.*leave the flag out"):
@@ -232,16 +247,19 @@ def test_no_step_waits_for_the_gpu(data, cache):
     optimizer = train.make_optimizer(model, args)
     plan = remix.batches_of(34, 8, "both", torch.Generator().manual_seed(0))
     train.train_epoch(model, clips, plan, optimizer, 0, args)  # what is made once is made here
-    model.train()
-    batches = clips.epoch(plan, torch.Generator().manual_seed(0))
-    next(batches)  # the epoch's one copy
+    train.predict(model, clips, "both", 8, "")
+    steps = []
+
+    def no_more_waiting():  # from the first batch on: the epoch's one copy is behind it
+        steps.append(len(steps))
+        torch.cuda.set_sync_debug_mode("error" if len(steps) < len(plan) else "default")
+
     try:
-        torch.cuda.set_sync_debug_mode("error")
-        for batch in batches:
-            loss = sum(train.loss_terms(model(batch.audio, batch.video), batch.labels, "both", args).values())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+        train.train_epoch(model, clips, plan, optimizer, 1, args, after_step=no_more_waiting)
+        assert len(steps) == len(plan)
+        steps.clear()
+        train.predict(model, clips, "both", 8, "", no_more_waiting)
+        assert len(steps) == len(plan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

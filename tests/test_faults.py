@@ -577,6 +577,21 @@ def no_memory(stage: Stage) -> str:
     return stage.train()
 
 
+@fault("Environment", "a tensor larger than memory")
+def large_tensor(stage: Stage) -> str:
+    stage.in_epoch(lambda: torch.empty(2**60, dtype=torch.uint8))
+    return stage.train()
+
+
+@fault("Environment", "no GPU memory left")
+def no_gpu_memory(stage: Stage) -> str:
+    def refuse() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nAnd more lines.")
+
+    stage.in_epoch(refuse)
+    return stage.train()
+
+
 @fault("Environment", "`--device cuda` without CUDA")
 def no_cuda(stage: Stage) -> str:
     stage.patch.setattr(torch.cuda, "device_count", lambda: 0)

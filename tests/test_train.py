@@ -252,11 +252,60 @@ def test_two_processes_equal_one(data, runs):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [(runs / name / "partition.csv").read_text().splitlines() for name in ("one", "two")]
     assert len(rows[0]) == 35
-    for a, b in zip(*rows, strict=True):
-        assert a.split(",")[:2] == b.split(",")[:2] and a.split(",")[4] == b.split(",")[4]
+    assert rows[0][0] == rows[1][0] == "clip,label,kl_audio,kl_video,kept"
+    for a, b in zip(*(lines[1:] for lines in rows), strict=True):
+        a, b = a.split(","), b.split(",")
+        assert a[:2] == b[:2] and a[4] == b[4]
+        assert [float(x) for x in a[2:4]] == pytest.approx([float(x) for x in b[2:4]], rel=1e-4, abs=1e-6)
     a, b = metrics(one)[0], metrics(runs / "two")[0]
     assert (a["n_audio"], a["n_video"]) == (b["n_audio"], b["n_video"])
     assert a["seconds_train"] > 0 and b["seconds_train"] > 0
+
+
+def test_fewer_test_clips_than_processes(tmp_path):
+    """One process has none of its own; it trains and evaluates all the same, and one table is printed."""
+    data = make_folder(tmp_path / "data", train=18, test=1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY]
+    where = ["--data_root", str(data), "--log_path", str(tmp_path)]
+    for more in (
+        ["--train", "--run_name", "two", "--epochs", "2", "--warmup", "1", "--diagnose"],
+        ["--checkpoint", str(tmp_path / "two" / "last.pth")],
+    ):
+        done = subprocess.run([*command, *where, *more], cwd=REPO, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-2000:]
+        tables = [line for line in done.stdout.splitlines() if line.split()[:2] == ["multimodal", "audio"]]
+        assert len(tables) == 1, done.stdout
+    assert metrics(tmp_path / "two")[-1]["test_acc"] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rank", "gpu"), [([], 1, 1), (["--gpu_ids", "2,3"], 1, 3), (["--gpu_ids", "2"], 0, 2)]
+)
+def test_each_process_of_torchrun_takes_the_gpu_it_is_given(flags, rank, gpu, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(rank + 1))
+    monkeypatch.setenv("WORLD_SIZE", "1")  # no group to join
+    args = train.parse_args(["--train", *flags])
+    assert train.choose_device(args, typed=True) == torch.device("cuda", gpu) and taken == [torch.device("cuda", gpu)]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    with pytest.raises(UserError, match=r"5 processes for .*--nproc_per_node"):
+        train.choose_device(args, typed=True)
+
+
+def test_several_gpus_start_torchrun_only_where_train_py_was_typed(monkeypatch):
+    started = []
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(train.os, "execv", lambda program, words: started.append(words))
+    args = train.parse_args(["--train"])
+    assert train.choose_device(args, typed=False) == torch.device("cuda", 0) and not started
+    monkeypatch.setattr(sys, "argv", ["train.py", "--train"])
+    train.choose_device(args, typed=True)
+    assert started[0][-3:] == ["--nproc_per_node=2", "train.py", "--train"]
 
 
 @pytest.mark.parametrize(("flags", "message"), [

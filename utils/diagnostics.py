@@ -77,12 +77,12 @@ def collect(batches: Iterable, forward: Callable, clips: int) -> dict[str, Tenso
     """Every head's logits (N, C) and both features (N, D) of a part of N `clips`, over all processes."""
     found: dict[str, Tensor] = {}
     for batch in batches:
-        if batch.share == 0:
-            continue
         for name, values in forward(batch)._asdict().items():
             if values is not None:
                 values = values.float()
-                found.setdefault(name, values.new_zeros(clips, values.shape[1]))[batch.clips] = values
+                rows = found.setdefault(name, values.new_zeros(clips, values.shape[1]))
+                if batch.share > 0:  # else the clip is another process's, which counts it
+                    rows[batch.clips] = values
     return {name: sum_over_ranks(values) for name, values in found.items()}
 
 

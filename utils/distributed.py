@@ -8,20 +8,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 _hosts = None  # the group in which hosts talk past their GPUs: asking it waits for no kernel; None is the default group
 
 
-def start(device: str) -> torch.device:
-    """Join the group torchrun describes in the environment, if any; returns this process's device."""
+def start(gpus: list[int]) -> torch.device:
+    """Join the group torchrun describes in the environment, if any; returns this process's device.
+
+    gpus: of this machine, for its processes in turn; without any the CPU is used. Raises `UserError` if there are more
+    processes than GPUs.
+    """
+    here, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if gpus and here > len(gpus):
+        raise UserError(f"torchrun: {here} processes for {len(gpus)} GPU(s); type --nproc_per_node={len(gpus)}")
+    device = torch.device("cuda", gpus[local]) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
         global _hosts
-        _hosts = dist.new_group(backend="gloo") if device == "cuda" else None
-    if device == "cuda":
-        local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(local)
-        return local
-    return torch.device("cpu")
+        _hosts = dist.new_group(backend="gloo") if gpus else None
+    return device
 
 
 def stop() -> None:
@@ -77,6 +85,13 @@ def any_rank(flag: bool) -> bool:
     votes = torch.tensor([int(flag)])
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_hosts)
     return bool(votes.item())
+
+
+def same(values: Tensor) -> Tensor:
+    """Rank 0's `values` on every process, in place: what each works out by itself may differ in the last bit."""
+    if dist.is_initialized():
+        dist.broadcast(values, 0)
+    return values
 
 
 def same_buffers(model: nn.Module) -> None:

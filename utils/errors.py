@@ -34,11 +34,16 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported for this
+            print("error: out of GPU memory; try a lower --batch_size or --cache ram", file=sys.stderr)
+        elif "DefaultCPUAllocator" in str(error):
+            print("error: out of memory; try --cache none or a lower --batch_size", file=sys.stderr)
         # PyTorch raises it out of a signal handler, wherever the program happens to be.
-        if "DataLoader worker" not in str(error):
+        elif "DataLoader worker" in str(error):
+            print("error: --num_workers: a process that reads clips was killed, by a lack of memory or by hand; "
+                  "go on with --resume, with fewer workers if it happens again", file=sys.stderr)  # fmt: skip
+        else:
             raise
-        print("error: --num_workers: a process that reads clips was killed, by a lack of memory or by hand; "
-              "go on with --resume, with fewer workers if it happens again", file=sys.stderr)  # fmt: skip
         status = 2
     except OSError as error:
         if error.filename is None or error.strerror is None:

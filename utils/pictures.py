@@ -95,7 +95,7 @@ def predict_again(run: Path, config: dict, data_root: Path | None) -> Predicted:
         raise UserError(f"{folder.root}: other classes than the run's; give its own data with --data_root DIR")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = config.get("pack_size")  # None too for runs from before there was the flag
-    cache, _ = choose_cache("auto", folder.root, [parts["test"]], folder.audio_shape, device, size)
+    cache, _ = choose_cache("auto", folder.root, {"test": parts["test"]}, folder.audio_shape, device, size)
     feed = Feed(get_spec(config["dataset"]).frames, config["image_size"], device, cache, workers=0, pack_size=size)
     test = make_clips(folder.root, "test", parts["test"], folder.audio_shape, feed)
     model = AVClassifier(len(folder.classes), config["model"], config["fusion_method"]).to(device)

@@ -1,0 +1,53 @@
+"""How much of the machine's memory may be taken, and how many bytes look like to people."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+LIMIT_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, 1
+
+
+def available_ram() -> int:
+    """Bytes of host memory that can be taken without swapping: the machine's, or what a container leaves of it."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = (PROC / "meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):  # not Linux
+        pass
+    return max(0, min([free, *_left_in_containers()]))
+
+
+def _left_in_containers() -> Iterator[int]:
+    """What each control group that this process is in has left. Cached files count as free: the kernel drops them."""
+    for folder in _control_groups():
+        for limit, used in LIMIT_FILES:
+            try:
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                counts = {name: int(value) for name, value in pairs}
+            except (OSError, ValueError):  # no such version, or no limit ("max")
+                continue
+            prefix = "total_" if "total_inactive_file" in counts else ""  # version 1: the groups below it included
+            yield left + sum(counts.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active"))
+
+
+def _control_groups() -> Iterator[Path]:
+    """Folders of this process's memory control group and those above it, in either version of the interface."""
+    try:
+        lines = (PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        group = root / path.lstrip("/")
+        yield from (folder for folder in (group, *group.parents) if folder == root or root in folder.parents)
+
+
+def gigabytes(count: float) -> str:
+    """`count` bytes in two digits: 0.54 GB, 13 GB."""
+    return f"{count / 1e9:.2g} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"
