@@ -12,6 +12,7 @@ Read it downward: flags, predict and evaluate, one training epoch, main. An epoc
 import argparse
 import copy
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -31,7 +32,7 @@ import remix
 from balance import Balance
 from dataset.clips import CACHES, Clips, Feed, choose_cache, make_clips, step_bytes
 from dataset.demo import ensure_demo
-from dataset.folder import Folder, Part, digest, load_folder, split_validation
+from dataset.folder import Folder, Part, digest, load_folder, split_by_actor, split_validation
 from dataset.specs import SPECS, get_spec
 from models import FUSIONS, MODELS, AVClassifier, Output
 from utils import distributed
@@ -81,6 +82,7 @@ PROBE_BATCHES = 4  # of training clips, on which --diagnose takes gradients
 # What may differ when a run goes on: where it runs and how long, not what it computes.
 RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "gpu_ids", "device", "data_root",
              "diagnose", "save_every", "checkpoint", "compile"}  # fmt: skip
+AS_TRAINED = ("method", "model", "fusion_method", "image_size", "pack_size")  # a checkpoint is evaluated with these
 interrupt = Interrupt()  # SIGTERM and Ctrl-C, asked for after every step
 
 
@@ -94,7 +96,10 @@ def make_parser() -> Parser:
         "--n_classes", type=number(int, 2, MANY), metavar="N", help="classes, checked against the data (theirs)"
     )
     g.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.0, help="share of train held out (0)")
-    g.add_argument("--allow_missing", action="store_true", help="train without the clips that are broken (off)")
+    g.add_argument("--split", choices=("official", "actor"), help="train and test; actor: CREMA-D, no actor in both "
+                   "(as prepared)")  # fmt: skip
+    g.add_argument("--allow_missing", action="store_true",
+                   help="go on without clips of which a file is missing, or broken at first sight (off)")  # fmt: skip
     g.add_argument(
         "--image_size", type=number(int, 8, 4096), metavar="S", help="side frames are fed at, pixels (data set's)"
     )
@@ -157,7 +162,10 @@ def make_parser() -> Parser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.checkpoint and not args.train:
+        evaluate_as_trained(args, parser.typed(argv))
 
     spec = get_spec(args.dataset)
     preset = dict(PRESETS[args.preset])
@@ -171,6 +179,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def evaluate_as_trained(args: argparse.Namespace, typed: set[str]) -> None:
+    """Take what the checkpoint's network and its input were from its config, where that was not typed.
+
+    Raises `UserError` if another network or input was typed; a checkpoint that says nothing (the official code's) takes
+    what was typed.
+    """
+    config = load_checkpoint(args.checkpoint).get("config", {})
+    for name in AS_TRAINED:
+        if name in typed and name in config and getattr(args, name) != config[name]:
+            was = f"{args.checkpoint} was trained with --{name} {config[name]}"
+            raise UserError(f"--{name} {getattr(args, name)}: {was}; leave it out")
+    same_data = "dataset" not in typed or args.dataset == config.get("dataset")
+    names = (*AS_TRAINED, "dataset", "split", "precision", *(["data_root"] if same_data else []))
+    vars(args).update({name: config[name] for name in names if name in config and name not in typed})
+
+
 def check_args(args: argparse.Namespace) -> None:
     """What no single flag can know. Raises `UserError`."""
     if not args.train and not args.checkpoint:
@@ -181,8 +205,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("--resume and --checkpoint: choose one; --resume reads the run's own last.pth")
     if args.checkpoint and not Path(args.checkpoint).is_file():
         raise UserError(f"{args.checkpoint}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
-    if args.method == "remix" and args.warmup > args.epochs:
-        raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}; Remix would never start")
+    if args.train and args.method == "remix" and args.warmup > args.epochs:
+        raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}; Remix would never start: type a "
+                        "lower --warmup, or --method baseline")  # fmt: skip
+    if args.split == "actor" and not get_spec(args.dataset).by_actor:
+        raise UserError(f"--split actor: the clip ids of {args.dataset} name no actors; leave it out")
     if args.train and not args.val_fraction and not (Path(args.data_root) / "val.csv").is_file():
         for name in balances.needs_validation(args):
             raise UserError(f"--balance {name}: measures on a validation part, never on test; type --val_fraction 0.1")
@@ -416,6 +443,9 @@ def choose_device(args: argparse.Namespace, typed: bool) -> torch.device:
             f"--gpu_ids {args.gpu_ids}: this machine has {available} GPU(s), numbered from 0, each usable once"
         )
     if typed and args.train and len(ids) > 1 and "WORLD_SIZE" not in os.environ:
+        load_parts(args)  # a mistake is told here, in one line, before there are several processes to tell it
+        if args.run_name and not args.resume:
+            claim_folder(args.log_path, args.run_name, resume=False)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(ids)}"]
         os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
     return distributed.start(ids)
@@ -426,10 +456,18 @@ def load_parts(args: argparse.Namespace) -> tuple[Folder, dict[str, Part]]:
     spec = get_spec(args.dataset)
     root = Path(args.data_root)
     if args.dataset == "demo" and root == spec.root:
-        if distributed.is_main():
-            ensure_demo(root)
-        distributed.barrier()
-    folder = load_folder(root, spec, args.allow_missing)
+        with distributed.together():
+            if distributed.is_main():
+                ensure_demo(root)
+    recut = args.split == "actor" and spec.by_actor
+    only = ("test",) if not args.train and not recut else None
+    folder = load_folder(root, spec, args.allow_missing, only)
+    prepared = folder.split.get("name", "official")
+    if args.split not in (None, prepared):
+        if not recut:
+            raise UserError(f"--split {args.split}: {root} has the {prepared} split; leave the flag out, or "
+                            f"prepare another folder with --split {args.split} (data/README.md)")  # fmt: skip
+        folder = split_by_actor(folder)
     if args.n_classes not in (None, len(folder.classes)):
         raise UserError(f"--n_classes {args.n_classes}: {root}/stat.csv names {len(folder.classes)} classes")
     parts = dict(folder.parts)
@@ -448,7 +486,12 @@ def make_optimizer(model: AVClassifier, args: argparse.Namespace) -> torch.optim
     heads = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     groups = [{"params": encoders, "lr": args.learning_rate * args.encoder_lr_decay}, {"params": heads}]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
+        # What the first step starts from anyway. Without it PyTorch's fused step fails where some parameters have had
+        # theirs and others not: in a homogeneous batch of a run without warm-up.
+        for p in model.parameters():
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
     return torch.optim.Adam(groups, lr=args.learning_rate, weight_decay=1e-4, fused=True)
 
 
@@ -465,12 +508,17 @@ def train_copy(
     clips: Clips,
     rates: list[float],
     args: argparse.Namespace,
+    after_step: Callable[[], None],
     method: balances.Method,
     kept: str,
     epoch: int,
     epochs: int,
 ) -> AVClassifier:
-    """A copy of the network, trained apart under one balance method, on clips fed as `kept`, with a fresh optimizer."""
+    """A copy of the network, trained apart under one balance method, on clips fed as `kept`, with a fresh optimizer.
+
+    With 0 `epochs` it is the network of now, BatchNorm's statistics estimated as those of a trained copy are: before
+    the first epoch they are not.
+    """
     network = copy.deepcopy(model)
     optimizer = make_optimizer(network, args)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -478,9 +526,10 @@ def train_copy(
     trained = parallel(network)
     for e in range(epoch, epoch + epochs):
         plan = remix.batches_of(len(clips), args.batch_size, kept, epoch_generator(args.random_seed, e, "plan"))
-        train_epoch(trained, clips, plan, optimizer, e, args, Balance([method]))
-    if args.batchnorm == "refreshed":  # it is measured against the network it came from, which is
-        refresh_batchnorm(network, clips, kept, args, epoch + epochs - 1)
+        train_epoch(trained, clips, plan, optimizer, e, args, Balance([method]), after_step=after_step)
+    distributed.same_buffers(network)
+    if args.batchnorm == "refreshed":
+        refresh_batchnorm(network, clips, kept, args, max(0, epoch + epochs - 1))
     return network
 
 
@@ -557,6 +606,8 @@ def announce(
             print(f"warning: {name} has no clip of {len(absent)} of {len(folder.classes)} classes: {some(absent)}")
     for note in balances.notes(args):
         print(note)
+    if args.method == "remix" and args.warmup == args.epochs:
+        print(f"warning: all {args.epochs} epochs are warm-up: no epoch of Remix, unless --resume adds some")
     balance = f" with {args.balance}" if args.balance != "none" else ""
     print(f"{args.method}{balance} for {args.epochs} epochs; run folder {run}")
 
@@ -575,11 +626,13 @@ def main(argv: list[str] | None = None) -> None:
     # run folder and seed
     method = args.method if args.balance == "none" else f"{args.method}+{args.balance.replace(',', '+')}"
     run_name = args.run_name or f"{args.dataset}_{method}_seed{args.random_seed}_{datetime.now():%Y%m%d-%H%M%S}"
-    run = claim_folder(args.log_path, run_name, args.resume) if args.train and distributed.is_main() else None
+    with distributed.together():
+        run = claim_folder(args.log_path, run_name, args.resume) if args.train and distributed.is_main() else None
     seed_everything(args.random_seed)
 
     # data
-    folder, parts = load_parts(args)
+    with distributed.together():
+        folder, parts = load_parts(args)
     used = {name: part for name, part in parts.items() if args.train or name == "test"}
     spec = get_spec(args.dataset)
     step = step_bytes(args.batch_size, spec.frames, args.image_size, folder.audio_shape)
@@ -596,6 +649,9 @@ def main(argv: list[str] | None = None) -> None:
     start = load_checkpoint(args.checkpoint) if args.checkpoint else None
     if start and not args.train:
         balances.adopt(args, start.get("config", {}), args.checkpoint)
+        if start.get("classes", folder.classes) != folder.classes:
+            raise UserError(f"{folder.root}: its classes ({some(folder.classes, 6)}) are not {args.checkpoint}'s "
+                            f"({some(start['classes'], 6)}); give its data by --data_root")  # fmt: skip
     balances.replace_heads(bare, args)
     if args.compile:
         compile_in_place([bare.audio_net, bare.visual_net], device)
@@ -611,6 +667,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.train:
         found = evaluate(predict_all("test"), clips["test"].labels, "test")
         if distributed.is_main():
+            left_out = f", {len(folder.missing)} broken ones left out" if folder.missing else ""
+            print(f"{args.dataset}, {folder.root}: {len(clips['test'])} test clips{left_out}")
             print(result_table({args.checkpoint: found}))
         distributed.stop()
         return
@@ -621,10 +679,20 @@ def main(argv: list[str] | None = None) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
 
     # balance methods
-    def copy_trainer(*how) -> AVClassifier:
-        return train_copy(bare, clips["train"], [group["lr"] for group in optimizer.param_groups], args, *how)
+    def stop_if_asked() -> None:
+        """While a copy is trained, of which nothing is kept: the epoch's start is made again."""
+        if interrupt.asked():
+            leave(f"before epoch {epoch}, while --balance {args.balance} estimated for it")
 
-    balance = Balance.of(balances.Run(bare, clips, args, predict_part, copy_trainer))
+    def copy_trainer(*how) -> AVClassifier:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return train_copy(bare, clips["train"], rates, args, stop_if_asked, *how)
+
+    def refresh(epoch: int) -> None:
+        if args.batchnorm == "refreshed":
+            refresh_batchnorm(bare, clips["train"], inputs, args, epoch)
+
+    balance = Balance.of(balances.Run(bare, clips, args, predict_part, copy_trainer, refresh))
 
     # resume, in this order: weights, optimizer, scheduler, generators, methods, then the loop's own state. Epochs draw
     # from (seed, epoch, purpose) alone; the global generators are put back for whatever else may draw.
@@ -641,6 +709,8 @@ def main(argv: list[str] | None = None) -> None:
         # An epoch resumed after its last step takes none before the scheduler's; PyTorch would take that for a mistake.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         best, kept, first_epoch = state["best"], state["kept"], state["epoch"] + 1
+        if args.epochs < first_epoch:
+            raise UserError(f"--epochs {args.epochs}: the run has done {first_epoch} already; type at least those")
         position, started = go_on_at(state["position"], device), started - state["seconds"]
         if distributed.is_main():
             where = f" after batch {position.batches}" if position and position.batches else ""
@@ -675,14 +745,13 @@ def main(argv: list[str] | None = None) -> None:
             save(epoch - 1, position)
             unsaved = 0
         if stop:
-            distributed.stop()  # the others wait until the file is written
-            words = resume_command(sys.argv[1:] if argv is None else argv, run_name, args.gpu_ids is not None)
-            where = (
-                f"in epoch {epoch}, batch {position.batches} of its training" if position else "after the last epoch"
-            )
-            raise Interrupted(
-                f"stopped by {interrupt.noted or 'another process'} {where}; {last} has it; go on: {words}"
-            )
+            leave(f"in epoch {epoch}, batch {position.batches} of its training" if position else "after the last epoch")
+
+    def leave(where: str) -> None:
+        distributed.stop()  # the others wait until the file is written
+        words = resume_command(sys.argv[1:] if argv is None else argv, run_name, args.gpu_ids is not None)
+        has = f"{last} has it" if last.is_file() else "nothing is saved yet"
+        raise Interrupted(f"stopped by {interrupt.noted or 'another process'} {where}; {has}; go on: {words}")
 
     every, unit = interval_of(args.save_every)
     unsaved = 0  # steps since last.pth, where steps count
@@ -699,7 +768,7 @@ def main(argv: list[str] | None = None) -> None:
             balance.start_epoch(epoch)
         position, plan = position or Position(), []
         numbers, earlier = position.numbers, position.seconds
-        numbers |= {"epoch": epoch, "phase": "remix" if remixing else inputs.replace("both", "joint")}
+        numbers |= {"epoch": epoch, "phase": "remix" if remixing else "joint"}
         numbers["lr"] = scheduler.get_last_lr()[-1]
         order = epoch_generator(args.random_seed, epoch, "plan")
         if remixing:
@@ -728,8 +797,7 @@ def main(argv: list[str] | None = None) -> None:
         train_epoch(model, clips["train"], plan, optimizer, epoch, args, balance, position,
                     lambda: pause(trained=True))  # fmt: skip
         distributed.same_buffers(bare)
-        if args.batchnorm == "refreshed":
-            refresh_batchnorm(bare, clips["train"], inputs, args, epoch)
+        refresh(epoch)
         numbers |= mean_losses(position, plan, clips["train"].names, epoch) | balance.numbers()
         seconds, clock = lap(clock)
         numbers["seconds_train"] = earlier + seconds
@@ -816,7 +884,7 @@ def finish(
     if honest:
         rows[f"best on validation, epoch {best['best_val_epoch']}"] = honest
     print(f"\n{result_table(rows)}\n\n{seconds:.0f} s; curves.png, confusion.png and the weights are in {log.folder}")
-    print(f"curves of all runs: tensorboard --logdir {args.log_path} --host localhost")
+    print(f"curves of all runs: tensorboard --logdir {shlex.quote(args.log_path)} --host localhost")
 
 
 def lap(clock: float) -> tuple[float, float]:

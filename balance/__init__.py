@@ -22,9 +22,10 @@ from utils.errors import UserError
 
 __all__ = ["METHODS", "Balance", "Method", "Run", "Step", "add_flags", "flag_owners", "settle"]
 
-# Their order is that in which they act, whatever order is typed.
+# Their order is that in which they act, whatever order is typed. Relearn changes encoders before an epoch, so what PMR
+# and G-Blend measure there comes after it.
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (MMCosine, OPM, AGM, PMR, GBlend, MMPareto, OGMGE, Relearn)
+    method.name: method for method in (Relearn, MMCosine, OPM, AGM, PMR, GBlend, MMPareto, OGMGE)
 }
 SLICED = ("concat", "sum")  # fusions whose logits are one part per modality
 
@@ -118,10 +119,12 @@ def adopt(args: Namespace, config: dict, checkpoint: str) -> None:
     typed = {name: value for name, value in vars(args).items() if name in flags and name not in args.from_preset}
     typed |= {"balance": args.balance} if args.balance != "none" else {}
     for name, value in typed.items():
-        if value is not None and value != config[name]:
+        if value is not None and value != config.get(name, value):
             raise UserError(f"--{name} {value}: {checkpoint} was trained with --{name} {config[name]}; leave it out")
     args.balance = config["balance"]
-    vars(args).update({name: config[name] for name in flags})
+    # A checkpoint may be older than a flag: it was trained as the flag's default has it.
+    defaults = {flag.name: flag.default_for(args.dataset) for method in METHODS.values() for flag in method.flags}
+    vars(args).update({name: config.get(name, defaults[name]) for name in flags})
 
 
 def replace_heads(model: AVClassifier, args: Namespace) -> None:

@@ -60,14 +60,18 @@ class GBlend(Method):
             self.note(f"weight_{name}", weight / self.weights.sum())
 
     def estimate(self, epoch: int) -> Tensor:
-        """Weights (3,) in the order of `LOSSES`, sum 1. Costs three trainings of `gblend_probe` epochs."""
-        epochs = min(self.gblend_probe or self.gblend_every, self.run.flags.epochs - epoch)
+        """Weights (3,) in the order of `LOSSES`, sum 1. Costs three trainings of `gblend_probe` epochs.
+
+        As many near the end of the run as before, so that a run that is made longer later is the same up to there.
+        """
+        epochs = self.gblend_probe or self.gblend_every
         before, after = [], []
         for name in LOSSES:
             kept = "both" if name == "joint" else name
-            before.append(self.mean_losses(self.model, name, kept))
-            copy = self.run.train_copy(OneLoss(self.run, name), kept, epoch, epochs)
-            after.append(self.mean_losses(copy, name, kept))
+            method = OneLoss(self.run, name)
+            for trained, losses in ((0, before), (epochs, after)):
+                copy = self.run.train_copy(method, kept, epoch, trained)
+                losses.append(self.mean_losses(copy, name, kept))
         return blend(torch.tensor(before).T, torch.tensor(after).T)
 
     def mean_losses(self, network, head: str, kept: str) -> list[float]:

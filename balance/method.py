@@ -46,7 +46,8 @@ class Run(NamedTuple):
     model: the bare network; clips: the parts train, test and, where there is one, val (no method reads test); flags:
     every flag of train.py; predict(network, part, kept): logits (N, C) of all heads in evaluation mode, no
     augmentation; train_copy(method, kept, epoch, epochs): a copy of the network, trained apart for `epochs` from the
-    weights of now under that one method alone.
+    weights of now under that one method alone; refresh(epoch): BatchNorm's statistics estimated anew after a change of
+    weights, with --batchnorm refreshed.
     """
 
     model: AVClassifier
@@ -54,6 +55,7 @@ class Run(NamedTuple):
     flags: Namespace
     predict: Callable[..., dict[str, Tensor]]
     train_copy: Callable[..., AVClassifier]
+    refresh: Callable[[int], None]
 
 
 class Step(NamedTuple):

@@ -5,7 +5,8 @@ After every n-th epoch: features z_m of train and of validation clips, each scal
 with one cluster per class; P = share of clips in the majority class of their cluster.
 w_m = tanh(lambda |P_train - P_val|);
 theta_m <- w_m theta_m^0 + (1 - w_m) theta_m for all parameters of the encoder: not BatchNorm's running statistics, not
-the heads, not the optimizer's state. theta^0: the weights the run began with.
+the heads, not the optimizer's state. theta^0: the weights the run began with. With `--batchnorm refreshed` the
+statistics are then estimated anew.
 """
 
 import numpy as np
@@ -60,11 +61,14 @@ class Relearn(Method):
         if epoch >= self.run.flags.lr_decay_step:
             return  # at a tenth of the learning rate a reset encoder would not be learned again
         self.resets += 1
-        for name, weight in zip(MODALITIES, self.diagnose(epoch), strict=True):
+        weights = self.diagnose(epoch)
+        for name, weight in zip(MODALITIES, weights, strict=True):
             self.note(f"reset_{name}", weight)
             with torch.no_grad():
                 for p, start in zip(self.model.encoders()[name].parameters(), self.initial[name], strict=True):
                     p.copy_(weight * start + (1 - weight) * p)
+        if weights.any():
+            self.run.refresh(done)  # what scores next is to know its own activations, not those of the weights before
 
     def diagnose(self, epoch: int) -> Tensor:
         """w (2,) of audio and video, the same on every process."""

@@ -179,7 +179,7 @@ class FileClips(Clips):
         super().__init__(part, feed, torch.tensor(sizes))
         self.jobs: list[Job] = []
         self.loader = DataLoader(
-            _JobReader(part, feed.image_size, audio_shape, sizes if feed.pack_size else None),
+            _JobReader(part, feed.image_size, audio_shape, sizes),
             sampler=self.jobs,  # filled anew for each epoch, so that the workers live on
             batch_size=None,
             num_workers=feed.workers,
@@ -208,9 +208,9 @@ def _ignore_signals(_: int) -> None:
 class _JobReader(Dataset):
     """Reads a whole batch in a worker: spectrograms (B, F, W) float32 and frames (B*T, 3, S, S) uint8."""
 
-    def __init__(self, part: Part, image_size: int, audio_shape: tuple[int, int], sizes: list[tuple[int, int]] | None):
+    def __init__(self, part: Part, image_size: int, audio_shape: tuple[int, int], sizes: list[tuple[int, int]]):
         self.part, self.image_size, self.audio_shape = part, image_size, audio_shape
-        self.sizes = sizes  # what each clip's frames are shrunk to first, as a pack's would be; None: not at all
+        self.sizes = sizes  # (height, width) the clip's boxes are for, which every frame of it is brought to
 
     def __getitem__(self, job: Job) -> tuple[Tensor | None, Tensor | None, str]:
         try:
@@ -228,8 +228,7 @@ class _JobReader(Dataset):
         rows = zip(job.clips.tolist(), *(field.tolist() for field in job.views), strict=True)
         for clip, picks, boxes, flips in rows:
             for pick, box, flip in zip(picks, boxes, flips, strict=True):
-                image = read_frame(self.part.frames[clip][pick])
-                image = fit(image, self.sizes[clip]) if self.sizes else image
+                image = fit(read_frame(self.part.frames[clip][pick]), self.sizes[clip])
                 image = torch.from_numpy(image).permute(2, 0, 1)
                 image = vision.resized_crop(image, *box, size=side, antialias=True)
                 frames.append(image.flip(2) if flip else image)

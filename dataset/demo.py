@@ -11,7 +11,6 @@ imbalance Data Remixing is about. Raw files come first (`raw/video/*.avi`, `raw/
 the same preparation as a real data set. How hard each clip was made is kept in `clips.csv`.
 """
 
-import argparse
 import csv
 import errno
 import hashlib
@@ -19,6 +18,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import wave
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from dataset.audio import LOGMEL_SAMPLES, load_wave
 from dataset.specs import AUDIO_RECIPES, SPECS
+from utils.cli import Parser
 from utils.errors import UserError, run_main
 from utils.files import atomic_path
 
@@ -592,7 +593,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m dataset.demo`."""
-    parser = argparse.ArgumentParser(prog="python -m dataset.demo", description="Make the demo data set.")
+    parser = Parser(prog="python -m dataset.demo", description="Make the demo data set.")
     parser.add_argument(
         "--out", type=Path, help=f"folder to make (default: {SPECS['demo'].root}, speech: {SPEECH_ROOT})"
     )
@@ -609,7 +610,7 @@ def main(argv: list[str] | None = None) -> int:
     made = ensure_demo(out, args.speech, DemoSettings(seed=args.seed))
     counts = {part: len((out / f"{part}.csv").read_text(encoding="utf-8").splitlines()) for part in ("train", "test")}
     print(f"{out}: {counts['train']} train + {counts['test']} test clips, {'made' if made else 'already there'}")
-    where = "" if out == SPECS["demo"].root else f" --dataset demo --data_root {out}"
+    where = "" if out == SPECS["demo"].root else f" --dataset demo --data_root {shlex.quote(str(out))}"
     print(f"train on it: bash scripts/run_train.sh{where}")
     return 0
 

@@ -1,6 +1,7 @@
 """A prepared folder, checked and ready to be read: clips, labels and files of each part."""
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from dataset.check import Problem, Report, inspect_folder
 from dataset.lists import read_record
 from dataset.specs import DatasetSpec
-from dataset.splits import actor_of, hold_out, hold_out_groups
+from dataset.splits import actor_of, actor_test, hold_out, hold_out_groups
 from utils.errors import UserError
 
 # No list could be trusted with these, so --allow_missing does not pass over them.
@@ -42,13 +43,19 @@ class Folder(NamedTuple):
     groups: dict[str, str] | None
 
 
-def load_folder(root: Path | str, spec: DatasetSpec, allow_missing: bool = False) -> Folder:
+def load_folder(
+    root: Path | str, spec: DatasetSpec, allow_missing: bool = False, only: tuple[str, ...] | None = None
+) -> Folder:
     """Inspect a training folder at header level (seconds for 15,000 clips) and list its files.
 
     Raises `UserError` with the number of problems, the first few and what to type. With `allow_missing`, clips
-    without sound files are left out and listed in `Folder.missing`; a faulty list is an error all the same.
+    without sound files are left out and listed in `Folder.missing`; a faulty list is an error all the same. With `only`
+    the files of other parts do not matter, and those parts are not in the answer.
     """
     report = inspect_folder(root, spec, deep=False)
+    if only is not None:
+        problems = [problem for problem in report.problems if problem.part in only or problem.kind in LIST_KINDS]
+        report = report._replace(problems=problems, parts={name: report.parts[name] for name in only})
     wrong_lists = [problem for problem in report.problems if problem.kind in LIST_KINDS]
     if wrong_lists or (report.problems and not allow_missing):
         raise UserError(_complaint(report, wrong_lists or report.problems, spec, only_files=not wrong_lists))
@@ -73,6 +80,17 @@ def split_validation(part: Part, fraction: float, seed: int, groups: dict[str, s
     else:
         held = hold_out(part.labels, fraction, seed)
     return _select(part, ~held), _select(part, held)
+
+
+def split_by_actor(folder: Folder) -> Folder:
+    """The folder with train and test cut anew as `prepare --split actor` would: no actor in both."""
+    parts = dict(folder.parts)
+    both = Part(*(type(a)([*a, *b]) if isinstance(a, list) else np.concatenate([a, b])
+                  for a, b in zip(parts["train"], parts["test"], strict=True)))  # fmt: skip
+    test = actor_test(both.clips, both.labels.tolist())
+    parts |= {"train": _select(both, ~test), "test": _select(both, test)}
+    groups = {clip: actor_of(clip) for part in parts.values() for clip in part.clips}
+    return folder._replace(parts=parts, split=folder.split | {"name": "actor"}, groups=groups)
 
 
 def digest(part: Part) -> str:
@@ -113,4 +131,4 @@ def _complaint(report: Report, problems: list[Problem], spec: DatasetSpec, only_
 
 
 def _doctor(root: Path, spec: DatasetSpec) -> str:
-    return f"python -m dataset.prepare --check {root} --dataset {spec.name}"
+    return shlex.join(["python", "-m", "dataset.prepare", "--check", str(root), "--dataset", spec.name])

@@ -118,6 +118,8 @@ def scan_groups(path: Path | str) -> tuple[list[tuple[str, str]], list[Fault]]:
 
 
 def _fault(row: list[str], line: int, known: set[str] | None, first_line: dict[str, int]) -> Fault | None:
+    if line == 1 and row[:1] == ["clip"] and len(row) == 2 and known is not None and row[1] not in known:
+        return Fault("bad_row", "", line, f"{','.join(row)} is a header; delete it, the lists have none")
     if len(row) != 2 or not row[1]:
         return Fault("bad_row", "", line, f"{','.join(row)[:80]!r} is not clip,label")
     clip, label = row

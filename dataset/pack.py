@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -33,6 +34,7 @@ from utils.files import TEMPORARY
 from utils.memory import available_ram, gigabytes
 
 KEPT_SECONDS = 24 * 3600  # a pack that no run has opened for so long goes when the next one is made
+MEND = "prepare the clip anew, or delete the file and type --allow_missing"
 FORMAT = 1  # raise when the layout changes, so that older packs are made anew
 
 
@@ -155,7 +157,8 @@ def read_frame(path: Path) -> np.ndarray:
     """One frame, (H, W, 3) uint8 RGB. Raises `UserError` if it cannot be decoded."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
     if image is None:
-        raise UserError(f"{path}: not a readable JPEG; look with: python -m dataset.prepare --check {path.parents[2]}")
+        look = shlex.join(["python", "-m", "dataset.prepare", "--check", str(path.parents[2])])
+        raise UserError(f"{path}: not a readable JPEG; {look} lists all; delete what is broken, then --allow_missing")
     return image
 
 
@@ -165,11 +168,11 @@ def read_spectrogram(path: Path, shape: tuple[int, int]) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError) as error:  # a header may claim more than there is memory
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: unreadable spectrogram ({why}); prepare the clip anew") from None
+        raise UserError(f"{path}: unreadable spectrogram ({why}); {MEND}") from None
     if array.shape != tuple(shape):
         raise UserError(f"{path}: spectrogram of shape {array.shape}, expected {tuple(shape)}; prepare the folder anew")
     if not np.isfinite(array).all():
-        raise UserError(f"{path}: spectrogram with NaN or infinite values; prepare the clip anew")
+        raise UserError(f"{path}: spectrogram with NaN or infinite values; {MEND}")
     return array.astype(np.float32, copy=False)
 
 

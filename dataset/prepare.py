@@ -10,6 +10,7 @@ training on the folder would be sound, 1 when clips are missing or broken, 2 for
 
 import csv
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,15 +20,13 @@ from dataset.lists import check_clip_id, read_record
 from dataset.published import BASE_URL, SUMS, Split, published_split
 from dataset.raw import CREMAD_CLIPS, Index, cremad_rows, find_clips, index_raw, inspect_raw
 from dataset.specs import AUDIO_RECIPES, SPECS, DatasetSpec, get_spec
-from dataset.splits import actor_of, describe, hold_out_groups
+from dataset.splits import ACTOR_SEED, actor_of, actor_test, describe
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
 from utils.files import atomic_path
 
 __all__ = ["Clip", "Summary", "prepare_clips", "write_lists"]
 
-ACTOR_TEST_FRACTION = 0.1  # about what the published split has
-ACTOR_SEED = 0  # fixed: there is one actor split, not one for every user
 SHOWN = 5  # files printed for each kind of problem; skipped.csv and --json have them all
 
 
@@ -110,10 +109,9 @@ def _split(args, spec: DatasetSpec, index: Index, out: Path) -> Split:
 def actor_split(rows: list[tuple[str, str]], spec: DatasetSpec) -> Split:
     """Cut (clip, label) rows into train and test, about 90/10, no actor in both, class shares as in the whole."""
     rows = sorted(rows)
-    actors = [actor_of(clip) for clip, _ in rows]
-    if len(set(actors)) < 2:
-        raise UserError(f"clips of {len(set(actors))} actor(s) cannot be split by actor; use --split official")
-    held = hold_out_groups(actors, [label for _, label in rows], ACTOR_TEST_FRACTION, ACTOR_SEED)
+    if len({actor_of(clip) for clip, _ in rows}) < 2:
+        raise UserError("clips of 1 actor cannot be split by actor; use --split official")
+    held = actor_test([clip for clip, _ in rows], [label for _, label in rows])
     parts = {
         "train": [row for row, test in zip(rows, held, strict=True) if not test],
         "test": [row for row, test in zip(rows, held, strict=True) if test],
@@ -148,7 +146,7 @@ def _print_summary(spec: DatasetSpec, out: Path, split: Split, summary: Summary)
 
 
 def _print_next(spec: DatasetSpec, out: Path, report: Report) -> None:
-    command = f"python train.py --train --dataset {spec.name} --data_root {out}"
+    command = shlex.join(["python", "train.py", "--train", "--dataset", spec.name, "--data_root", str(out)])
     if not report.problems:
         print(f"checked; next: {command}")
     else:

@@ -14,6 +14,9 @@ from utils.errors import UserError
 
 TRIALS = 500  # random choices of groups of which the most even one is taken; more gain < 0.1 point on CREMA-D
 
+ACTOR_TEST_FRACTION = 0.1  # about what the published split has
+ACTOR_SEED = 0  # fixed: there is one actor split, not one for every user
+
 
 def actor_of(clip: str) -> str:
     """The actor of a CREMA-D clip: the first field of its id, `1001_DFA_ANG_XX` -> `1001`."""
@@ -45,7 +48,8 @@ def hold_out_groups(groups: Sequence[str], labels: Sequence, fraction: float, se
     _check_fraction(fraction)
     names = sorted(set(groups))
     if len(names) < 2:
-        raise UserError(f"{len(groups)} clips of {len(names)} group(s) cannot be split by group: two are needed")
+        raise UserError(f"--val_fraction {fraction}: all {len(groups)} clips are of 1 group ({', '.join(names)}), and "
+                        "none may be in two parts; leave the flag out, or mend groups.csv")  # fmt: skip
     classes = sorted(set(labels))
     row, column = {name: i for i, name in enumerate(names)}, {name: i for i, name in enumerate(classes)}
     table = np.zeros((len(names), len(classes)))  # clips of each group in each class
@@ -58,6 +62,11 @@ def hold_out_groups(groups: Sequence[str], labels: Sequence, fraction: float, se
     uneven = np.abs(shares - table.sum(0) / table.sum()).max(1) + np.abs(taken.sum(1) / table.sum() - fraction)
     chosen = {names[i] for i in choices[uneven.argmin()]}
     return np.array([group in chosen for group in groups])
+
+
+def actor_test(clips: Sequence[str], labels: Sequence) -> np.ndarray:
+    """(N,) bool, True for the clips of the actors that CREMA-D's actor split tests on: there is one such split."""
+    return hold_out_groups([actor_of(clip) for clip in clips], labels, ACTOR_TEST_FRACTION, ACTOR_SEED)
 
 
 def describe(parts: dict[str, list[tuple[str, str]]], by_actor: bool) -> dict:

@@ -4,6 +4,7 @@
 # interruption, and brought up to date when a requirements file changes. ENV_FILES names the requirements files.
 # Written for bash 3.2 (macOS) as well.
 set -euo pipefail
+TYPED_IN=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ENV_FILES=${ENV_FILES:-requirements.txt}
 ENV_GB=6 # what .venv takes with the CUDA build of torch
@@ -44,6 +45,31 @@ for path in sys.argv[1:]:
                 print(lacks(line))
                 sys.exit()
 '
+
+# env_paths FLAG...: sets ARGS to the words given, files and folders counting from where they were typed.
+env_paths() {
+    ARGS=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --data_root | --log_path | --checkpoint | --out | --speech)
+                ARGS+=("$1")
+                [ $# -lt 2 ] || { ARGS+=("$(env_full "$2")") && shift; }
+                ;;
+            --data_root=* | --log_path=* | --checkpoint=* | --out=* | --speech=*)
+                ARGS+=("${1%%=*}=$(env_full "${1#*=}")")
+                ;;
+            *) ARGS+=("$1") ;;
+        esac
+        shift
+    done
+}
+
+env_full() {
+    case $1 in
+        /* | --* | "") echo "$1" ;;
+        *) [ "$TYPED_IN" -ef . ] && echo "$1" || echo "${TYPED_IN%/}/$1" ;;
+    esac
+}
 
 env_say() { echo "env: $*" >&2; }
 

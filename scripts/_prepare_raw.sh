@@ -4,6 +4,11 @@ set -euo pipefail
     echo "error: usage: bash scripts/$(basename "$0") RAW [OUT] [flags]" >&2
     exit 2
 }
+case $1 in -h | --help)
+    source "$(dirname "$0")/_env.sh"
+    exec "$PYTHON" -m dataset.prepare --help
+    ;;
+esac
 here=$PWD # _env.sh changes the directory; paths count from where they were typed
 full() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
 raw=$(full "$1") out=data/$DATASET

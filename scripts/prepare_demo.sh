@@ -4,4 +4,5 @@
 #   bash scripts/prepare_demo.sh --speech DIR    # real recordings {digit}_{speaker}_{take}.wav -> data/demo_speech
 # Needs no network, 2 CPU cores, under a minute, about 100 MB of disk.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
-exec "$PYTHON" -m dataset.demo "$@"
+env_paths "$@"
+exec "$PYTHON" -m dataset.demo ${ARGS[@]+"${ARGS[@]}"}

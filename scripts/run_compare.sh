@@ -9,4 +9,5 @@
 # The same command goes on after an interruption. On the demo 20 runs, one for each CPU core at a time, under 2 GB of
 # memory each; on a GPU one at a time. README.md names the command of its own table, which has more methods.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
-exec "$PYTHON" -m utils.compare "$@"
+env_paths "$@"
+exec "$PYTHON" -m utils.compare ${ARGS[@]+"${ARGS[@]}"}

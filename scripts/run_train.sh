@@ -5,4 +5,5 @@
 # The demo reproduces the Remix row of README.md's result table, which gives minutes, hardware and accuracy to expect:
 # sized for 2 CPU cores and under 4 GB of memory, faster on a GPU.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
-exec "$PYTHON" train.py --train "$@"
+env_paths "$@"
+exec "$PYTHON" train.py --train ${ARGS[@]+"${ARGS[@]}"}

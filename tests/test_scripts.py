@@ -282,8 +282,17 @@ def test_ruff_s_findings_fail_the_run_but_do_not_hide_the_tests(machine):
 def test_flags_are_passed_through(machine, script, leading):
     machine.have("requirements.txt")
     (machine.repo / "train.py").write_text("import sys; print(sys.argv[1:])")
-    result = machine.run(f'bash "$REPO/scripts/{script}" --epochs 2 --log_path "my runs"')
-    assert result.stdout == str([*leading, "--epochs", "2", "--log_path", "my runs"])
+    typed = f'bash "$REPO/scripts/{script}" --epochs 2 --log_path "my runs" --data_root=d --checkpoint'
+    given = [*leading, "--epochs", "2", "--log_path"]
+    # Names of files count from where they were typed; from the repository itself they stay as they are.
+    assert machine.run(f'cd "$REPO" && {typed}').stdout == str([*given, "my runs", "--data_root=d", "--checkpoint"])
+    assert machine.run(f"cd /tmp && {typed} a/b.pth").stdout == str(
+        [*given, "/tmp/my runs", "--data_root=/tmp/d", "--checkpoint", "/tmp/a/b.pth"]
+    )
+    assert machine.run(f"{typed} /a --run_name /x").stdout == str(
+        [*given, "/my runs", "--data_root=/d", "--checkpoint", "/a", "--run_name", "/x"]
+    )
+    assert machine.run(f'bash "$REPO/scripts/{script}"').stdout == str(leading)
 
 
 def test_every_script_parses_and_says_what_it_is_for():

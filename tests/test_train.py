@@ -262,6 +262,26 @@ def test_two_processes_equal_one(data, runs):
     assert a["seconds_train"] > 0 and b["seconds_train"] > 0
 
 
+def test_sgd_takes_the_steps_of_pytorch_s_plain_one_whatever_comes_first(data):
+    """An encoder's first batch may be the second modality's: its momentum starts there."""
+    args = train.parse_args([*TINY, "--train", "--optimizer", "sgd", "--learning_rate", "0.01"])
+    folder = load_folder(data, get_spec("folder"))
+    feed = Feed(frames=2, image_size=32, device=torch.device("cpu"), cache="ram", workers=0)
+    clips = make_clips(folder.root, "train", folder.parts["train"], folder.audio_shape, feed)
+    weights = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        model = AVClassifier(3, "resnet18_thin")
+        optimizer = train.make_optimizer(model, args)
+        if plain:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, foreach=False)
+        for epoch, kept in enumerate(("audio", "video", "both")):
+            train.train_epoch(model, clips, remix.batches_of(16, 8, kept, None), optimizer, epoch, args)
+        weights.append(model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_fewer_test_clips_than_processes(tmp_path):
     """One process has none of its own; it trains and evaluates all the same, and one table is printed."""
     data = make_folder(tmp_path / "data", train=18, test=1)

@@ -13,6 +13,11 @@ from utils.errors import UserError
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose mistakes are a `UserError` instead of a page of usage."""
 
+    def typed(self, argv: list[str] | None = None) -> set[str]:
+        """The flags that stand on the command line, by name."""
+        words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
+        return {action.dest for option, action in self._option_string_actions.items() if option in words}
+
     def error(self, message: str) -> None:
         raise UserError(f"{message}; all flags: --help")
 

@@ -2,13 +2,15 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import Told, UserError
 
 _hosts = None  # the group in which hosts talk past their GPUs: asking it waits for no kernel; None is the default group
 
@@ -85,6 +87,27 @@ def any_rank(flag: bool) -> bool:
     votes = torch.tensor([int(flag)])
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_hosts)
     return bool(votes.item())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A `UserError` of one process inside ends them all, in one line: the lowest rank's that has one.
+
+    Every process has to come out of it, so nothing inside may wait for the others, but for another `together`.
+    """
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
+    if dist.is_initialized():
+        told: list[str | None] = [None] * world_size()
+        dist.all_gather_object(told, mistake and str(mistake), group=_hosts)
+        first = next((i for i, text in enumerate(told) if text is not None), None)
+        if first not in (None, rank()):
+            raise Told(told[first]) from None
+    if mistake:
+        raise mistake
 
 
 def same(values: Tensor) -> Tensor:

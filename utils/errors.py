@@ -11,6 +11,10 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one line: the file or flag, what was wrong, what to type."""
 
 
+class Told(UserError):
+    """A mistake that another process tells the user of."""
+
+
 class Interrupted(Exception):
     """Stopped by SIGTERM or Ctrl-C with everything saved. The message is one line with the command that goes on."""
 
@@ -31,7 +35,8 @@ def run_main(main: Callable[[], int | None]) -> None:
             print(stop, file=sys.stderr)
         status = INTERRUPTED
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, Told):
+            print(f"error: {error}", file=sys.stderr)
         status = 2
     except RuntimeError as error:
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which is not imported for this

@@ -362,9 +362,9 @@ def epoch_cost(group: Group, reference: Group) -> float | None:
 def command_of(group: Group) -> str:
     """A line of shell that makes the group's runs again, from what was typed."""
     drop = {"--random_seed", "--log_path", "--run_name", "--num_workers", "--gpu_ids", "--device", "--cache"}
-    words = _any(group.runs).config.get("command", "").split()
+    words = _any(group.runs).config.get("command", "")
     kept, skip = [], False
-    for word in words[1:]:
+    for word in shlex.split(words)[1:]:
         if skip or word.split("=")[0] in drop or word in ("--resume", "--diagnose"):
             skip = not skip and word in drop
             continue
