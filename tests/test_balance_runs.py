@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from helpers import make_folder
 import train
 from balance import METHODS
 from utils import compare
-from utils.errors import UserError
+from utils.errors import Interrupted, UserError
 from utils.runs import find_runs, group_runs, reference_of
 
 REPO = Path(__file__).resolve().parents[1]
@@ -38,17 +39,36 @@ def lines(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
+def signal_at(monkeypatch, at: int) -> None:
+    """SIGTERM before training step `at`, a probe's steps counted too."""
+    terms, steps = train.loss_terms, []
+
+    def signalled(*args):
+        steps.append(0)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return terms(*args)
+
+    monkeypatch.setattr(train, "loss_terms", signalled)
+
+
 @pytest.mark.parametrize("methods", [
-    "agm,pmr,gblend,dr --gblend_every 2 --gblend_probe 1 --dr_every 1 --pmr_momentum 0.5",
+    "pmr,gblend,dr --gblend_every 2 --gblend_probe 1 --dr_every 1 --dr_resets 1 --pmr_momentum 0.5",
+    "agm,pmr --method baseline",
     "mmcosine,opm,mmpareto,ogm_ge --opm_starts 0 --masked_encoder run --rescore_every 2",
 ])  # fmt: skip
-def test_resume_is_bit_identical(methods, data, tmp_path):
+def test_resume_is_bit_identical(methods, data, tmp_path, monkeypatch):
+    """After an epoch, and again after the second step of the next one."""
     text = f"--val_fraction 0.3 --warmup 2 --balance {methods}"
     whole = run(data, tmp_path, "whole", f"{text} --epochs 4")
     part = run(data, tmp_path, "part", f"{text} --epochs 3")
     with pytest.raises(UserError, match=r"--balance .*now none"):
         plain = " ".join(text.split()[:4])
         run(data, tmp_path, "part", f"{plain} --epochs 4 --resume")
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2)
+        with pytest.raises(Interrupted, match="in epoch 3, batch 2 of its training"):
+            run(data, tmp_path, "part", f"{text} --epochs 4 --resume")
     run(data, tmp_path, "part", f"{text} --epochs 4 --resume")
     a, b = (torch.load(folder / "last.pth", weights_only=True) for folder in (whole, part))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
@@ -90,9 +110,12 @@ if __name__ == "__main__":
 """
 
 
-def test_two_processes_train_the_weights_of_one(data, tmp_path, monkeypatch):
-    """Batches of 12, 12 and 1 clips fall unevenly on two processes; every method but the exclusive one at once."""
-    methods = "mmcosine,opm,pmr,gblend,mmpareto,ogm_ge,dr --opm_starts 0 --gblend_probe 1 --dr_every 1 --dr_views plain"
+@pytest.mark.parametrize("methods", [
+    "mmcosine,opm,pmr,gblend,mmpareto,ogm_ge,dr --opm_starts 0 --gblend_probe 1 --dr_every 1 --dr_views plain",
+    "agm,pmr",
+])  # fmt: skip
+def test_two_processes_train_the_weights_of_one(methods, data, tmp_path, monkeypatch):
+    """Batches of 12, 12 and 1 clips fall unevenly on two processes; every method, as many as go together at once."""
     text = f"--val_fraction 0.2 --epochs 3 --warmup 2 --data_root {data} --log_path {tmp_path} --balance {methods}"
     words = [*TINY, *text.split(), "--run_name"]
     (tmp_path / "worker.py").write_text(WORKER)
@@ -111,6 +134,20 @@ def test_two_processes_train_the_weights_of_one(data, tmp_path, monkeypatch):
     for a, b in zip(*(lines(tmp_path / folder) for folder in ("run_one", "run_two")), strict=True):
         a, b = ({k: v for k, v in line.items() if k.startswith(("balance", "train_loss"))} for line in (a, b))
         assert "train_loss_pmr" in a and a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize(("at", "has"), [(2, "nothing is saved yet"), (14, "last.pth has it")])
+def test_a_signal_in_an_estimate_ends_the_run_at_once(at, has, data, tmp_path, monkeypatch):
+    """Before the first epoch (an estimate is three times two steps, an epoch two), and before the second."""
+    text = "--method baseline --epochs 2 --val_fraction 0.3 --balance gblend --gblend_every 1 --gblend_probe 1"
+    whole = run(data, tmp_path, "whole", text)
+    with monkeypatch.context() as patch:
+        signal_at(patch, at)
+        with pytest.raises(Interrupted, match=rf"before epoch {at // 8}, while --balance gblend estimated.*{has}"):
+            run(data, tmp_path, "part", text)
+    run(data, tmp_path, "part", f"{text} --resume")
+    a, b = (torch.load(folder / "last.pth", weights_only=True)["model"] for folder in (whole, tmp_path / "part"))
+    assert all(torch.equal(a[name], b[name]) for name in a) and lines(whole) == lines(tmp_path / "part")
 
 
 # ------------------------------------------------------------------------------------------- comparisons and reports

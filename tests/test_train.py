@@ -4,6 +4,8 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ import remix
 import train
 from dataset.clips import Feed, make_clips
 from dataset.folder import load_folder
-from dataset.specs import get_spec
+from dataset.prepare import actor_split
+from dataset.specs import SPECS, get_spec
 from models import AVClassifier
 from utils.errors import UserError
 from utils.seeding import epoch_generator
@@ -158,7 +161,7 @@ def test_one_modality_alone(data, runs, method):
     folder = run(data, runs, method, "--method", method, "--epochs", "2")
     other = "video" if method == "audio" else "audio"
     for line in metrics(folder):
-        assert line["phase"] == method and line[f"test_acc_{other}"] is None
+        assert line["phase"] == "joint" and line[f"test_acc_{other}"] is None
         assert 0 <= line[f"test_acc_{method}"] <= 1
     weights = torch.load(folder / "last.pth", weights_only=True)["model"]
     torch.manual_seed(42)
@@ -191,6 +194,180 @@ def test_resume_is_bit_identical(data, runs, stop):
     timing = ("seconds_score", "seconds_train", "seconds_eval", "clips_per_second")
     strip = [[{k: v for k, v in line.items() if k not in timing} for line in metrics(f)] for f in (whole, part)]
     assert strip[0] == strip[1]
+
+
+@pytest.fixture
+def watched(data, tmp_path, monkeypatch):
+    """Runs two epochs of Remix and tells of each what was scored (logits, None without a scoring) and planned."""
+    seen = []
+    predict, train_epoch = train.predict, train.train_epoch
+
+    def scored(model, clips, kept, batch_size, name, *rest):
+        logits = predict(model, clips, kept, batch_size, name, *rest)
+        if "train predictions" in name:
+            seen.append([{head: values.numpy() for head, values in logits.items()}, None])
+        return logits
+
+    def planned(model, clips, plan, *rest):
+        if not seen or seen[-1][1] is not None:
+            seen.append([None, None])
+        seen[-1][1] = plan
+        return train_epoch(model, clips, plan, *rest)
+
+    def go(*flags):
+        seen.clear()
+        run(data, tmp_path, "watched", "--warmup", "0", "--epochs", "2", *flags)
+        return seen
+
+    monkeypatch.setattr(train, "predict", scored)
+    monkeypatch.setattr(train, "train_epoch", planned)
+    return go
+
+
+def kept_by(plan) -> dict[int, list[str]]:
+    found = {clip: [] for clip in range(34)}
+    for batch in plan:
+        for clip in batch.clips.tolist():
+            found[clip].append(batch.kept)
+    return found
+
+
+def np_divergence(logits: np.ndarray) -> np.ndarray:
+    """KL in bits of the softmax from uniform, (N,)."""
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    return (p * np.log2(p * p.shape[1])).sum(1)
+
+
+def np_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    top = logits.max(1)
+    return top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(labels)), labels]
+
+
+@pytest.mark.parametrize("flags", [[], ["--keep", "easy"], ["--score", "loss"], ["--score", "loss", "--keep", "easy"]])
+def test_each_clip_keeps_what_score_and_keep_say(watched, data, flags):
+    labels, both = np.asarray(load_folder(data, get_spec("folder")).parts["train"].labels), 0
+    for logits, plan in watched(*flags):
+        if "loss" in flags:
+            audio_is_harder = np_losses(logits["audio"], labels) > np_losses(logits["video"], labels)
+        else:
+            audio_is_harder = np_divergence(logits["audio"]) < np_divergence(logits["video"])
+        expected = audio_is_harder != ("easy" in flags)
+        both += 0 < expected.sum() < 34
+        assert kept_by(plan) == {clip: ["audio" if audio else "video"] for clip, audio in enumerate(expected)}
+    assert both, "one-sided: tells nothing"
+
+
+def test_a_random_partition_is_another_in_each_epoch_and_keep_all_has_every_clip_in_both(watched):
+    (_, first), (_, second) = watched("--score", "random")
+    assert all(len(kept) == 1 for kept in kept_by(first).values()) and kept_by(first) != kept_by(second)
+    assert 5 < sum(kept == ["audio"] for kept in kept_by(first).values()) < 29
+
+
+def test_keep_all_has_every_clip_in_both(watched):
+    for _, plan in watched("--keep", "all"):
+        assert all(sorted(kept) == ["audio", "video"] for kept in kept_by(plan).values())
+
+
+def test_batches_come_in_the_order_asked_for(watched):
+    orders = {}
+    for order in ("sequential", "alternate", "shuffled"):
+        flags = ("--keep", "all", "--batch_order", order, "--run_name", order)
+        orders[order] = [batch.kept for batch in watched(*flags)[0][1]]  # 5 batches of each modality
+    changes = {order: sum(a != b for a, b in pairwise(kept)) for order, kept in orders.items()}
+    assert changes["sequential"] == 1 and changes["alternate"] == 9 and 1 < changes["shuffled"] < 9
+    assert all(sorted(kept) == ["audio"] * 5 + ["video"] * 5 for kept in orders.values())
+
+
+def test_clips_are_scored_as_often_as_asked_for(watched):
+    seen = watched("--rescore_every", "2", "--epochs", "5", "--warmup", "1")
+    assert [logits is not None for logits, _ in seen] == [False, True, False, True, False]
+    for (_, a), (_, b) in ((seen[1], seen[2]), (seen[3], seen[4])):
+        assert kept_by(a) == kept_by(b)
+
+
+@pytest.mark.parametrize(("flags", "best"), [([], 0), (["--val_fraction", "0.2"], 1)])
+def test_best_pth_is_validation_s_choice_where_there_is_one(data, tmp_path, monkeypatch, flags, best):
+    told = {"test": [0.9, 0.1, 0.2], "val": [0.1, 0.5, 0.3]}
+    evaluate = train.evaluate
+
+    def scripted(logits, labels, part):
+        numbers = evaluate(logits, labels, part)
+        return numbers | {f"{part}_acc": told[part].pop(0)} if told[part] else numbers
+
+    monkeypatch.setattr(train, "evaluate", scripted)
+    folder = run(data, tmp_path, "best", "--method", "baseline", "--epochs", "3", *flags)
+    assert torch.load(folder / "best.pth", weights_only=True)["epoch"] == best
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["best_test_acc"], summary["best_test_epoch"]) == (0.9, 0)
+    assert summary["test_acc_at_best_val"] == (0.1 if flags else None)
+
+
+def test_a_checkpoint_is_evaluated_as_it_was_trained(data, tmp_path, capsys):
+    """By its name alone; what would make another network or input of it is refused."""
+    flags = ("--epochs", "2", "--warmup", "1", "--fusion_method", "sum", "--image_size", "40", "--pack_size", "36")
+    for method in ("remix", "video"):
+        folder = run(data, tmp_path, method, *flags, "--method", method)
+        capsys.readouterr()
+        train.main(["--checkpoint", str(folder / "last.pth"), "--device", "cpu"])
+        out = capsys.readouterr().out.splitlines()
+        assert out[0] == f"folder, {data}: 15 test clips"
+        last = metrics(folder)[-1]
+        expected = [last[key] for key in ("test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro")]
+        shown = [None if cell == "-" else float(cell) for cell in out[-1].split()[1:]]
+        assert shown == [None if value is None else pytest.approx(value, abs=5e-5) for value in expected]
+        for name, value in (
+            ("method", "audio"),
+            ("image_size", "32"),
+            ("fusion_method", "film"),
+            ("model", "resnet18"),
+        ):
+            with pytest.raises(UserError, match=rf"--{name} {value}: .*was trained with --{name} .*leave it out"):
+                train.main(["--checkpoint", str(folder / "last.pth"), f"--{name}", value])
+    other = make_folder(tmp_path / "other", classes=("x", "y", "z"))
+    with pytest.raises(UserError, match=r"its classes \(x, y, z\) are not .*last.pth's \(a, b, c\)"):
+        train.main(["--checkpoint", str(folder / "last.pth"), "--data_root", str(other)])
+
+
+def test_evaluation_counts_the_test_clips_that_are_left_out(data, remix_run, tmp_path, capsys):
+    """And does not mind training clips, which it does not use."""
+    other = make_folder(tmp_path / "data", train=6, test=9)
+    (other / "audio" / "train_0003.npy").unlink()
+    words = ["--checkpoint", str(remix_run[0] / "last.pth"), "--data_root", str(other)]
+    train.main(words)
+    assert capsys.readouterr().out.splitlines()[0] == f"folder, {other}: 9 test clips"
+    (other / "audio" / "test_0003.npy").unlink()
+    with pytest.raises(UserError, match=r"1 problem.*test_0003.*--allow_missing"):
+        train.main(words)
+    train.main([*words, "--allow_missing"])
+    assert capsys.readouterr().out.splitlines()[0] == f"folder, {other}: 8 test clips, 1 broken ones left out"
+
+
+def test_a_run_is_not_made_shorter_by_resuming_it(data, tmp_path):
+    flags = ("--method", "audio", "--epochs")
+    folder = run(data, tmp_path, "r", *flags, "2")
+    before = (folder / "summary.json").read_bytes()
+    with pytest.raises(UserError, match=r"--epochs 1: the run has done 2 already"):
+        run(data, tmp_path, "r", *flags, "1", "--resume")
+    assert (folder / "summary.json").read_bytes() == before
+
+
+def test_all_epochs_of_warm_up_is_told(data, tmp_path, capsys):
+    run(data, tmp_path, "r", "--epochs", "1", "--warmup", "1")
+    assert "warning: all 1 epochs are warm-up: no epoch of Remix" in capsys.readouterr().out
+
+
+def test_a_mistake_on_several_processes_is_one_line(data, runs, remix_run, tmp_path):
+    """A run that is there is rank 0's to see; missing data is seen by both."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY]
+    for where, told in (
+        (["--data_root", str(data), "--log_path", str(runs), "--run_name", "remix"], "exists already"),
+        (["--data_root", str(tmp_path / "nowhere"), "--log_path", str(tmp_path)], "no such folder"),
+    ):
+        done = subprocess.run([*start, "--train", *where], cwd=REPO, capture_output=True, text=True, timeout=200)
+        lines = done.stderr.splitlines()
+        assert sum(line.startswith("error: ") for line in lines) == sum(told in line for line in lines) == 1
+        assert done.returncode and not any(line.startswith("[rank") for line in lines), done.stderr
 
 
 def test_an_existing_run_is_not_overwritten(data, runs, remix_run):
@@ -240,6 +417,41 @@ def test_validation_is_cut_by_actor_where_the_split_is_by_actor(tmp_path, split)
     actors = {name: {clip.split("_")[0] for clip in parts[name].clips} for name in ("train", "val")}
     assert len(parts["train"].clips) + len(parts["val"].clips) == 60 and folder.split == {"name": split}
     assert bool(actors["train"] & actors["val"]) == (split == "official")
+
+
+def test_the_actor_split_needs_no_new_preparation(tmp_path, monkeypatch):
+    """--split actor cuts a folder of the published lists as `prepare --split actor` would."""
+    rows = [(f"{1001 + i % 12}_S{i // 12:02d}_{('ANG', 'SAD')[i // 3 % 2]}_XX", ("ANG", "SAD")[i // 3 % 2])
+            for i in range(96)]  # fmt: skip
+    spec = replace(get_spec("CREMAD"), classes=("ANG", "SAD"), audio_recipe=None, counts=None, train_class_counts=None)
+    monkeypatch.setitem(SPECS, "CREMAD", spec)
+    data = make_folder(tmp_path / "data", train=80, test=16, classes=("ANG", "SAD"))
+    for i, (clip, _) in enumerate(rows):
+        old = f"train_{i:04d}" if i < 80 else f"test_{i - 80:04d}"
+        (data / "visual" / old).rename(data / "visual" / clip)
+        (data / "audio" / f"{old}.npy").rename(data / "audio" / f"{clip}.npy")
+    for name, part in (("train", rows[:80]), ("test", rows[80:])):
+        (data / f"{name}.csv").write_text("".join(f"{clip},{label}\n" for clip, label in part))
+    words = ["--train", "--dataset", "CREMAD", "--data_root", str(data)]
+    _, official = train.load_parts(train.parse_args([*words, "--split", "official"]))
+    assert official["test"].clips == [clip for clip, _ in rows[80:]]
+    wanted = actor_split(rows, spec).parts
+    for more in ([], ["--val_fraction", "0.2"]):
+        folder, parts = train.load_parts(train.parse_args([*words, "--split", "actor", *more]))
+        assert folder.split["name"] == "actor"
+        found = {name: {(clip, folder.classes[y]) for clip, y in zip(part.clips, part.labels, strict=True)}
+                 for name, part in parts.items()}  # fmt: skip
+        assert found["test"] == set(wanted["test"])
+        assert found["train"] | found.get("val", set()) == set(wanted["train"])
+        actors = [{clip[:4] for clip, _ in part} for part in found.values()]
+        assert sum(map(len, actors)) == 12, "an actor is in two parts"
+        assert all(path.parent.name == clip for part in parts.values()
+                   for clip, (path, *_) in zip(part.clips, part.frames, strict=True))  # fmt: skip
+    (data / "split.json").write_text(json.dumps({"name": "actor"}))
+    with pytest.raises(UserError, match=r"--split official: .*has the actor split"):
+        train.load_parts(train.parse_args([*words, "--split", "official"]))
+    with pytest.raises(UserError, match=r"--split actor: the clip ids of demo name no actors"):
+        train.parse_args(["--train", "--split", "actor"])
 
 
 def test_two_processes_equal_one(data, runs):
