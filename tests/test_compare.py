@@ -171,6 +171,17 @@ def test_runs_then_reports_then_has_nothing_left_to_do(fake: Comparison, capsys)
     assert started == ["demo_baseline_seed2 start", "demo_remix_seed2 start"]
 
 
+def test_finished_runs_of_other_code_are_named(fake: Comparison, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(compare, "git_commit", lambda: "1" * 40)
+    fake()
+    note = "note: 1 of the finished ones are of another commit of this code, demo_remix_seed1 for one"
+    for commit, notes in (("1" * 40, 0), ("0" * 40, 1)):
+        path = fake.runs / "demo_remix_seed1" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"git_commit": commit}))
+        capsys.readouterr()
+        assert fake() == [] and capsys.readouterr().out.count(note) == notes
+
+
 def test_an_interrupted_comparison_goes_on(fake: Comparison) -> None:
     fake.tell("demo_remix_seed0", "stop")
     fake()

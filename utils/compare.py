@@ -29,7 +29,7 @@ from tqdm import tqdm
 from utils.cli import Parser, number
 from utils.console import HEADS
 from utils.errors import INTERRUPTED, UserError, run_main
-from utils.logging import BEGINNINGS, read_metrics, write_json
+from utils.logging import BEGINNINGS, git_commit, read_metrics, write_json
 from utils.runs import HOW, NOT_FLAGS, UNREAD, VARIANTS, read_run
 
 TRAIN = "train.py"  # as `python -m utils.compare` is started where it lies
@@ -161,6 +161,12 @@ def take_stock(run: Planned, log_path: Path, defaults: dict) -> str:
         raise UserError(f"{folder}: holds {foreign[0]} but no run that can go on; move it away, or choose a --log_path")
     shutil.rmtree(folder)
     return "start"
+
+
+def of_other_code(folder: Path) -> bool:
+    """Whether a run was made by another commit than this one's, as far as is known."""
+    made, now = read_run(folder).config.get("git_commit"), git_commit()
+    return None not in (made, now) and made != now
 
 
 def refuse_other_flags(run: Planned, config: dict, folder: Path, defaults: dict) -> None:
@@ -306,6 +312,10 @@ def main(argv: list[str] | None = None) -> int:
         counts = {action: sum(a == action for _, a in stock) for action in ("start", "resume", "done")}
         print(f"{len(plan)} runs in {log_path}: {counts['start']} to start, {counts['resume']} to go on with, "
               f"{counts['done']} finished already", flush=True)  # fmt: skip
+        others = [run.name for run, action in stock if action == "done" and of_other_code(log_path / run.name)]
+        if others:
+            print(f"note: {len(others)} of the finished ones are of another commit of this code, {others[0]} for one; "
+                  "delete their folders to run them again", flush=True)  # fmt: skip
         failures = []
         if todo:
             for flags in {(run.flags["dataset"], run.flags["data_root"]): run.flags for run, _ in todo}.values():

@@ -162,17 +162,21 @@ def claim_folder(log_path: str, run_name: str, resume: bool) -> Path:
 PACKAGES = ("torch", "torchvision", "torchaudio", "numpy", "scikit-learn", "opencv-python-headless")
 
 
-def environment(device: torch.device, processes: int) -> dict:
-    """What a run ran on: versions, the commit of this code (None outside git), hardware and command."""
+def git_commit() -> str | None:
+    """The commit of this code, with -dirty behind it where files differ from it; None outside git."""
     here = Path(__file__).resolve().parent
     describe = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
     except OSError:
-        commit = None
+        return None
+
+
+def environment(device: torch.device, processes: int) -> dict:
+    """What a run ran on: versions, the commit of this code (None outside git), hardware and command."""
     return {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "git_commit": commit,
+        "git_commit": git_commit(),
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "processes": processes,
