@@ -516,8 +516,8 @@ def train_copy(
 ) -> AVClassifier:
     """A copy of the network, trained apart under one balance method, on clips fed as `kept`, with a fresh optimizer.
 
-    With 0 `epochs` it is the network of now, BatchNorm's statistics estimated as those of a trained copy are: before
-    the first epoch they are not.
+    With 0 `epochs` it is the network of now, to be compared with a trained copy: with BatchNorm's statistics estimated
+    in the same way, which the network itself does not have before its first epoch.
     """
     network = copy.deepcopy(model)
     optimizer = make_optimizer(network, args)
@@ -710,7 +710,9 @@ def main(argv: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         best, kept, first_epoch = state["best"], state["kept"], state["epoch"] + 1
         if args.epochs < first_epoch:
-            raise UserError(f"--epochs {args.epochs}: the run has done {first_epoch} already; type at least those")
+            raise UserError(
+                f"--epochs {args.epochs}: the run has done {first_epoch}; type --epochs {first_epoch} at least"
+            )
         position, started = go_on_at(state["position"], device), started - state["seconds"]
         if distributed.is_main():
             where = f" after batch {position.batches}" if position and position.batches else ""

@@ -83,8 +83,15 @@ def split_validation(part: Part, fraction: float, seed: int, groups: dict[str, s
 
 
 def split_by_actor(folder: Folder) -> Folder:
-    """The folder with train and test cut anew as `prepare --split actor` would: no actor in both."""
+    """The folder with train and test cut anew as `prepare --split actor` would: no actor in both.
+
+    Raises `UserError` where there is a val.csv, whose actors would be in train or test too.
+    """
     parts = dict(folder.parts)
+    if "val" in parts:
+        raise UserError(
+            f"--split actor: {folder.root}/val.csv would share actors; delete it and type --val_fraction 0.1"
+        )
     both = Part(*(type(a)([*a, *b]) if isinstance(a, list) else np.concatenate([a, b])
                   for a, b in zip(parts["train"], parts["test"], strict=True)))  # fmt: skip
     test = actor_test(both.clips, both.labels.tolist())
