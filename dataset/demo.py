@@ -437,6 +437,7 @@ def ensure_demo(
     else, unusable recordings, or a full disk.
     """
     root = Path(root)
+    root = root.resolve() if root.is_symlink() else root  # what it points to is made anew, on the disk it is on
     record = read_record(root)
     if settings is None and record is not None:
         settings = replace(DemoSettings(), seed=record["settings"]["seed"])

@@ -414,6 +414,17 @@ def test_speech_goes_through_the_same_preparation(tmp_path):
     assert ensure_demo(root, speech, TINY, quiet=True)  # another recording under the same name
 
 
+def test_a_link_stays_a_link_and_what_it_points_to_is_made(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    link, real = tmp_path / "demo", tmp_path / "large disk" / "demo"
+    link.symlink_to(real)
+    for settings in (TINY, replace(TINY, grain=0.05)):  # new, then anew
+        assert ensure_demo(link, settings=settings, quiet=True)
+        assert link.is_symlink() and (real / "demo.json").is_file() and not real.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", "large disk"}
+    assert {path.name for path in real.parent.iterdir()} == {"demo", ".demo.lock"}
+
+
 def test_speech_data_is_not_replaced_by_tones_unasked(tmp_path, monkeypatch):
     speech = make_speech(tmp_path / "speech", takes=2)
     root = tmp_path / "demo"
