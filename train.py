@@ -164,7 +164,7 @@ def make_parser() -> Parser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.checkpoint and not args.train:
+    if args.checkpoint and not (args.train or args.resume):
         evaluate_as_trained(args, parser.typed(argv))
 
     spec = get_spec(args.dataset)
@@ -471,7 +471,7 @@ def load_parts(args: argparse.Namespace) -> tuple[Folder, dict[str, Part]]:
     if args.n_classes not in (None, len(folder.classes)):
         raise UserError(f"--n_classes {args.n_classes}: {root}/stat.csv names {len(folder.classes)} classes")
     parts = dict(folder.parts)
-    if args.val_fraction:
+    if args.val_fraction and args.train:
         if "val" in parts:
             raise UserError(f"--val_fraction: {root} has a val.csv already; leave the flag out")
         cut = split_validation(parts["train"], args.val_fraction, args.random_seed, folder.groups)

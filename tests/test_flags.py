@@ -20,6 +20,7 @@ WRONG = {
     "data_root": [*PATH, "/nowhere"],
     "n_classes": [*WHOLE, "0", "1", "7"],
     "val_fraction": [*REAL, "1.5", "1"],
+    "split": [*NAME, "actor"],
     "image_size": [*WHOLE, "0", "7", "100000"],
     "cache": NAME,
     "num_workers": [*WHOLE, "100000"],

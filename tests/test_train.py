@@ -334,7 +334,7 @@ def test_evaluation_counts_the_test_clips_that_are_left_out(data, remix_run, tmp
     other = make_folder(tmp_path / "data", train=6, test=9)
     (other / "audio" / "train_0003.npy").unlink()
     words = ["--checkpoint", str(remix_run[0] / "last.pth"), "--data_root", str(other)]
-    train.main(words)
+    train.main([*words, "--val_fraction", "0.1"])
     assert capsys.readouterr().out.splitlines()[0] == f"folder, {other}: 9 test clips"
     (other / "audio" / "test_0003.npy").unlink()
     with pytest.raises(UserError, match=r"1 problem.*test_0003.*--allow_missing"):

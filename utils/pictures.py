@@ -90,7 +90,9 @@ def predict_again(run: Path, config: dict, data_root: Path | None) -> Predicted:
     from remix import batches_of
 
     state = load_checkpoint(run / "last.pth")
-    folder, parts = train.load_parts(Namespace(**config | ({"data_root": str(data_root)} if data_root else {})))
+    defaults = train.flags(train.parse_args(["--train"]))  # of flags that are younger than the run
+    wanted = defaults | config | ({"data_root": str(data_root)} if data_root else {})
+    folder, parts = train.load_parts(Namespace(**wanted))
     if state["classes"] != folder.classes:
         raise UserError(f"{folder.root}: other classes than the run's; give its own data with --data_root DIR")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
