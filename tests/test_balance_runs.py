@@ -59,6 +59,7 @@ def signal_at(monkeypatch, at: int) -> None:
 ])  # fmt: skip
 def test_resume_is_bit_identical(methods, data, tmp_path, monkeypatch):
     """After an epoch, and again after the second step of the next one."""
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # pictures take most of so short a run
     text = f"--val_fraction 0.3 --warmup 2 --balance {methods}"
     whole = run(data, tmp_path, "whole", f"{text} --epochs 4")
     part = run(data, tmp_path, "part", f"{text} --epochs 3")
@@ -139,6 +140,7 @@ def test_two_processes_train_the_weights_of_one(methods, data, tmp_path, monkeyp
 @pytest.mark.parametrize(("at", "has"), [(2, "nothing is saved yet"), (14, "last.pth has it")])
 def test_a_signal_in_an_estimate_ends_the_run_at_once(at, has, data, tmp_path, monkeypatch):
     """Before the first epoch (an estimate is three times two steps, an epoch two), and before the second."""
+    monkeypatch.setattr(train, "finish", lambda *_: None)  # pictures take most of so short a run
     text = "--method baseline --epochs 2 --val_fraction 0.3 --balance gblend --gblend_every 1 --gblend_probe 1"
     whole = run(data, tmp_path, "whole", text)
     with monkeypatch.context() as patch:
