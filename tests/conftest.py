@@ -2,6 +2,9 @@
 
 import os
 
+import pytest
+from helpers import make_folder
+
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="let tests see the GPUs: for those that need one, chosen by -k")
@@ -10,3 +13,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first test imports PyTorch
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """34 training and 15 test clips of three classes, for the files that want no other folder."""
+    return make_folder(tmp_path_factory.mktemp("data"), train=34, test=15)

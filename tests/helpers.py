@@ -1,9 +1,12 @@
-"""Tiny training folders for tests, made in a second."""
+"""Tiny training folders for tests, made in a second, and runs on them."""
 
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+# A run on such a folder: seconds on one core.
+TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
 
 
 def make_folder(
@@ -36,3 +39,11 @@ def make_folder(
         (root / f"{name}.csv").write_text("".join(rows))
     (root / "stat.csv").write_text("".join(f"{label}\n" for label in classes))
     return root
+
+
+def run(data: Path, runs: Path, name: str, *flags: str) -> Path:
+    """Train on `data` in this process; returns the run's folder, `runs/name`."""
+    import train  # late: most tests want a folder and no PyTorch
+
+    train.main([*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name, *flags])
+    return runs / name

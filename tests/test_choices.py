@@ -6,23 +6,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from helpers import make_folder
+from helpers import run
 
 import train
 from dataset.folder import load_folder
 from dataset.specs import get_spec
-
-TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("data"), train=34, test=15)
-
-
-def run(data, runs, name, *flags):
-    train.main([*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name, *flags])
-    return runs / name
 
 
 @pytest.fixture

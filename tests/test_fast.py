@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_folder
+from helpers import TINY, run
 
 import remix
 import train
@@ -23,18 +23,7 @@ from utils.acceleration import set_precision, try_to_compile
 from utils.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
-TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("data"), train=34, test=15)
-
-
-def run(data, runs, name, *flags):
-    train.main([*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name, *flags])
-    return runs / name
 
 
 def metrics(folder):

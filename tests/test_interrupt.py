@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_folder
+from helpers import TINY, make_folder, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -23,7 +23,6 @@ from utils.cli import interval, interval_of, resume_command
 from utils.errors import INTERRUPTED, Interrupted, UserError, run_main
 
 REPO = Path(__file__).resolve().parents[1]
-TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
 FLAGS = ["--epochs", "4", "--warmup", "1", "--rescore_every", "2", "--val_fraction", "0.2"]
 SECONDS = ("seconds", "clips_per_second")
 
@@ -36,11 +35,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
-
-
-def run(data, runs, name, *flags):
-    train.main([*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name, *flags])
-    return runs / name
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_folder
+from helpers import TINY, make_folder, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import remix
@@ -24,22 +24,11 @@ from utils.errors import UserError
 from utils.seeding import epoch_generator
 
 REPO = Path(__file__).resolve().parents[1]
-TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("data"), train=34, test=15)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
-
-
-def run(data, runs, name, *flags):
-    train.main([*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name, *flags])
-    return runs / name
 
 
 @pytest.fixture(scope="module")
