@@ -37,7 +37,7 @@ from benchmarks.common import (
 )
 from dataset.clips import Clips
 from dataset.specs import get_spec
-from models import AVClassifier, encoders
+from models import AVClassifier
 from utils import distributed
 from utils.acceleration import compile_in_place, compiled, default_precision, set_precision, use_huge_pages
 from utils.cli import Parser, number
@@ -57,12 +57,11 @@ USUAL = CREMAD_SHAPE | {"batch_size": 64, "workers": 2}  # where a preset does n
 # BatchNorm folded into the convolutions that score, on a CPU huge pages.
 SETTINGS = {
     "ours": {},
-    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False, "fold": False, "huge_pages": False},
+    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False, "huge_pages": False},
     "files": {"cache": "none"},
     "ram": {"cache": "ram"},
     "run": {"masked_encoder": "run"},
     "default_layout": {"channels_last": False},
-    "no_fold": {"fold": False},
     "small_pages": {"huge_pages": False},
     "fp32": {"precision": "fp32"},
     "tf32": {"precision": "tf32"},
@@ -71,7 +70,6 @@ SETTINGS = {
     "bf16_compile": {"precision": "bf16", "compile": True},
 }
 
-FOLDING = encoders.normalised
 PHASES = ("load", "score", "forward", "joint", "remix", "evaluate")
 
 
@@ -113,7 +111,6 @@ class Setting:
         self.args = train.parse_args([*argv, "--masked_encoder", choices.get("masked_encoder", "skip")])
         self.precision = choices.get("precision", default_precision(device.type))
         self.huge_pages = choices.get("huge_pages", True)
-        self.normalised = FOLDING if choices.get("fold", True) else lambda conv, norm, x: norm(conv(x))
         self.take_over()
         seed_everything(0)
         classes = int(clips["train"].labels.max()) + 1
@@ -128,7 +125,6 @@ class Setting:
     def take_over(self) -> None:
         """Put what holds for the whole process as this setting has it."""
         set_precision(self.precision, self.device)
-        encoders.normalised = self.normalised
         allow_huge_pages(self.huge_pages)
 
     def plans(self) -> dict[str, list[remix.Batch]]:
@@ -304,7 +300,6 @@ def main(argv: list[str] | None = None) -> None:
             try:
                 seconds = measure(settings, args.phases, args.repeats)
             finally:
-                encoders.normalised = FOLDING
                 allow_huge_pages(True)
         rates = {}
         for precision in {setting.precision for setting in settings}:

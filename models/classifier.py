@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.encoders import Trunk
+from models.encoders import ENCODERS
 from models.fusion import FUSIONS
 
-# Channels of the first stage. The thin one makes the quick start a matter of minutes on two cores.
-MODELS = {"resnet18": 64, "resnet18_thin": 8}
+MODELS = tuple(ENCODERS)
 
 
 class Output(NamedTuple):
@@ -36,10 +35,9 @@ class AVClassifier(nn.Module):
     def __init__(self, n_classes: int, model: str = "resnet18", fusion_method: str = "concat", bf16: bool = False):
         super().__init__()
         self.bf16 = bf16
-        width = MODELS[model]
-        self.audio_net = Trunk(1, width)
-        self.visual_net = Trunk(3, width)
-        features = self.audio_net.features
+        make, features = ENCODERS[model]
+        self.audio_net = make(1)
+        self.visual_net = make(3)
         self.head = FUSIONS[fusion_method](features, n_classes)
         self.head_audio = nn.Linear(features, n_classes)
         self.head_video = nn.Linear(features, n_classes)
@@ -50,18 +48,17 @@ class AVClassifier(nn.Module):
 
     def encode_audio(self, audio: Tensor) -> Tensor:
         """(B, 1, F, W) -> (B, D)."""
-        return self._pooled(self.audio_net, audio)
+        return self._features(self.audio_net, audio)
 
     def encode_video(self, video: Tensor) -> Tensor:
         """(B, T, 3, S, S) -> (B, D): the frames share the batch dimension in the trunk and are averaged after it."""
-        features = self._pooled(self.visual_net, video.flatten(0, 1))  # (B*T, D)
+        features = self._features(self.visual_net, video.flatten(0, 1))  # (B*T, D)
         return features.unflatten(0, video.shape[:2]).mean(dim=1)
 
-    def _pooled(self, trunk: Trunk, images: Tensor) -> Tensor:
-        """(B, c, H, W) -> (B, D), the mean over the last feature map, in float32 at least."""
+    def _features(self, encoder: nn.Module, images: Tensor) -> Tensor:
+        """(B, c, H, W) -> (B, D), pooled in float32 at least."""
         with torch.autocast(images.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            maps = trunk(images)  # (B, D, h, w)
-        return maps.mean(dim=(2, 3), dtype=torch.promote_types(maps.dtype, torch.float32))
+            return encoder(images)
 
     def forward(self, audio: Tensor | None, video: Tensor | None, kept: str = "both") -> Output:
         """Logits of all heads for `kept` in both, audio, video.

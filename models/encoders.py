@@ -1,85 +1,72 @@
-"""ResNet-18 trunks: torchvision's ResNet without its classifier, one per modality.
+"""Encoders: one input in, one feature vector out. A registry of constructors, each called with the input's channels.
 
-Shapes: B images, c input channels, H x W pixels, D = 8 * width feature channels, h x w = H/32 x W/32.
+Shapes: B images, c input channels, H x W pixels, D features.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, resnet18
 
 
-class PickedConv(nn.Conv2d):
-    """A strided 1 x 1 convolution as one of stride 1 on the pixels that it looks at: the same numbers.
-
-    oneDNN's own (PyTorch 2.11, AVX-512, two threads or more) writes past its buffer in the backward pass of some shapes
-    if the input channels are no multiple of 16: 8 to 16 channels, 6 maps of 16 x 12, channels last, ends in "corrupted
-    size vs. prev_size".
-    """
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        down, right = self.stride
-        return F.conv2d(x[:, :, ::down, ::right], weight, bias)
-
-
-def normalised(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """`norm(conv(x))`; where statistics stand still and no gradient is asked for, as one convolution.
-
-    There BatchNorm is a fixed factor and offset per channel, which go into the convolution's weights and bias: one pass
-    over memory less for every convolution that scores or evaluates.
-    """
-    if norm.training or torch.is_grad_enabled():
-        return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()  # (channels out,)
-    return conv._conv_forward(x, conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
-
-
-class Block(BasicBlock):
-    """torchvision's residual block under its parameter names, normalised as above."""
+class MeanPool(nn.Module):
+    """Global average pooling in float32 at least, whatever the trunk computes in: (B, D, h, w) -> (B, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c, H, W) -> (B, c', H / stride, W / stride)."""
-        out = self.relu(normalised(self.conv1, self.bn1, x))
-        out = normalised(self.conv2, self.bn2, out)
-        out += x if self.downsample is None else normalised(*self.downsample, x)
-        return self.relu(out)
+        return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-class Trunk(ResNet):
-    """ResNet-18 up to its last feature map, under torchvision's parameter names.
+class ThinResNet(nn.Module):
+    """ResNet-18 at a quarter of its width, under torchvision's parameter names: for small images on a CPU.
 
-    `width` is the number of channels of the first stage: 64 is the standard ResNet-18 (512 features), less is a thin
-    one. Initialised as the official Data Remixing code does: convolutions kaiming-normal fan-out (torchvision's own
-    default), BatchNorm weight ~ N(1, 0.02) and bias 0.
+    Every width is a multiple of 16. With fewer channels oneDNN's strided 1 x 1 convolution (PyTorch 2.11, AVX-512) can
+    write past its buffer in the backward pass.
     """
 
-    def __init__(self, in_channels: int, width: int = 64):
-        super().__init__(Block, [2, 2, 2, 2], num_classes=1)
-        if width != 64:
-            self.inplanes = width
-            self.bn1 = nn.BatchNorm2d(width)
-            self.layer1 = self._make_layer(Block, width, 2)
-            self.layer2 = self._make_layer(Block, 2 * width, 2, stride=2)
-            self.layer3 = self._make_layer(Block, 4 * width, 2, stride=2)
-            self.layer4 = self._make_layer(Block, 8 * width, 2, stride=2)
-        for layer in (self.layer2, self.layer3, self.layer4):
-            conv = layer[0].downsample[0]
-            if conv.in_channels % 16:  # only in thin ones
-                shape = conv.in_channels, conv.out_channels, 1, conv.stride
-                layer[0].downsample[0] = nn.utils.skip_init(  # drawing no random numbers
-                    PickedConv, *shape, bias=False, device=conv.weight.device
-                )
-        self.conv1 = nn.Conv2d(in_channels, width, kernel_size=7, stride=2, padding=3, bias=False)
-        del self.avgpool, self.fc  # pooling is the classifier's: over frames too; the heads replace fc
-        self.features = 8 * width
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
-                nn.init.zeros_(module.bias)
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1, self.layer2 = _stage(16, 16, stride=1), _stage(16, 32, stride=2)
+        self.layer3, self.layer4 = _stage(32, 64, stride=2), _stage(64, 128, stride=2)
+        self.avgpool, self.fc = nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c, H, W) -> (B, D, h, w)."""
-        x = self.maxpool(self.relu(normalised(self.conv1, self.bn1, x)))  # (B, width, H/4, W/4)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, D, h, w)
+        """(B, c, H, W) -> (B, 128)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))  # (B, 16, H/4, W/4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (B, 128, H/32, W/32)
+        return self.fc(self.avgpool(x))
+
+
+def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """Two residual blocks; the first changes channels and resolution."""
+    downsample = None
+    if stride != 1 or inputs != outputs:
+        downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(BasicBlock(inputs, outputs, stride, downsample), BasicBlock(outputs, outputs))
+
+
+def _as_encoder(net: nn.Module, in_channels: int) -> nn.Module:
+    """A ResNet with another input layer and no classifier, initialised as the official Data Remixing code does.
+
+    Convolutions kaiming-normal fan-out (torchvision's default too), BatchNorm weight ~ N(1, 0.02), bias 0.
+    """
+    net.conv1 = nn.Conv2d(in_channels, net.conv1.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
+    net.avgpool, net.fc = MeanPool(), nn.Identity()
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, 0.02)
+            nn.init.zeros_(module.bias)
+    return net
+
+
+# name -> (constructor of (in_channels), features D)
+ENCODERS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
+    "resnet18": (lambda channels: _as_encoder(resnet18(num_classes=1), channels), 512),
+    "resnet18_thin": (lambda channels: _as_encoder(ThinResNet(), channels), 128),
+}

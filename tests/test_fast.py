@@ -17,7 +17,7 @@ import remix
 import train
 from benchmarks import common, epoch, saving, scaling
 from benchmarks.common import flops_per_clip
-from models import AVClassifier, encoders
+from models import AVClassifier
 from utils import acceleration
 from utils.acceleration import set_precision, try_to_compile
 from utils.errors import UserError
@@ -200,28 +200,6 @@ def test_the_epoch_benchmark_runs_and_leaves_the_network_as_it_was(capsys, monke
         torch.set_num_threads(threads)
     rows = [line for line in capsys.readouterr().out.splitlines() if "| remix |" in line]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == ["ours", "official"]
-    assert encoders.normalised is epoch.FOLDING
-
-
-def test_the_benchmark_scores_without_folding_where_a_setting_says_so(monkeypatch):
-    score, forward, calls = epoch.Setting.score, torch.nn.BatchNorm2d.forward, {}
-
-    def counted(setting):
-        with pytest.MonkeyPatch.context() as patch:
-            seen = calls.setdefault(setting.name, [])
-            patch.setattr(torch.nn.BatchNorm2d, "forward", lambda norm, x: seen.append(norm) or forward(norm, x))
-            return score(setting)
-
-    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
-    monkeypatch.setattr(epoch.Setting, "score", counted)
-    words = ["--preset", "tiny", "--phases", "score", "--repeats", "1", "--threads", "1", "--settings", "no_fold"]
-    threads = torch.get_num_threads()
-    try:
-        epoch.main(words)
-    finally:
-        torch.set_num_threads(threads)
-    assert calls["ours"] == [] and len(calls["no_fold"]) >= 40  # 20 of them in each trunk
-    assert encoders.normalised is epoch.FOLDING
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,7 +11,6 @@ from torch import nn
 from torchvision.models import resnet18
 
 from models import FUSIONS, AVClassifier
-from models.encoders import PickedConv, Trunk, normalised
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -202,35 +201,13 @@ def test_every_fusion_trains_the_kept_encoders(fusion, kept):
         assert moved == (kept in ("both", name))
 
 
-def test_a_thin_trunks_downsampling_is_the_strided_convolution():
-    trunk = Trunk(1, 8).double()
-    conv, norm = trunk.layer2[0].downsample
-    assert isinstance(conv, PickedConv)
-    strided = nn.Conv2d(8, 16, 1, stride=2, bias=False).double()
-    strided.load_state_dict(conv.state_dict())
-    for height, width in ((16, 12), (7, 5), (1, 1)):
-        x = torch.randn(3, 8, height, width, dtype=torch.float64, requires_grad=True)
-        ours, theirs = conv(x), strided(x)
-        torch.testing.assert_close(ours, theirs)
-        weights = torch.randn_like(ours)
-        got = torch.autograd.grad((ours * weights).sum(), [x, conv.weight])
-        torch.testing.assert_close(got, torch.autograd.grad((theirs * weights).sum(), [x, strided.weight]))
-        norm.eval().running_var.uniform_(0.5, 2.0)
-        with torch.no_grad():
-            torch.testing.assert_close(normalised(conv, norm, x), norm(strided(x)))
-
-
-def test_a_wide_trunk_is_torchvisions():
-    assert not any(isinstance(module, PickedConv) for module in Trunk(3, 64).modules())
-
-
 def test_a_thin_trunk_leaves_the_heap_whole():
-    """With two threads, 6 maps of 16 x 12: where oneDNN's strided convolution wrote past its buffer."""
+    """With two threads, 6 maps of 16 x 12: where oneDNN's strided convolution of 8 channels wrote past its buffer."""
     script = """
 import torch
-from models.encoders import Trunk
+from models.encoders import ENCODERS
 torch.set_num_threads(2)
-trunk = Trunk(1, 8).to(memory_format=torch.channels_last).train()
+trunk = ENCODERS["resnet18_thin"][0](1).to(memory_format=torch.channels_last).train()
 for batch in [*range(2, 9)] * 4:
     trunk(torch.randn(batch, 1, 64, 48)).sum().backward()
 """
