@@ -16,10 +16,11 @@ def kl_from_uniform(logits: Tensor) -> Tensor:
     """KL(softmax(logits) || uniform) in bits, (N, C) -> (N,): 0 when unsure of everything, log2(C) when certain.
 
     Probabilities are clipped to [1e-9, 1] as in the official code (paper section 3.2), there with C fixed to 6;
-    here C is the number of columns. Computed in float32 at least, whatever the logits' type.
+    here C is the number of columns. The softmax is computed in float32 (float64 for float64 logits) and the sum in
+    float64, which is the official arithmetic: a float32 sum ranks saturated clips differently.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    p = logits.softmax(dim=1).clamp(1e-9, 1.0)
+    p = logits.softmax(dim=1).double().clamp(1e-9, 1.0)
     return (p * (p.log2() + math.log2(logits.shape[1]))).sum(dim=1)
 
 
