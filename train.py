@@ -474,7 +474,7 @@ def load_parts(args: argparse.Namespace) -> tuple[Folder, dict[str, Part]]:
     if args.val_fraction and args.train:
         if "val" in parts:
             raise UserError(f"--val_fraction: {root} has a val.csv already; leave the flag out")
-        cut = split_validation(parts["train"], args.val_fraction, args.random_seed, folder.groups)
+        cut = split_validation(parts["train"], args.val_fraction, folder.groups)
         parts["train"], parts["val"] = cut
     return folder, parts
 
@@ -774,6 +774,8 @@ def main(argv: list[str] | None = None) -> None:
         numbers["lr"] = scheduler.get_last_lr()[-1]
         order = epoch_generator(args.random_seed, epoch, "plan")
         if remixing:
+            if epoch == 0 and position.batches == 0:
+                refresh(epoch)  # without a warm-up nothing has estimated BatchNorm's statistics yet
             if position.batches == 0 and (kept is None or (epoch - args.warmup) % args.rescore_every == 0):
                 logits = predict_all("train", f"epoch {epoch}, ", lambda: pause(trained=False))
                 low_is_hard = remix.difficulty(logits["audio"], logits["video"], args.score, clips["train"].labels,

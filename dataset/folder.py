@@ -10,7 +10,7 @@ import numpy as np
 from dataset.check import Problem, Report, inspect_folder
 from dataset.lists import read_record
 from dataset.specs import DatasetSpec
-from dataset.splits import actor_of, actor_test, hold_out, hold_out_groups
+from dataset.splits import VALIDATION_SEED, actor_of, actor_test, hold_out, hold_out_groups
 from utils.errors import UserError
 
 # No list could be trusted with these, so --allow_missing does not pass over them.
@@ -70,15 +70,16 @@ def load_folder(
     return Folder(report.root, report.classes, parts, report.audio_shape, report.problems, split, groups)
 
 
-def split_validation(part: Part, fraction: float, seed: int, groups: dict[str, str] | None) -> tuple[Part, Part]:
+def split_validation(part: Part, fraction: float, groups: dict[str, str] | None) -> tuple[Part, Part]:
     """(train, validation): `fraction` of the clips, of each class alike; with `groups`, of the groups, none in both.
 
-    Deterministic from `seed`; the order of the clips is kept. Raises `UserError` where a part would be empty.
+    One split for all training seeds, so that a spread over seeds is training variance. The order of the clips is kept.
+    Raises `UserError` where a part would be empty.
     """
     if groups is not None:
-        held = hold_out_groups([groups[clip] for clip in part.clips], part.labels.tolist(), fraction, seed)
+        held = hold_out_groups([groups[clip] for clip in part.clips], part.labels.tolist(), fraction, VALIDATION_SEED)
     else:
-        held = hold_out(part.labels, fraction, seed)
+        held = hold_out(part.labels, fraction, VALIDATION_SEED)
     return _select(part, ~held), _select(part, held)
 
 

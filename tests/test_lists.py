@@ -196,15 +196,14 @@ def test_no_folder_says_what_to_do(tmp_path):
 
 def test_validation_part(tmp_path):
     part = load_folder(make_folder(tmp_path / "data", train=60), get_spec("folder")).parts["train"]
-    train, val = split_validation(part, 0.2, 1, groups=None)
+    train, val = split_validation(part, 0.2, groups=None)
     assert sorted(train.clips + val.clips) == sorted(part.clips)
     assert [val.labels.tolist().count(label) for label in range(3)] == [4, 4, 4]
-    assert split_validation(part, 0.2, 1, groups=None)[1].clips == val.clips
-    assert split_validation(part, 0.2, 2, groups=None)[1].clips != val.clips
+    assert split_validation(part, 0.2, groups=None)[1].clips == val.clips
     assert all(path.stem == clip for path, clip in zip(val.spectrograms, val.clips, strict=True))
     for fraction in (0, 1, -1, 1.5):
         with pytest.raises(UserError, match="val_fraction"):
-            split_validation(part, fraction, 1, groups=None)
+            split_validation(part, fraction, groups=None)
 
 
 def test_a_validation_part_shares_no_group_with_training(tmp_path):
@@ -213,7 +212,7 @@ def test_a_validation_part_shares_no_group_with_training(tmp_path):
     microphone = {clip: f"mic {i // 10}" for i, clip in enumerate(clips)}  # six of ten clips; the test clips' own
     write(root / "groups.csv", "".join(f"{clip},{name}\n" for clip, name in [*microphone.items(), ("unused", "x")]))
     folder = load_folder(root, get_spec("folder"))
-    train, val = split_validation(folder.parts["train"], 0.2, 1, folder.groups)
+    train, val = split_validation(folder.parts["train"], 0.2, folder.groups)
     assert sorted(train.clips + val.clips) == sorted(folder.parts["train"].clips) and len(val.clips) == 10
     assert not {microphone[clip] for clip in train.clips} & {microphone[clip] for clip in val.clips}
     assert set(val.labels.tolist()) == set(train.labels.tolist())
@@ -222,7 +221,7 @@ def test_a_validation_part_shares_no_group_with_training(tmp_path):
     write(root / "groups.csv", "".join(f"{clip},one\n" for clip in clips))
     folder = load_folder(root, get_spec("folder"))
     with pytest.raises(UserError, match="1 group"):
-        split_validation(folder.parts["train"], 0.2, 1, folder.groups)
+        split_validation(folder.parts["train"], 0.2, folder.groups)
 
 
 @pytest.mark.parametrize(
