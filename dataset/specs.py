@@ -10,6 +10,7 @@ from pathlib import Path
 from utils.errors import UserError
 
 # Names that mean something else where modalities' names are used: heads, methods, files of a training folder.
+AUDIO, VIDEO = "audio", "video"  # the two modalities of the paper's datasets
 RESERVED = ("joint", "multimodal", "loss", "remix", "baseline", "train", "test", "val", "pack")
 
 
@@ -61,12 +62,12 @@ class Modality:
 
 def audio(recipe: str | None) -> Modality:
     """Spectrograms in `audio/`."""
-    return Modality("audio", "array", "audio", recipe=recipe)
+    return Modality(AUDIO, "array", "audio", recipe=recipe)
 
 
 def video(frames: int, stored_frames: int | None = None) -> Modality:
     """RGB frames in `visual/`."""
-    return Modality("video", "frames", "visual", frames=frames, stored_frames=stored_frames)
+    return Modality(VIDEO, "frames", "visual", frames=frames, stored_frames=stored_frames)
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class DatasetSpec:
     The order of `modalities` is that of every table, column and tie: on a tie the last one is the hardest. `classes` is
     sorted (class index = rank); None means "as stat.csv says". `image_size` is the side in pixels that frames are fed
     at. `counts` are the published (train, test) numbers of clips, `train_class_counts` the published train clips per
-    class. `by_actor`: clip ids start with the actor's number. `model` and `learning_rate` are training defaults; there is
-    one rate for every method, so that a comparison is fair.
+    class. `by_actor`: clip ids start with the actor's number. `model` and `learning_rate` are training defaults, with
+    one rate for every method so that a comparison is fair.
     """
 
     name: str

@@ -1,25 +1,11 @@
-"""Data Remixing in three steps on tensors: difficulty (N, 2) -> decouple (N,) -> reassemble (a plan of batches).
+"""Data Remixing in three steps on tensors: difficulty (N, M) -> decouple (N, M) -> reassemble (a plan of batches).
 
 Xiaoyu Ma, Hao Chen, Yongjian Deng: Improving Multimodal Learning Balance and Sufficiency through Data Remixing,
-ICML 2025, arXiv 2506.11550. Pure functions: no files, no flags, no model class.
+ICML 2025, arXiv 2506.11550. Pure functions for any number of modalities: no files, no flags, no model class.
 """
 
-from remix.decouple import AUDIO, BOTH, KEEP, NAMES, VIDEO, decouple
+from remix.decouple import KEEP, decouple
 from remix.difficulty import SCORES, difficulty, kl_from_uniform
 from remix.reassemble import ORDERS, Batch, batches_of, reassemble
 
-__all__ = [
-    "AUDIO",
-    "BOTH",
-    "KEEP",
-    "NAMES",
-    "ORDERS",
-    "SCORES",
-    "VIDEO",
-    "Batch",
-    "batches_of",
-    "decouple",
-    "difficulty",
-    "kl_from_uniform",
-    "reassemble",
-]
+__all__ = ["KEEP", "ORDERS", "SCORES", "Batch", "batches_of", "decouple", "difficulty", "kl_from_uniform", "reassemble"]

@@ -1,28 +1,30 @@
 """Step 2, decouple: each clip keeps one modality.
 
-Shapes: N clips, 2 modalities.
+Shapes: N clips, M modalities.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-AUDIO, VIDEO, BOTH = 0, 1, 2
-NAMES = ("audio", "video", "both")
 KEEP = ("hard", "easy", "all")
 
 
 def decouple(difficulty: Tensor, keep: str = "hard") -> Tensor:
-    """The modality each clip keeps, (N, 2) -> (N,) of AUDIO, VIDEO or BOTH. Low difficulty values mean hard.
+    """The modalities each clip keeps, (N, M) -> (N, M) bool. Low difficulty values mean hard.
 
-    hard  the modality with the lower value (paper section 3.2); an exact tie keeps video, as the official code does.
-    easy  the modality with the higher value; a tie keeps video (ablation).
-    all   both: each clip enters the batches of either modality, twice the steps (ablation).
+    hard  the modality with the lowest value (paper section 3.2); on a tie the last one, as in the official code.
+    easy  the modality with the highest value; on a tie the last one (ablation).
+    all   every modality: the clip enters the batches of each, M times the steps (ablation).
+
+    Raises `ValueError` for another `keep`.
     """
-    audio, video = difficulty.unbind(dim=1)
-    if keep == "hard":
-        return torch.where(audio < video, AUDIO, VIDEO)
-    if keep == "easy":
-        return torch.where(audio > video, AUDIO, VIDEO)
+    if keep not in KEEP:
+        raise ValueError(f"keep {keep!r}: allowed are {', '.join(KEEP)}")
     if keep == "all":
-        return torch.full_like(audio, BOTH, dtype=torch.long)
-    raise ValueError(f"keep {keep!r}: allowed are {', '.join(KEEP)}")
+        return torch.ones_like(difficulty, dtype=torch.bool)
+    # argmin leaves open which of equal values it returns: of the reversed columns, take the first that is lowest.
+    values = (difficulty if keep == "hard" else -difficulty).flip(1)
+    lowest = values == values.min(dim=1, keepdim=True).values  # (N, M)
+    last = difficulty.shape[1] - 1 - lowest.int().argmax(dim=1)  # (N,)
+    return F.one_hot(last, difficulty.shape[1]).bool()

@@ -1,9 +1,10 @@
-"""Step 1, score: how hard is each clip for each modality?
+"""Step 1, score: how hard is each clip in each modality?
 
-Shapes: N clips, C classes, 2 modalities (column 0 audio, column 1 video).
+Shapes: N clips, C classes, M modalities.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,11 +14,11 @@ SCORES = ("kl", "loss", "random")
 
 
 def kl_from_uniform(logits: Tensor) -> Tensor:
-    """KL(softmax(logits) || uniform) in bits, (N, C) -> (N,): 0 when unsure of everything, log2(C) when certain.
+    """KL(softmax(logits) || uniform) in bits, (N, C) -> (N,): 0 for a uniform prediction, log2(C) for a certain one.
 
-    Probabilities are clipped to [1e-9, 1] as in the official code (paper section 3.2), there with C fixed to 6;
-    here C is the number of columns. The softmax is computed in float32 (float64 for float64 logits) and the sum in
-    float64, which is the official arithmetic: a float32 sum ranks saturated clips differently.
+    Probabilities are clipped to [1e-9, 1] as in the official code (paper section 3.2), which fixes C to 6; here C is
+    the number of columns. The softmax is computed in float32 (float64 for float64 logits) and the sum in float64. That
+    is the official arithmetic; a float32 sum orders saturated clips differently.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     p = logits.softmax(dim=1).double().clamp(1e-9, 1.0)
@@ -25,24 +26,25 @@ def kl_from_uniform(logits: Tensor) -> Tensor:
 
 
 def difficulty(
-    audio_logits: Tensor,
-    video_logits: Tensor,
+    logits: Sequence[Tensor],
     score: str = "kl",
     labels: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Difficulty of each clip in each modality from its unimodal logits, 2 x (N, C) -> (N, 2). LOW means hard.
+    """Difficulty of each clip in each modality from its unimodal logits, M x (N, C) -> (N, M). LOW means hard.
 
-    kl      KL of the prediction from uniform: unsure is hard; labels are not used (the paper's).
-    loss    minus the unimodal cross entropy: wrong is hard; needs `labels` (N,).
-    random  uniform noise from `generator` (on the CPU): the control that keeps the remixing and drops the choosing.
+    kl      KL of the prediction from uniform: an uncertain prediction is hard. Labels are not used (the paper's rule).
+    loss    minus the unimodal cross entropy: a wrong prediction is hard. Needs `labels` (N,).
+    random  uniform noise from `generator` (on the CPU): a control that remixes without choosing.
+
+    Raises `ValueError` for another `score`, or for "loss" without labels.
     """
     if score == "kl":
-        columns = kl_from_uniform(audio_logits), kl_from_uniform(video_logits)
-    elif score == "loss":
-        columns = tuple(-F.cross_entropy(x.float(), labels, reduction="none") for x in (audio_logits, video_logits))
-    elif score == "random":
-        return torch.rand(len(audio_logits), 2, generator=generator).to(audio_logits.device)
-    else:
-        raise ValueError(f"score {score!r}: allowed are {', '.join(SCORES)}")
-    return torch.stack(columns, dim=1)  # (N, 2)
+        return torch.stack([kl_from_uniform(values) for values in logits], dim=1)  # (N, M)
+    if score == "loss":
+        if labels is None:
+            raise ValueError("score 'loss' needs labels")
+        return torch.stack([-F.cross_entropy(values.float(), labels, reduction="none") for values in logits], dim=1)
+    if score == "random":
+        return torch.rand(len(logits[0]), len(logits), generator=generator).to(logits[0].device)
+    raise ValueError(f"score {score!r}: allowed are {', '.join(SCORES)}")
