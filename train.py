@@ -71,6 +71,7 @@ DERIVED = ("from_preset", "joint_weights", "alone_weights")  # of the Namespace,
 
 # fmt: off
 def make_parser() -> Parser:
+    count, factor = number(int, 1, MANY), number(float, 0, MANY)
     p = Parser(description=(__doc__ or "").split("\n")[0], abbreviated=OFFICIAL_FLAGS)
     g = p.add_argument_group("data")
     g.add_argument("--dataset", default="demo", choices=SPECS, help="dataset (default: demo)")
@@ -78,7 +79,7 @@ def make_parser() -> Parser:
     g.add_argument("--n_classes", type=number(int, 2, MANY), metavar="N", help="classes, checked (default: the data's)")
     g.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.0, metavar="F",
                    help="share of train held out for validation, the same for every seed (default: 0)")
-    g.add_argument("--split", choices=("official", "actor"), help="actor: CREMA-D, no actor in both (default: as prepared)")
+    g.add_argument("--split", choices=("official", "actor"), help="actor: no CREMA-D actor in both (default: as prepared)")
     g.add_argument("--allow_missing", action="store_true", help="leave out clips with missing files (default: refuse)")
     g.add_argument("--image_size", type=number(int, 8, 4096), metavar="S",
                    help="side of the frames fed to the network, pixels (default: the dataset's)")
@@ -89,9 +90,9 @@ def make_parser() -> Parser:
                    help="processes that read files with --cache none (default: cores, at most 8)")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model", choices=IMAGE_ENCODERS, help="encoder of images and spectrograms (default: the dataset's)")
+    g.add_argument("--model", choices=IMAGE_ENCODERS, help="encoder of images, spectrograms (default: the dataset's)")
     g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (default: concat)")
-    g.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate or start from (default: none)")
+    g.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate or start with (no default)")
 
     g = p.add_argument_group("method")
     g.add_argument("--method", default="remix", metavar="NAME",
@@ -100,41 +101,41 @@ def make_parser() -> Parser:
     g.add_argument("--warmup", type=number(int, 0, MANY), metavar="N", help="joint epochs before Remix (default: 10)")
     g.add_argument("--score", choices=remix.SCORES, help="difficulty of a clip in a modality (default: kl)")
     g.add_argument("--keep", choices=remix.KEEP, help="modality that a clip keeps (default: hard)")
-    g.add_argument("--rescore_every", type=number(int, 1, MANY), metavar="K", help="epochs per scoring (default: 1)")
+    g.add_argument("--rescore_every", type=count, metavar="K", help="epochs per scoring (default: 1)")
     g.add_argument("--batch_order", choices=remix.ORDERS, help="order of homogeneous batches (default: sequential)")
     g.add_argument("--masked_encoder", choices=("skip", "run"),
                    help="what the encoder of a masked modality does in a batch (default: skip)")
     g.add_argument("--batchnorm", choices=("refreshed", "running"), help="statistics for scoring and evaluation: "
                    "re-estimated after each epoch, or the running ones (default: refreshed)")
-    g.add_argument("--alpha", type=number(float, 0, MANY), help="audio loss weight in joint batches (default: 0.5)")
-    g.add_argument("--beta", type=number(float, 0, MANY), help="video loss weight in joint batches (default: 0.5)")
-    g.add_argument("--gamma1", type=number(float, 0, MANY), help="video loss weight in video batches (default: 1)")
-    g.add_argument("--gamma2", type=number(float, 0, MANY), help="audio loss weight in audio batches (default: 1)")
-    g.add_argument("--diagnose", action="store_true", help="measure clash and imbalance after each epoch (default: off)")
+    g.add_argument("--alpha", type=factor, help="audio loss weight in joint batches (default: 0.5)")
+    g.add_argument("--beta", type=factor, help="video loss weight in joint batches (default: 0.5)")
+    g.add_argument("--gamma1", type=factor, help="video loss weight in video batches (default: 1)")
+    g.add_argument("--gamma2", type=factor, help="audio loss weight in audio batches (default: 1)")
+    g.add_argument("--diagnose", action="store_true", help="measure clash and imbalance each epoch (default: off)")
     g.add_argument("--balance", default="none", metavar="NAME[:OPTION=VALUE...][,NAME...]",
                    help="balance methods with baseline or remix; list: python -m balance (default: none)")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", "--epoch", type=number(int, 1, MANY), metavar="N", help="epochs with warm-up (default: 60)")
-    g.add_argument("--batch_size", type=number(int, 2, MANY), metavar="B", help="clips per step, all GPUs (default: 64)")
+    g.add_argument("--epochs", "--epoch", type=count, metavar="N", help="epochs with warm-up (default: 60)")
+    g.add_argument("--batch_size", type=number(int, 2, MANY), metavar="B", help="clips per step in all (default: 64)")
     g.add_argument("--optimizer", choices=("adam", "sgd"), help="adam, or sgd with momentum 0.9 (default: adam)")
     g.add_argument("--learning_rate", type=number(float, 0, MANY, True), help="initial rate (default: the dataset's)")
-    g.add_argument("--lr_decay_step", type=number(int, 1, MANY), metavar="N", help="epochs per decay (default: 30)")
+    g.add_argument("--lr_decay_step", type=count, metavar="N", help="epochs per decay (default: 30)")
     g.add_argument("--lr_decay_ratio", type=number(float, 0, 1, True), help="factor per decay (default: 0.1)")
-    g.add_argument("--encoder_lr_decay", type=number(float, 0, MANY), default=1.0,
+    g.add_argument("--encoder_lr_decay", type=factor, default=1.0,
                    help="learning-rate multiplier for the encoders (default: 1)")
     g.add_argument("--random_seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="seed (default: 42)")
 
     g = p.add_argument_group("system")
     g.add_argument("--train", action="store_true", help="train; else evaluate --checkpoint (default: off)")
-    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device (default: auto, CUDA if any)")
+    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto (CUDA if there is one)")
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
     g.add_argument("--precision", choices=PRECISIONS, help="arithmetic (default: fp32 on a CPU, tf32 on a GPU)")
     g.add_argument("--compile", action="store_true", help="compile the encoders with torch.compile (default: off)")
-    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="where run folders go (default: runs)")
-    g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: dataset, method, seed, time)")
-    g.add_argument("--resume", nargs="?", const="auto", type=path_name, metavar="RUN", help="run folder to continue with "
-                   "its own flags; auto: continue --run_name, or start it (default: off)")
+    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="folder of the runs (default: runs)")
+    g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: named by method, time)")
+    g.add_argument("--resume", nargs="?", const="auto", type=path_name, metavar="RUN", 
+                   help="run folder to continue with its own flags; auto: continue --run_name or start it (default: off)")
     return p
 # fmt: on
 

@@ -68,7 +68,7 @@ def result_table(rows: dict[str, dict], names: Sequence[str]) -> str:
 
 
 def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path, first: int) -> list[str]:
-    """What a run starts with: what the preset changes from `usual`, and one line of device, precision, threads, seed."""
+    """What a run starts with: what the preset changes from `usual`, and a line of device, precision, threads, seed."""
     filled = args.from_preset
     changed = [f"{name} {filled[name]}" for name, value in usual.items() if filled.get(name, value) != value]
     lines = [f"preset {args.preset}: {', '.join(changed)}"] if changed else []
