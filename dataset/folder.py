@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.check import Problem, Report, inspect_folder
+from dataset.inspect import Problem, Report, inspect_folder
 from dataset.lists import read_record
 from dataset.specs import DatasetSpec
 from dataset.splits import VALIDATION_SEED, actor_of, actor_test, hold_out, hold_out_groups

@@ -14,11 +14,11 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from dataset.check import Problem, Report, inspect_folder
-from dataset.engine import Clip, Summary, prepare_clips
+from dataset.inspect import Problem, Report, inspect_folder
+from dataset.prepare.engine import Clip, Summary, prepare_clips
 from dataset.lists import check_clip_id, read_record
-from dataset.published import BASE_URL, SUMS, Split, published_split
-from dataset.raw import CREMAD_CLIPS, Index, cremad_rows, find_clips, index_raw, inspect_raw
+from dataset.prepare.published import BASE_URL, SUMS, Split, published_split
+from dataset.prepare.raw import CREMAD_CLIPS, Index, cremad_rows, find_clips, index_raw, inspect_raw
 from dataset.specs import AUDIO_RECIPES, SPECS, DatasetSpec, get_spec
 from dataset.splits import ACTOR_SEED, actor_of, actor_test, describe
 from utils.cli import Parser, number

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from dataset.check import Problem, Report, source_fault
-from dataset.engine import SILENCE, Clip
+from dataset.inspect import Problem, Report, source_fault
+from dataset.prepare.engine import SILENCE, Clip
 from dataset.lists import check_clip_id
 from dataset.specs import DatasetSpec
 from dataset.splits import actor_of
@@ -150,7 +150,7 @@ def inspect_raw(root: Path | str, spec: DatasetSpec, names: list[str] | None, qu
 
 
 def _inspect_raw_clip(clip: Clip, problems: list[Problem], warnings: list[Problem]) -> None:
-    from dataset import audio, video
+    from dataset.prepare import audio, video
 
     for path in dict.fromkeys((clip.video, clip.audio)):
         kind, reason = source_fault(path)

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dataset.audio import LOGMEL_SAMPLES, load_wave
+from dataset.prepare.audio import LOGMEL_SAMPLES, load_wave
 from dataset.specs import AUDIO_RECIPES, SPECS
 from utils.cli import Parser
 from utils.errors import UserError, run_main
@@ -518,7 +518,8 @@ def _refuse_foreign(root: Path, record: dict | None) -> None:
 
 def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, record: dict, quiet: bool) -> None:
     """Build the whole set beside `root`, then put it in place: a killed run leaves no half data set in `root`."""
-    from dataset.prepare import Clip, prepare_clips, write_lists
+    from dataset.prepare.engine import Clip, prepare_clips
+    from dataset.prepare.lists import write_lists
 
     making, old = _beside(root, "making"), _beside(root, "old")
     _remove(making, old)  # left by a run that was killed

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dataset import audio, video
-from dataset.check import Files, Problem, frame_names, inspect_clip, jpeg_fault, npy_fault, source_fault
+from dataset.prepare import audio, video
+from dataset.inspect import Files, Problem, frame_names, inspect_clip, jpeg_fault, npy_fault, source_fault
 from dataset.lists import check_clip_id
 from dataset.specs import AUDIO_RECIPES, AudioRecipe
 from utils.errors import UserError
