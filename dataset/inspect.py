@@ -1,27 +1,24 @@
-"""Is a folder sound? Header-level inspection at every training start, and the doctor behind `prepare --check`.
+"""Header-level inspection of a training folder: what every training start needs to know, in seconds.
 
-Nothing here imports librosa or PyAV at the top: training imports this module.
+Lists, names, files that exist and are not empty, .npy headers. No file's content is decoded: `dataset.pack.read_frame`
+and `read_array` check what they decode anyway, and the doctor (`python -m dataset.prepare --check`) reads everything.
 """
 
 import os
-import struct
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 from tqdm import tqdm
 
 from dataset.lists import Fault, read_classes, read_record, scan_clips, scan_groups
-from dataset.specs import AUDIO_RECIPES, DatasetSpec
+from dataset.specs import AUDIO, AUDIO_RECIPES, DESCRIPTION, DatasetSpec, Modality
 from dataset.splits import actor_of
 from utils.errors import UserError
 
 LFS_HEADER = b"version https://git-lfs"  # what a file holds when git-lfs was not run
-MAX_SIDE = 8192  # pixels; a larger JPEG is a decompression bomb or not a video frame
-MAX_SPECTROGRAM = 2**26  # numbers in one spectrogram: 256 MiB of float32
 PARTS = ("train", "test", "val")
 
 
@@ -36,18 +33,18 @@ class Problem(NamedTuple):
 
 
 class Files(NamedTuple):
-    """What lies on disk for one clip: its frames in sorted order, its spectrogram and that one's (rows, columns)."""
+    """The files of one clip by modality: `frames` in sorted order, `arrays`, and the `shapes` of the arrays."""
 
-    frames: list[str]
-    spectrogram: str
-    shape: tuple[int, int]
+    frames: dict[str, list[str]]
+    arrays: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
 
 
 class Report(NamedTuple):
-    """What an inspection found. `parts` holds the (clip, label) rows of each list, `files` the sound clips.
+    """The result of an inspection. `parts` holds the (clip, label) rows of each list, `files` the valid clips' files.
 
-    `groups` is the group of each clip as groups.csv says, None where there is no such file.
-    Training would be sound exactly when `problems` is empty; `warnings` are worth knowing and stop nothing.
+    `shapes` is the shape of each array modality; `groups` is the group of each clip as groups.csv says, None where
+    there is no such file. A folder is valid exactly when `problems` is empty; `warnings` do not stop training.
     """
 
     root: Path
@@ -55,7 +52,7 @@ class Report(NamedTuple):
     classes: list[str]
     parts: dict[str, list[tuple[str, str]]]
     files: dict[str, Files]
-    audio_shape: tuple[int, int] | None
+    shapes: dict[str, tuple[int, ...]]
     problems: list[Problem]
     warnings: list[Problem]
     numbers: dict
@@ -66,87 +63,52 @@ class Report(NamedTuple):
 # One file
 
 
-def jpeg_fault(path: str) -> str:
-    """Why the JPEG at `path` cannot be trusted, '' if it can: markers and dimensions only, nothing is decoded."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            head = file.read(2048)
-            if not head:
-                return "empty file"
-            if not head.startswith(b"\xff\xd8"):
-                return "git-lfs pointer; run git lfs pull" if head.startswith(LFS_HEADER) else "not a JPEG file"
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 64))
-            if b"\xff\xd9" not in file.read():
-                return "truncated JPEG (no end marker)"
-            sides = _jpeg_sides(file, head)
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if sides is None:
-        return "JPEG without dimensions"
-    if not 0 < min(sides) <= max(sides) <= MAX_SIDE:
-        return f"JPEG of {sides[1]} x {sides[0]} pixels; sides must be 1 to {MAX_SIDE}"
-    return ""
+def frame_fault(data: bytes) -> str:
+    """Why `data` is not a whole JPEG file, '' if it looks like one. Its pixels are the decoder's to check."""
+    if not data:
+        return "empty file"
+    if data.startswith(LFS_HEADER):
+        return "git-lfs pointer; run git lfs pull"
+    if not data.startswith(b"\xff\xd8"):
+        return "not a JPEG file"
+    # Decoders fill what is missing with grey and do not say so. Some cameras pad behind the end marker.
+    return "" if b"\xff\xd9" in data[-64:] else "truncated JPEG (no end marker)"
 
 
-def _jpeg_sides(file, head: bytes) -> tuple[int, int] | None:
-    """(height, width) from the start-of-frame segment (ITU-T T.81, B.2.2)."""
-    position = 2
-    for _ in range(256):
-        if position + 9 > len(head):
-            file.seek(position)
-            more = file.read(16)
-            segment = more
-        else:
-            segment = head[position : position + 9]
-        if len(segment) < 9 or segment[0] != 0xFF:
-            return None
-        marker, length = segment[1], struct.unpack(">H", segment[2:4])[0]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return struct.unpack(">HH", segment[5:9])
-        position += 2 + length
-    return None
+def array_fault(path: str, headers: dict[bytes, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    """(reason, shape) of a .npy file: the reason is '' for a whole float32 array; header and size only, no pickles.
 
-
-def npy_fault(path: str, headers: dict[bytes, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
-    """(why the spectrogram cannot be trusted or '', its shape): header and file size only, pickles never.
-
-    `headers` remembers parsed headers: 15,000 files share one, and parsing it takes longer than reading it.
+    `headers` caches parsed headers: 15,000 files share one, and parsing it takes longer than reading it.
     """
+    head = b""
     try:
         with open(path, "rb") as file:
-            head = file.read(128)
+            head, start = file.read(128), 128
             shape = headers.get(head)
-            if shape is None or len(head) < 128:
+            if shape is None:
                 if not head:
-                    return "empty file", (0, 0)
+                    return "empty file", ()
                 file.seek(0)
                 shape, dtype, start = _npy_header(file)
                 if dtype != np.dtype("<f4"):
-                    return f"spectrogram of type {dtype}, not float32", (0, 0)
-                if len(shape) != 2 or min(shape) < 1 or shape[0] * shape[1] > MAX_SPECTROGRAM:
-                    return f"spectrogram of shape {shape}; two sides are needed, {MAX_SPECTROGRAM:,} numbers at most", (
-                        0,
-                        0,
-                    )
+                    return f"array of type {dtype}, not float32", ()
+                if not shape or min(shape) < 1:
+                    return f"array of shape {shape}; one or more dimensions of at least 1 are needed", ()
                 if start == 128:
                     headers[head] = shape
-            else:
-                start = 128
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        return "no such file", (0, 0)
+        return "no such file", ()
     except OSError as error:
-        return f"cannot be read ({error.strerror})", (0, 0)
+        return f"cannot be read ({error.strerror})", ()
     except (ValueError, SyntaxError, TypeError, EOFError, RecursionError, MemoryError) as error:
         pointer = head.startswith(LFS_HEADER)
-        return "git-lfs pointer; run git lfs pull" if pointer else f"not a .npy file ({_short(error)})", (0, 0)
-    if size != start + 4 * shape[0] * shape[1]:
-        return f"truncated .npy file ({size} bytes, {start + 4 * shape[0] * shape[1]} expected)", (0, 0)
-    return "", shape
+        return "git-lfs pointer; run git lfs pull" if pointer else f"not a .npy file ({short(error)})", ()
+    expected = start + 4 * int(np.prod(shape, dtype=object))
+    return ("", shape) if size == expected else (f"truncated .npy file ({size} bytes, {expected} expected)", ())
 
 
-def _npy_header(file) -> tuple[tuple, np.dtype, int]:
+def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, int]:
     """(shape, dtype, offset of the data) of an open .npy file. Raises ValueError."""
     version = npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -157,40 +119,29 @@ def _npy_header(file) -> tuple[tuple, np.dtype, int]:
     return shape, dtype, file.tell()
 
 
-def source_fault(path: Path | str) -> tuple[str, str]:
-    """(kind, reason) why a raw file cannot be prepared, ('', '') if it may: missing, empty, or a git-lfs pointer."""
-    try:
-        size = os.stat(path).st_size
-        if size == 0:
-            return "empty_file", "empty file; get it again"
-        if size < 1024 and not os.path.isdir(path):
-            with open(path, "rb") as file:
-                if file.read(len(LFS_HEADER)) == LFS_HEADER:
-                    return "lfs_pointer", "git-lfs pointer, not the file itself; run git lfs pull in the raw folder"
-    except FileNotFoundError:
-        return "missing_file", "no such file"
-    except OSError as error:
-        return "unreadable_file", f"cannot be read ({error.strerror})"
-    return "", ""
-
-
-def frame_names(folder: str) -> list[str]:
-    """The .jpg names in a clip's folder, sorted; hidden files are not frames. Raises OSError."""
+def list_frames(folder: str) -> list[tuple[str, int]]:
+    """(name, bytes) of each .jpg in a clip's folder, sorted; hidden files are not frames. Raises OSError."""
     with os.scandir(folder) as entries:
         return sorted(
-            entry.name for entry in entries if entry.name.lower().endswith(".jpg") and not entry.name.startswith(".")
+            (entry.name, entry.stat().st_size)
+            for entry in entries
+            if entry.name.lower().endswith(".jpg") and not entry.name.startswith(".")
         )
+
+
+def short(error: BaseException) -> str:
+    """An error's own words on one line, at most 100 characters."""
+    return " ".join(str(error).split())[:100] or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A training folder
 
 
-def inspect_folder(root: Path | str, spec: DatasetSpec, deep: bool, quiet: bool = True) -> Report:
-    """Inspect a training folder (DESIGN section 2).
+def inspect_folder(root: Path | str, spec: DatasetSpec, quiet: bool = True) -> Report:
+    """Inspect a training folder (DESIGN section 2) at header level; seconds for 15,000 clips.
 
-    Header level: lists, names, sizes, JPEG markers and dimensions, .npy headers; seconds for 15,000 clips. `deep`
-    also decodes every frame and reads every spectrogram. Raises `UserError` where there is no folder or no list.
+    Raises `UserError` where there is no folder or no list.
     """
     root = Path(root)
     if not root.is_dir():
@@ -209,11 +160,41 @@ def inspect_folder(root: Path | str, spec: DatasetSpec, deep: bool, quiet: bool 
                 problems.append(Problem("empty_list", "", str(root / f"{name}.csv"), "no clips; prepare again", name))
     problems += _in_two_parts(root, parts)
     groups = _groups(root, parts, problems)
-    files, shape = _inspect_clips(root, spec, parts, problems, quiet)
+    files, shapes = _inspect_clips(root, spec, parts, problems, quiet)
     numbers = _numbers(spec, read_record(root, "split.json"), classes, parts, groups, warnings)
-    if deep:
-        _inspect_content(files, parts, problems, warnings, quiet)
-    return Report(root, "training", classes, parts, files, shape, problems, warnings, numbers, groups)
+    return Report(root, "training", classes, parts, files, shapes, problems, warnings, numbers, groups)
+
+
+def part_of_clip(parts: dict[str, list[tuple[str, str]]]) -> dict[str, str]:
+    """The part of each clip of the lists."""
+    return {clip: part for part, rows in parts.items() for clip, _ in rows}
+
+
+def inspect_clip(
+    root: str, clip: str, modalities: tuple[Modality, ...], headers: dict[bytes, tuple[int, ...]]
+) -> Files | Problem:
+    """The files of one clip in every modality, or the first thing wrong with them. `headers` as in `array_fault`."""
+    files = Files({}, {}, {})
+    for modality in modalities:
+        if modality.kind == "frames":
+            folder = f"{root}/{modality.folder}/{clip}"
+            try:
+                frames = list_frames(folder)
+            except OSError:
+                return Problem("missing_frames", clip, folder, "no folder of frames", "")
+            if not frames:
+                return Problem("missing_frames", clip, folder, "no .jpg in it", "")
+            for name, size in frames:
+                if not size:
+                    return Problem("bad_frame", clip, f"{folder}/{name}", "empty file", "")
+            files.frames[modality.name] = [f"{folder}/{name}" for name, _ in frames]
+        else:
+            path = f"{root}/{modality.folder}/{clip}.npy"
+            reason, shape = array_fault(path, headers)
+            if reason:
+                return Problem("missing_array" if reason == "no such file" else "bad_array", clip, path, reason, "")
+            files.arrays[modality.name], files.shapes[modality.name] = path, shape
+    return files
 
 
 def _list_problem(root: Path, part: str, fault: Fault) -> Problem:
@@ -245,64 +226,55 @@ def _groups(root: Path, parts: dict[str, list[tuple[str, str]]], problems: list[
 
 
 def _inspect_clips(
-    root: Path, spec: DatasetSpec, parts: dict, problems: list[Problem], quiet: bool
-) -> tuple[dict[str, Files], tuple[int, int] | None]:
-    """Look at every clip's files. Returns the sound ones and the shape of their spectrograms; adds to `problems`."""
-    files, headers, part_of = {}, {}, {clip: part for part, rows in parts.items() for clip, _ in rows}
+    root: Path, spec: DatasetSpec, parts: dict[str, list[tuple[str, str]]], problems: list[Problem], quiet: bool
+) -> tuple[dict[str, Files], dict[str, tuple[int, ...]]]:
+    """The valid clips' files and the shape of each array modality; adds the other clips to `problems`."""
+    files: dict[str, Files] = {}
+    headers: dict[bytes, tuple[int, ...]] = {}
+    part_of = part_of_clip(parts)
     for clip in tqdm(part_of, desc="checking", unit="clip", disable=quiet, leave=False):
-        found = inspect_clip(str(root), clip, headers)
+        found = inspect_clip(str(root), clip, spec.modalities, headers)
         if isinstance(found, Problem):
             problems.append(found._replace(part=part_of[clip]))
         else:
             files[clip] = found
-    wanted = _wanted_shape(root, spec, files)
-    for clip in [clip for clip, found in files.items() if found.shape != wanted]:
-        found = files.pop(clip)
-        reason = f"spectrogram of shape {found.shape}, not {wanted}; prepare the folder again with one --audio_recipe"
-        problems.append(Problem("bad_spectrogram", clip, found.spectrogram, reason, part_of[clip]))
-    return files, wanted
+    shapes = {m.name: _wanted_shape(root, m, files) for m in spec.modalities if m.kind == "array" and files}
+    for clip, found in list(files.items()):
+        for name, wanted in shapes.items():
+            if found.shapes[name] != wanted:
+                advice = "prepare the folder again with one --audio_recipe" if name == AUDIO else "make it again"
+                reason = f"array of shape {found.shapes[name]}, not {wanted}; {advice}"
+                problems.append(Problem("bad_array", clip, found.arrays[name], reason, part_of[clip]))
+                files.pop(clip, None)
+    return files, shapes
 
 
-def inspect_clip(root: str, clip: str, headers: dict[bytes, tuple[int, int]]) -> Files | Problem:
-    """The files of one clip, or the first thing wrong with them."""
-    folder, spectrogram = f"{root}/visual/{clip}", f"{root}/audio/{clip}.npy"
-    try:
-        frames = [f"{folder}/{name}" for name in frame_names(folder)]
-    except OSError:
-        return Problem("missing_frames", clip, folder, "no folder of frames", "")
-    if not frames:
-        return Problem("missing_frames", clip, folder, "no .jpg in it", "")
-    for path in frames:
-        if reason := jpeg_fault(path):
-            return Problem("bad_frame", clip, path, reason, "")
-    reason, shape = npy_fault(spectrogram, headers)
-    if reason:
-        kind = "missing_spectrogram" if reason == "no such file" else "bad_spectrogram"
-        return Problem(kind, clip, spectrogram, reason, "")
-    return Files(frames, spectrogram, shape)
+def _wanted_shape(root: Path, modality: Modality, files: dict[str, Files]) -> tuple[int, ...]:
+    """The shape that every array of `modality` must have.
 
-
-def _wanted_shape(root: Path, spec: DatasetSpec, files: dict[str, Files]) -> tuple[int, int] | None:
-    """The shape every spectrogram must have: what prepare recorded, else the spec's, else what most files have."""
-    name = read_record(root, "prepare.json").get("audio_recipe", spec.audio_recipe)
-    if name is not None:
-        if name not in tuple(AUDIO_RECIPES):
-            raise UserError(f"{root / 'prepare.json'}: audio_recipe {name!r} is unknown; prepare the folder again")
-        return AUDIO_RECIPES[name].shape
-    shapes = Counter(found.shape for found in files.values())
-    return shapes.most_common(1)[0][0] if shapes else None
+    For sound it is that of the recipe in prepare.json or else in the spec; without a recipe, the most common one.
+    """
+    recipe, source = modality.recipe, DESCRIPTION
+    if modality.name == AUDIO and "audio_recipe" in (record := read_record(root, "prepare.json")):
+        recipe, source = record["audio_recipe"], "prepare.json"
+    if recipe is None:
+        return Counter(found.shapes[modality.name] for found in files.values()).most_common(1)[0][0]
+    if not isinstance(recipe, str) or recipe not in AUDIO_RECIPES:
+        again = "prepare the folder again" if source != DESCRIPTION else f"allowed: {', '.join(AUDIO_RECIPES)}"
+        raise UserError(f"{root / source}: audio_recipe {recipe!r} is unknown; {again}")
+    return AUDIO_RECIPES[recipe].shape
 
 
 def _numbers(
     spec: DatasetSpec,
     split: dict,
     classes: list[str],
-    parts: dict,
+    parts: dict[str, list[tuple[str, str]]],
     groups: dict[str, str] | None,
     warnings: list[Problem],
 ) -> dict:
     """Counts per part and class; compares them with the published ones and looks for shared actors and groups."""
-    numbers = {"clips": {part: len(rows) for part, rows in parts.items()}}
+    numbers: dict = {"clips": {part: len(rows) for part, rows in parts.items()}}
     numbers["per_class"] = {
         part: {name: count[name] for name in classes}
         for part, rows in parts.items()
@@ -333,47 +305,3 @@ def _numbers(
         numbers["groups"] = {part: len(names) for part, names in found.items()}
         numbers["groups_in_train_and_test"] = len(found["train"] & found["test"])
     return numbers
-
-
-def _inspect_content(
-    files: dict[str, Files], parts: dict, problems: list[Problem], warnings: list[Problem], quiet: bool
-) -> None:
-    """Decode every frame and read every spectrogram; unsound clips leave `files`."""
-    part_of = {clip: part for part, rows in parts.items() for clip, _ in rows}
-    clips = list(files)
-    with ThreadPoolExecutor() as pool:  # decoders and reads let other threads run
-        contents = pool.map(lambda clip: _inspect_one(clip, files[clip], part_of[clip]), clips)
-        for clip, (bad, silent) in zip(
-            clips, tqdm(contents, "reading", len(clips), unit="clip", disable=quiet), strict=True
-        ):
-            problems += bad
-            warnings += silent
-            if bad:
-                del files[clip]
-
-
-def _inspect_one(clip: str, found: Files, part: str) -> tuple[list[Problem], list[Problem]]:
-    """(problems, warnings) of one clip's content."""
-    bad = [Problem("bad_frame", clip, path, reason, part) for path in found.frames if (reason := _decoding_fault(path))]
-    values, silent = np.load(found.spectrogram, allow_pickle=False), []
-    if not np.isfinite(values).all():
-        bad.append(Problem("bad_spectrogram", clip, found.spectrogram, "NaN or infinity in it", part))
-    elif np.ptp(values) < 1e-6:
-        silent.append(Problem("silent", clip, found.spectrogram, "silent: one value everywhere", part))
-    return bad, silent
-
-
-def _decoding_fault(path: str) -> str:
-    """Why Pillow cannot decode the frame, '' if it can. OpenCV would fill what is missing with grey and say nothing."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"cannot be decoded ({_short(error)})"
-    return ""
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:100] or type(error).__name__
