@@ -1,4 +1,4 @@
-"""The demo data set: real handwritten digits on video, the same digit's keypad tone (or a recording of it) as sound.
+"""The demo dataset: real handwritten digits on video, the same digit's keypad tone (or a recording of it) as sound.
 
     python -m dataset.demo                                  # keypad tones   -> data/demo
     python -m dataset.demo --speech DIR                     # spoken digits  -> data/demo_speech
@@ -8,7 +8,7 @@ DTMF tones in noise, taken down by answering machines that each run and hum in t
 clips are others than those of the training clips, as the speakers of a speaker-independent test are. So the sound is
 quick to learn but much of it holds for known machines only, the picture slow to learn but informative: that is the
 imbalance Data Remixing is about. Raw files come first (`raw/video/*.avi`, `raw/audio/*.wav`) and then go through
-the same preparation as a real data set. How hard each clip was made is kept in `clips.csv`.
+the same preparation as a real dataset. How hard each clip was made is kept in `clips.csv`.
 """
 
 import csv
@@ -16,11 +16,10 @@ import errno
 import hashlib
 import json
 import math
-import os
+import multiprocessing
 import re
 import shlex
 import shutil
-import sys
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,18 +31,18 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.prepare.audio import LOGMEL_SAMPLES, load_wave
-from dataset.specs import AUDIO_RECIPES, SPECS
+from dataset.specs import AUDIO, AUDIO_RECIPES, SPECS, VIDEO
 from utils.cli import Parser
 from utils.errors import UserError, run_main
-from utils.files import atomic_path
+from utils.files import Busy, atomic_folder, atomic_path, locked
 
-# Raise it when the code below changes what the same settings give: data made by older code is then made anew.
+# Raise it when the code below changes what the same settings give: data made by older code is then made again.
 VERSION = 3
 
 DIGITS = SPECS["demo"].classes
 SPEECH_ROOT = SPECS["demo"].root.with_name("demo_speech")
 FEW = 200  # clips: below it, starting worker processes takes longer than the work
-RECORD = "demo.json"  # written last: a folder without it is not a whole demo data set
+RECORD = "demo.json"  # written last: a folder without it is not a whole demo dataset
 
 # The telephone keypad (ITU-T Q.23): a key sounds its row's and its column's frequency together, in Hz.
 ROWS, COLUMNS = (697, 770, 852, 941), (1209, 1336, 1477)
@@ -58,7 +57,7 @@ DTMF = {key: (ROWS[r], COLUMNS[c]) for r, keys in enumerate(KEYPAD) for c, key i
 class DemoSettings:
     """Everything that decides what is drawn. A pair is a range that each clip draws from uniformly.
 
-    Change a value and the next `ensure_demo` makes the data anew.
+    Change a value and the next `ensure_demo` makes the data again.
     """
 
     seed: int = 0
@@ -388,8 +387,13 @@ def write_wav(sound: np.ndarray, path: Path) -> None:
         file.writeframes(np.rint(sound.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
+def _raw(out: Path) -> tuple[Path, Path]:
+    """The folders of raw videos and sounds in the folder that is made."""
+    return out / "raw" / VIDEO, out / "raw" / AUDIO
+
+
 def _write_raw(plan: list[DemoClip], scans: np.ndarray, out: Path, settings: DemoSettings, quiet: bool) -> None:
-    video, audio = out / "raw" / "video", out / "raw" / "audio"
+    video, audio = _raw(out)
     video.mkdir(parents=True)
     audio.mkdir(parents=True)
     for i, clip in enumerate(tqdm(plan, "demo: raw clips", unit="clip", disable=quiet)):
@@ -433,11 +437,11 @@ def ensure_demo(
     """Make the demo data in `root` unless it is there, whole and of these settings. Returns True if it was made.
 
     speech: a folder of recordings to use instead of tones. settings: None takes the defaults, but keeps the seed or the
-    recordings that the data in `root` was made with on purpose. Raises `UserError` for a folder that holds something
-    else, unusable recordings, or a full disk.
+    recordings that the data in `root` was made with. Raises `UserError` for a folder that holds something else,
+    unusable recordings, or a full disk.
     """
     root = Path(root)
-    root = root.resolve() if root.is_symlink() else root  # what it points to is made anew, on the disk it is on
+    root = root.resolve() if root.is_symlink() else root  # what it points to is replaced, on the disk it is on
     record = read_record(root)
     if settings is None and record is not None:
         settings = replace(DemoSettings(), seed=record["settings"]["seed"])
@@ -453,7 +457,7 @@ def ensure_demo(
             return False
         _refuse_foreign(root, record)
         if not quiet:
-            print(f"{root}: {'making the demo data anew (settings changed)' if record else 'making the demo data'}")
+            print(f"{root}: {'making the demo data again (settings changed)' if record else 'making the demo data'}")
         _make(root, recordings, settings, wanted, quiet)
     return True
 
@@ -465,12 +469,12 @@ def _check_speech_record(root: Path, record: dict, settings: DemoSettings) -> No
     if record != current or not _is_whole(root, record):
         raise UserError(
             f"{root}: made from recordings, but with other settings than today's or not whole any more; "
-            f"type: bash scripts/prepare_demo.sh --out {root} --speech DIR"
+            f"run: bash scripts/prepare_demo.sh --out {root} --speech DIR"
         )
 
 
 def read_record(root: Path) -> dict | None:
-    """What `root` was made from (`demo.json`), or None if it holds no whole demo data set."""
+    """What `root` was made from (`demo.json`), or None if it holds no whole demo dataset."""
     try:
         record = json.loads((root / RECORD).read_text(encoding="utf-8"))
         return record if record["settings"]["seed"] is not None and "speech" in record else None
@@ -501,8 +505,9 @@ def _hash(record: dict) -> str:
 
 def _is_whole(root: Path, record: dict) -> bool:
     """Nothing was deleted since: the lists are there, and as many clips as were made."""
+    folders = [modality.folder for modality in SPECS["demo"].modalities]
     try:
-        counts = {len(list((root / folder).iterdir())) for folder in ("visual", "audio")}
+        counts = {len(list((root / folder).iterdir())) for folder in folders}
     except OSError:
         return False
     lists = ["train", "test", "stat"] + (["groups"] if record["speech"] is None else [])
@@ -517,77 +522,49 @@ def _refuse_foreign(root: Path, record: dict | None) -> None:
 
 
 def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, record: dict, quiet: bool) -> None:
-    """Build the whole set beside `root`, then put it in place: a killed run leaves no half data set in `root`."""
+    """Make the whole dataset beside `root`, then put it in place: a killed run leaves nothing half done in `root`."""
     from dataset.prepare.engine import Clip, prepare_clips
     from dataset.prepare.lists import write_lists
 
-    making, old = _beside(root, "making"), _beside(root, "old")
-    _remove(making, old)  # left by a run that was killed
     scans, labels = load_scans()
     plan = plan_clips(labels, recordings, settings)
     try:
-        _write_raw(plan, scans, making, settings, quiet)
-        raw = making / "raw"
-        clips = [Clip(c.name, raw / "video" / f"{c.name}.avi", raw / "audio" / f"{c.name}.wav") for c in plan]
-        workers = 1 if len(clips) < FEW else None
-        skipped = prepare_clips(clips, making, AUDIO_RECIPES["logmel"], workers, quiet=quiet).skipped
-        if skipped:  # we wrote these files a moment ago: only a full disk or a broken installation spoils them
-            raise UserError(f"{skipped[0].path}: {skipped[0].reason}; is there room on the disk? run this again")
-        shutil.rmtree(making / ".prepare")  # for resuming, which is not done here, and full of times of the clock
-        parts = {part: [(c.name, c.digit) for c in plan if c.part == part] for part in ("train", "test")}
-        # a validation part of the machines trained on would read far too high; recordings' speakers are in both parts
-        groups = None if recordings else [(c.name, f"machine{c.machine}") for c in plan]
-        write_lists(making, DIGITS, parts, {"source": "demo", "seed": settings.seed}, groups)
-        _write_clips_csv(plan, making / "clips.csv")
-        with atomic_path(making / RECORD) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        if root.exists():
-            root.rename(old)
-        making.rename(root)
+        with atomic_folder(root) as making:
+            _write_raw(plan, scans, making, settings, quiet)
+            video, audio = _raw(making)
+            clips = [Clip(c.name, video / f"{c.name}.avi", audio / f"{c.name}.wav") for c in plan]
+            workers = 1 if len(clips) < FEW else None
+            skipped = prepare_clips(clips, making, AUDIO_RECIPES["logmel"], workers, quiet=quiet).skipped
+            if skipped:  # we wrote these files a moment ago: only a full disk or a broken installation spoils them
+                raise UserError(f"{skipped[0].path}: {skipped[0].reason}; is there room on the disk? run this again")
+            shutil.rmtree(making / ".prepare")  # for resuming, which is not done here, and full of times of the clock
+            parts = {part: [(c.name, c.digit) for c in plan if c.part == part] for part in ("train", "test")}
+            # A validation part of known machines would read far too high; recordings' speakers are in both parts.
+            groups = None if recordings else [(c.name, f"machine{c.machine}") for c in plan]
+            write_lists(making, list(DIGITS), parts, {"source": "demo", "seed": settings.seed}, groups)
+            _write_clips_csv(plan, making / "clips.csv")
+            with atomic_path(making / RECORD) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
             f"{root}: the disk is full; the demo data needs about 200 MB, free some and run again"
         ) from None
-    finally:
-        _remove(making, old)
-
-
-def _beside(root: Path, word: str) -> Path:
-    root = root.absolute()
-    return root.with_name(f".{root.name}.{word}")
-
-
-def _remove(*folders: Path) -> None:
-    for folder in folders:
-        if folder.exists():
-            shutil.rmtree(folder)
 
 
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Only one process makes `root` at a time; a second one waits and then finds it made."""
+    root = root.absolute()
+    lock, waiting = root.with_name(f".{root.name}.lock"), f"{root}: another process makes the demo data, waiting for it"
+    # A worker process that imports an unguarded script would wait for its parent, and the parent for it.
+    worker = multiprocessing.current_process().name != "MainProcess"
     try:
-        import fcntl
-    except ImportError:  # Windows: no lock, the last one to finish wins
-        yield
-        return
-    root.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with open(_beside(root, "lock"), "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            if lock.read() == str(os.getppid()):
-                # a worker process that imports an unguarded script would wait for its parent, and that one for it
-                raise RuntimeError("call ensure_demo under: if __name__ == '__main__'") from None
-            print(f"{root}: another process is making the demo data, waiting for it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield
+        with locked(lock, None if worker else waiting):
+            yield
+    except Busy:
+        raise RuntimeError("call ensure_demo under: if __name__ == '__main__'") from None
 
 
 # ----------------------------------------------------------------------------------------------------- command
@@ -595,7 +572,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m dataset.demo`."""
-    parser = Parser(prog="python -m dataset.demo", description="Make the demo data set.")
+    parser = Parser(prog="python -m dataset.demo", description="Make the demo dataset.")
     parser.add_argument(
         "--out", type=Path, help=f"folder to make (default: {SPECS['demo'].root}, speech: {SPEECH_ROOT})"
     )
