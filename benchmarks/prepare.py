@@ -2,8 +2,8 @@
 
     python -m benchmarks.prepare [--clips 60] [--repeats 3]
 
-Times the real engine (dataset/engine.py) with 1 worker and with one per core, and a second run over the finished
-folder. Prints machine and versions; writes benchmarks/results/prepare-<cpu>-<date>.json and .csv.
+Times the real engine (dataset/prepare/engine.py) with 1 worker and with one per core, and a second run over the
+finished folder. Prints machine and versions; writes benchmarks/results/prepare-<cpu>-<date>.json and .csv.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 
 from benchmarks.raw_samples import cremad_names, write_video, write_wav
 from benchmarks.saving import new_result
-from dataset import engine
-from dataset.engine import Clip, prepare_clips
+from dataset.prepare import engine
+from dataset.prepare.engine import Clip, prepare_clips
 from dataset.specs import AUDIO_RECIPES, get_spec
 from utils.errors import UserError, run_main
 

@@ -1,1 +1,1 @@
-"""From raw files to batches on the device. Facts about data sets (classes, frames, audio shapes) live here only."""
+"""From raw files to batches on the device. Facts about datasets (classes, frames, audio shapes) live here only."""

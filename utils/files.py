@@ -1,12 +1,15 @@
-"""Files that appear whole or not at all, and what is said when the system refuses one."""
+"""Files and folders that appear whole or not at all, locks, and what is said when the system refuses a file."""
 
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from utils.errors import UserError
 
@@ -15,10 +18,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def writing(path: Path | str, go_on: str = "type the same command again") -> Iterator[None]:
+def writing(path: Path | str, go_on: str = "run the same command again") -> Iterator[None]:
     """Turn an `OSError` of the block, which writes `path`, into a `UserError` that names file, disk and free room.
 
-    `go_on` is what to type once there is room. PyTorch reports a full disk as a `RuntimeError` whose context is the
+    `go_on` is what to do once there is room. PyTorch reports a full disk as a `RuntimeError` whose context is the
     `OSError`; that is seen through.
     """
     try:
@@ -49,7 +52,7 @@ def _refusal(path: Path, error: OSError, go_on: str) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left unfinished in `folder`; nobody else may be writing there."""
+    """Delete what a killed process left unfinished in `folder`; no other process may be writing there."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
@@ -82,22 +85,56 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path` that takes its place when the block ends well.
 
     After an exception or a kill, `path` is what it was before or absent, never half new. A folder that is already
-    there is replaced.
+    there is replaced. The temporary names depend on `path` alone, so the next call removes what a killed one left; the
+    caller makes sure, with `locked`, that no other process makes the same folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
-    os.chmod(temporary, 0o777 & ~_umask())
-    old = temporary.with_name(temporary.name + "-old")
+    new, old = (path.with_name(f"{TEMPORARY}{word}-{path.name}") for word in ("new", "old"))
     try:
-        yield temporary
+        _remove_folders(new, old)
+        new.mkdir()
+        yield new
         if path.exists():
             os.rename(path, old)  # rename cannot replace a folder that holds files
-        os.rename(temporary, path)
+        os.rename(new, path)
     finally:
-        for leftover in (temporary, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        _remove_folders(new, old)
+
+
+def _remove_folders(*folders: Path) -> None:
+    for folder in folders:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+class Busy(Exception):
+    """Another process holds the lock."""
+
+
+@contextmanager
+def locked(path: Path | str, waiting: str | None = None) -> Iterator[None]:
+    """Hold the lock file `path` during the block. The lock ends with the process, also when that is killed.
+
+    While another process holds it, print `waiting` on standard error and wait; without `waiting`, raise `Busy`. Raises
+    `OSError` where the file cannot be made or its file system has no locks.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except NotImplementedError:
+        raise OSError(errno.ENOSYS, "no file locks on this file system", str(path)) from None
+    except Timeout:
+        if waiting is None:
+            raise Busy(str(path)) from None
+        print(waiting, file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _umask() -> int:

@@ -13,7 +13,7 @@ from utils.files import atomic_folder
 
 JPEG_QUALITY = 95  # OpenCV's own default, written down so that no other version changes the files
 FRAME_NAME = "frame_{:05d}.jpg"  # counted from 1, as in OGM-GE's folders
-MAX_SIDE = 8192  # pixels; what dataset/check.py takes for a frame
+MAX_SIDE = 8192  # pixels; a larger one is a damaged header
 MAX_FRAMES = 600 * 240  # ten minutes at 240 frames per second; more is no clip
 
 

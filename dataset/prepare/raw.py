@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from dataset.check import Problem, Report, source_fault
-from dataset.engine import SILENCE, Clip
+from dataset.inspect import Problem, Report
 from dataset.lists import check_clip_id
+from dataset.prepare import audio, video
+from dataset.prepare.engine import SILENCE, Clip, source_fault
 from dataset.specs import DatasetSpec
 from dataset.splits import actor_of
 from utils.errors import UserError
@@ -146,12 +147,10 @@ def inspect_raw(root: Path | str, spec: DatasetSpec, names: list[str] | None, qu
     numbers = {"clips": {"raw": len(clips)}}
     if spec.by_actor:
         numbers["actors"] = {"raw": len({actor_of(clip.name) for clip in clips})}
-    return Report(Path(root), "raw", [], {}, {}, None, problems, warnings, numbers)
+    return Report(Path(root), "raw", [], {}, {}, {}, problems, warnings, numbers)
 
 
 def _inspect_raw_clip(clip: Clip, problems: list[Problem], warnings: list[Problem]) -> None:
-    from dataset import audio, video
-
     for path in dict.fromkeys((clip.video, clip.audio)):
         kind, reason = source_fault(path)
         if not kind and path.suffix.lower() in VIDEO_TYPES:

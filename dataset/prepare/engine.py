@@ -1,7 +1,7 @@
 """The engine of preparation: raw clips to frames and spectrograms, on all cores, resumable at any moment.
 
 A clip is finished when its files are in place *and* a line in `.prepare/clips.jsonl` says from what and how they were
-made. Files appear by renaming, the line comes after them, so a kill at any moment costs the clips in work, no more.
+made. Files appear by renaming, the line comes after them, so a kill loses only the clips in work.
 """
 
 import contextlib
@@ -24,14 +24,17 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dataset import audio, video
-from dataset.check import Files, Problem, frame_names, inspect_clip, jpeg_fault, npy_fault, source_fault
+from dataset import specs
+from dataset.inspect import LFS_HEADER, Problem, array_fault, frame_fault, inspect_clip, list_frames
 from dataset.lists import check_clip_id
+from dataset.prepare import audio, video
 from dataset.specs import AUDIO_RECIPES, AudioRecipe
 from utils.errors import UserError
-from utils.files import TEMPORARY, atomic_folder, atomic_path
+from utils.files import Busy, atomic_folder, atomic_path, locked, remove_leftovers
 
 RULES = 1  # raise when the same source and settings give other files: every clip is then made again
+# Where the files lie in a training folder; how many frames are fed does not matter here.
+SOUND, FRAMES = specs.audio(None), specs.video(frames=1)
 SILENCE = 1e-6  # largest sample of a sound that is reported as silent
 
 
@@ -101,7 +104,7 @@ def prepare_clips(
             skipped = _make_all(todo, len(clips), out, settings, journal, workers, quiet)
             journal.finish()
         except OSError as error:
-            raise UserError(f"{out}: cannot be written ({error}); mend that and type the same command again") from None
+            raise UserError(f"{out}: cannot be written ({error}); fix that and run the same command again") from None
     remarks = [
         Problem(remark.split(" (")[0], clip.name, "", remark, "")
         for clip in clips
@@ -166,11 +169,34 @@ def _source_fault(clip: Clip) -> Problem | None:
     return None
 
 
+def source_fault(path: Path | str) -> tuple[str, str]:
+    """(kind, reason) why a raw file cannot be prepared, ('', '') if it may: missing, empty, or a git-lfs pointer."""
+    try:
+        size = os.stat(path).st_size
+        if size == 0:
+            return "empty_file", "empty file; get it again"
+        if size < 1024 and not os.path.isdir(path):
+            with open(path, "rb") as file:
+                if file.read(len(LFS_HEADER)) == LFS_HEADER:
+                    return "lfs_pointer", "git-lfs pointer, not the file itself; run git lfs pull in the raw folder"
+    except FileNotFoundError:
+        return "missing_file", "no such file"
+    except OSError as error:
+        return "unreadable_file", f"cannot be read ({error.strerror})"
+    return "", ""
+
+
+def _places(out: Path, name: str) -> tuple[Path, Path]:
+    """The folder of frames and the array of a clip in a training folder."""
+    return out / FRAMES.folder / name, out / SOUND.folder / f"{name}.npy"
+
+
 def _forget(out: Path, name: str, journal: "_Journal") -> None:
     """Remove files made of another source or with other settings: they would pass for what was asked for."""
     journal.records.pop(name, None)
-    shutil.rmtree(out / "visual" / name, ignore_errors=True)
-    (out / "audio" / f"{name}.npy").unlink(missing_ok=True)
+    frames, array = _places(out, name)
+    shutil.rmtree(frames, ignore_errors=True)
+    array.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,9 +209,10 @@ def make_clip(clip: Clip, out: Path, settings: Settings) -> Outcome:
     try:
         values, remarks = _spectrogram(clip.audio, settings)
         kind, path = "broken_video", clip.video
-        with atomic_path(out / "audio" / f"{clip.name}.npy", sync=False) as temporary:
+        frames, array = _places(out, clip.name)
+        with atomic_path(array, sync=False) as temporary:
             np.save(temporary, values)
-            remarks += _frames(clip.video, out / "visual" / clip.name, settings.stored_frames)
+            remarks += _frames(clip.video, frames, settings.stored_frames)
     except OSError:
         raise
     except UserError as error:
@@ -210,7 +237,7 @@ def _spectrogram(path: Path, settings: Settings) -> tuple[np.ndarray, list[str]]
 
 def _taken_spectrogram(path: Path, recipe: AudioRecipe) -> np.ndarray:
     """A spectrogram that somebody else made, as it is. Raises `UserError` unless it has the recipe's shape and type."""
-    reason, shape = npy_fault(str(path), {})
+    reason, shape = array_fault(str(path), {})
     if not reason and shape != recipe.shape:
         reason = f"spectrogram of shape {shape}; {recipe.name} makes {recipe.shape}, see --audio_recipe"
     if reason:
@@ -239,12 +266,12 @@ def _frames(path: Path, folder: Path, most: int | None) -> list[str]:
 
 def _take_frames(source: Path, folder: Path) -> None:
     """Link (or copy) every frame of a folder that somebody else made; nothing is decoded."""
-    names = frame_names(str(source))
+    names = [name for name, _ in list_frames(str(source))]
     if not names:
         raise UserError(f"{source}: no .jpg in it")
     with atomic_folder(folder) as unfinished:
         for name in names:
-            if reason := jpeg_fault(str(source / name)):
+            if reason := frame_fault((source / name).read_bytes()):
                 raise UserError(f"{source}: {name}: {reason}")
             try:
                 os.link(source / name, unfinished / name)  # no second copy on the same disk
@@ -375,7 +402,7 @@ class _Journal:
         self.file.write(json.dumps({"clip": clip, **record}) + "\n")
 
     def finish(self) -> None:
-        """Write the file anew: sorted, one line a clip, whatever the order of the run was."""
+        """Rewrite the file: sorted, one line a clip, whatever the order of the run was."""
         self.file.close()
         with atomic_path(self.path) as temporary:
             lines = [json.dumps({"clip": clip, **self.records[clip]}) + "\n" for clip in sorted(self.records)]
@@ -397,14 +424,13 @@ def _finished(clip: Clip, out: Path, settings: Settings, record: dict | None, he
     source = _stamps(clip)
     if None not in source and record.get("source") != source:  # a raw file removed after preparation is no change
         return False
-    files = inspect_clip(str(out), clip.name, headers)
-    return not isinstance(files, Problem) and _sizes(files) == (record.get("frames"), record.get("spectrogram"))
+    if isinstance(inspect_clip(str(out), clip.name, (SOUND, FRAMES), headers), Problem):
+        return False
+    return _sizes(out, clip) == (record.get("frames"), record.get("spectrogram"))
 
 
 def _describe(out: Path, clip: Clip, settings: Settings, remarks: list[str]) -> dict:
-    folder = f"{out}/visual/{clip.name}"
-    files = Files([f"{folder}/{name}" for name in frame_names(folder)], f"{out}/audio/{clip.name}.npy", (0, 0))
-    frames, spectrogram = _sizes(files)
+    frames, spectrogram = _sizes(out, clip)
     return {
         "settings": list(settings),
         "source": _stamps(clip),
@@ -414,8 +440,10 @@ def _describe(out: Path, clip: Clip, settings: Settings, remarks: list[str]) -> 
     }
 
 
-def _sizes(files: Files) -> tuple[list[int], int]:
-    return [os.stat(path).st_size for path in files.frames], os.stat(files.spectrogram).st_size
+def _sizes(out: Path, clip: Clip) -> tuple[list[int], int]:
+    """Bytes of each frame and of the array of a prepared clip."""
+    frames, array = _places(out, clip.name)
+    return [size for _, size in list_frames(str(frames))], os.stat(array).st_size
 
 
 def _stamps(clip: Clip) -> list:
@@ -436,31 +464,21 @@ def _stamps(clip: Clip) -> list:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Keep a second run out of the folder. The lock ends with the process, also when that is killed."""
-    try:
-        (out / ".prepare").mkdir(parents=True, exist_ok=True)
-        file = open(out / ".prepare" / "lock", "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
-    with file:
+    """Keep a second run out of the folder."""
+    with contextlib.ExitStack() as stack:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # no such locks on this system
-        except BlockingIOError:
+            stack.enter_context(locked(out / ".prepare" / "lock"))
+        except Busy:
             raise UserError(f"{out}: another preparation is at work there; wait for it or name another --out") from None
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
         yield
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove what killed runs left under temporary names."""
-    for folder in (out, out / "visual", out / "audio", out / ".prepare"):
-        if folder.is_dir():
-            for entry in os.scandir(folder):
-                if entry.name.startswith(TEMPORARY):
-                    shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+    """Delete what killed runs left under temporary names."""
+    for folder in (out, out / FRAMES.folder, out / SOUND.folder, out / ".prepare"):
+        remove_leftovers(folder)
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -1,7 +1,7 @@
 """Sound files to waveforms, waveforms to spectrograms of one fixed shape (the recipes of DESIGN section 2).
 
 Recipes compute in float64 and store float32: the logarithm of an almost silent band magnifies the rounding of float32
-to more than 1e-4, and two machines would then make two data sets. librosa and PyAV are imported only where they are
+to more than 1e-4, and two machines would then make two datasets. librosa and PyAV are imported only where they are
 needed: `fbank` and `logmel` of a WAV file work without both.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 from dataset.specs import AUDIO_RECIPES, AudioRecipe
 from utils.errors import UserError
 
-MAX_SECONDS = 600  # per clip; the data sets have 10-second clips, so a longer one is a damaged header
+MAX_SECONDS = 600  # per clip; the datasets have 10-second clips, so a longer one is a damaged header
 RATES = (1_000, 400_000)  # Hz; outside it the header is damaged
 NO_TRACK = "no audio track"
 BLOCK = 2**18  # samples read at a time, so that memory follows what is in the file and not what its header promises

@@ -1,0 +1,132 @@
+"""The doctor behind `python -m dataset.prepare --check`: everything in a folder is read, and every fault is named."""
+
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.inspect import Files, Problem, Report, frame_fault, inspect_folder, part_of_clip, short
+from dataset.lists import read_record
+from dataset.prepare.published import published_split
+from dataset.prepare.raw import cremad_rows, index_raw, inspect_raw
+from dataset.specs import DESCRIPTION, SPECS, DatasetSpec, get_spec, spec_of, video
+from utils.errors import UserError
+
+SHOWN = 5  # files printed for each kind of problem; skipped.csv and --json have them all
+
+
+def inspect_deep(root: Path | str, spec: DatasetSpec, quiet: bool = True) -> Report:
+    """`inspect_folder`, and decode every frame and read every array. Clips with problems leave `Report.files`.
+
+    Raises `UserError` where there is no folder or no list.
+    """
+    report = inspect_folder(root, spec, quiet)
+    part_of = part_of_clip(report.parts)
+    with ThreadPoolExecutor() as pool:  # decoders and reads let other threads run
+        contents = pool.map(lambda item: _inspect_content(*item, part_of[item[0]]), report.files.items())
+        for bad, constant in tqdm(contents, "reading", len(report.files), unit="clip", disable=quiet):
+            report.problems.extend(bad)
+            report.warnings.extend(constant)
+    for clip in {problem.clip for problem in report.problems}:
+        report.files.pop(clip, None)
+    return report
+
+
+def _inspect_content(clip: str, files: Files, part: str) -> tuple[list[Problem], list[Problem]]:
+    """(problems, warnings) of one clip's content."""
+    paths: Iterable[str] = (path for frames in files.frames.values() for path in frames)
+    bad = [Problem("bad_frame", clip, path, reason, part) for path in paths if (reason := _decoding_fault(path))]
+    constant = []
+    for path in files.arrays.values():
+        values = np.load(path, allow_pickle=False)
+        if not np.isfinite(values).all():
+            bad.append(Problem("bad_array", clip, path, "NaN or infinity in it", part))
+        elif values.size > 1 and np.ptp(values) < 1e-6:
+            constant.append(Problem("constant", clip, path, "one value everywhere, such as silence", part))
+    return bad, constant
+
+
+def _decoding_fault(path: str) -> str:
+    """Why the frame is not a whole JPEG file, '' if Pillow decodes it. OpenCV would fill what is missing with grey."""
+    from PIL import Image
+
+    try:
+        data = Path(path).read_bytes()
+        if reason := frame_fault(data):
+            return reason
+        with Image.open(BytesIO(data)) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"cannot be decoded ({short(error)})"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def check(args) -> int:
+    """The doctor: print what is wrong with a training folder or a raw folder. Returns the exit status."""
+    root = Path(args.check)
+    if not root.is_dir():
+        raise UserError(f"--check {root}: no such folder")
+    if any((root / name).exists() for name in ("stat.csv", "train.csv", DESCRIPTION, video(1).folder)):
+        recorded = read_record(root, "split.json").get("dataset")
+        spec = spec_of(args.dataset or (recorded if recorded in SPECS else "folder"), root)
+        report = inspect_deep(root, spec, quiet=False)
+    else:
+        spec = get_spec(args.dataset or _guess_raw(root))
+        names = None
+        if args.split_dir is not None:
+            parts = published_split(spec.name, args.split_dir, root).parts
+            names = [clip for rows in parts.values() for clip, _ in rows]
+        report = inspect_raw(root, spec, names, quiet=False)
+    if args.json:
+        print(json.dumps(_as_json(report, spec), indent=2))
+    else:
+        _print_report(report, spec)
+    return 0 if not report.problems else 1
+
+
+def _guess_raw(root: Path) -> str:
+    try:
+        return "CREMAD" if cremad_rows(index_raw(root), SPECS["CREMAD"]) else "KineticSound"
+    except UserError:
+        return "KineticSound"
+
+
+def _as_json(report: Report, spec: DatasetSpec) -> dict:
+    return {
+        "folder": str(report.root),
+        "kind": report.kind,
+        "dataset": spec.name,
+        "valid": not report.problems,
+        "numbers": report.numbers,
+        "problems": [problem._asdict() for problem in report.problems],
+        "warnings": [problem._asdict() for problem in report.warnings],
+    }
+
+
+def _print_report(report: Report, spec: DatasetSpec) -> None:
+    verdict = "valid" if not report.problems else f"NOT valid, {len(report.problems):,} problem(s)"
+    print(f"{report.root}: {report.kind} folder of {spec.name}: {verdict}")
+    for name, value in report.numbers.items():
+        print(f"  {name.replace('_', ' ')}: {value}")
+    print_problems("problems", report.problems)
+    print_problems("warnings (they do not stop training)", report.warnings)
+
+
+def print_problems(title: str, problems: list[Problem]) -> None:
+    """A line for each kind with its number, then the first files of it."""
+    if not problems:
+        return
+    print(f"{title}: {len(problems):,}")
+    for kind in sorted({problem.kind for problem in problems}):
+        some = [problem for problem in problems if problem.kind == kind]
+        print(f"  {kind}: {len(some):,}")
+        for problem in some[:SHOWN]:
+            print(f"    {': '.join(text for text in (problem.path or problem.clip, problem.reason) if text)}")
