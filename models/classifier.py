@@ -75,5 +75,5 @@ class MultimodalClassifier(nn.Module):
             elif name not in fed:  # zeros in the encoder's graph, so that its gradients are zeros
                 features[name] = features[name].masked_fill(torch.ones_like(features[name], dtype=torch.bool), 0.0)
         features = {name: features[name] for name in self.widths}
-        logits = {name: self.heads[name](features[name]) for name in self.widths if name in fed}
-        return Output(self.head(features, fed), logits, features)
+        joint = self.head(features, fed)
+        return Output(joint, {name: self.heads[name](features[name]) for name in self.widths if name in fed}, features)
