@@ -10,9 +10,9 @@ plan is a list of batches, each (clip indices, fed modalities). Joint training f
 else is the same.
 """
 
-import argparse
 import os
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import balance as balances
 import remix
 from balance import Balance, Context, Step
+from balance.diagnostics import diagnose, partition_moves
 from dataset.build import Data, build_data
 from dataset.clips import CACHES, Clips
 from dataset.folder import digest
@@ -45,6 +46,7 @@ from utils.seeding import epoch_generator, seed_everything
 
 # ---------------------------------------------------------------------------------------------------------- flags
 
+Names = tuple[str, ...]  # of modalities, in the dataset's order
 METHODS = ("remix", "baseline")  # or the name of a modality: that one alone
 
 # What a preset sets for flags that were not given. `fair` leaves one learning rate for every method, the dataset's.
@@ -52,10 +54,8 @@ METHODS = ("remix", "baseline")  # or the name of a modality: that one alone
 SHARED = {"batch_size": 64, "epochs": 60, "warmup": 10, "optimizer": "adam", "lr_decay_step": 30, "lr_decay_ratio": 0.1,
           "alpha": 0.5, "beta": 0.5, "gamma1": 1.0, "gamma2": 1.0, "fusion_method": "concat", "score": "kl",
           "keep": "hard", "rescore_every": 1, "batch_order": "sequential"}  # fmt: skip
-PRESETS = {
-    "fair": SHARED | {"masked_encoder": "skip", "batchnorm": "refreshed"},
-    "official": SHARED | {"masked_encoder": "run", "batchnorm": "running"},
-}
+PRESETS = {"fair": SHARED | {"masked_encoder": "skip", "batchnorm": "refreshed"},
+           "official": SHARED | {"masked_encoder": "run", "batchnorm": "running"}}  # fmt: skip
 OFFICIAL_RATES = {"remix": 5e-5}  # and 1e-3 for every other method
 OFFICIAL_FLAGS = ("dataset", "n_classes", "batch_size", "epoch", "warmup", "optimizer", "learning_rate",
                   "lr_decay_step", "lr_decay_ratio", "encoder_lr_decay", "alpha", "beta", "gamma1", "gamma2", "train",
@@ -79,7 +79,7 @@ def make_parser() -> Parser:
     g.add_argument("--n_classes", type=number(int, 2, MANY), metavar="N", help="classes, checked (default: the data's)")
     g.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.0, metavar="F",
                    help="share of train held out for validation, the same for every seed (default: 0)")
-    g.add_argument("--split", choices=("official", "actor"), help="actor: no CREMA-D actor in both (default: as prepared)")
+    g.add_argument("--split", choices=("official", "actor"), help="actor: no actor in both (default: as prepared)")
     g.add_argument("--allow_missing", action="store_true", help="leave out clips with missing files (default: refuse)")
     g.add_argument("--image_size", type=number(int, 8, 4096), metavar="S",
                    help="side of the frames fed to the network, pixels (default: the dataset's)")
@@ -92,7 +92,7 @@ def make_parser() -> Parser:
     g = p.add_argument_group("model")
     g.add_argument("--model", choices=IMAGE_ENCODERS, help="encoder of images, spectrograms (default: the dataset's)")
     g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (default: concat)")
-    g.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate or start with (no default)")
+    g.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate or start from")
 
     g = p.add_argument_group("method")
     g.add_argument("--method", default="remix", metavar="NAME",
@@ -128,19 +128,19 @@ def make_parser() -> Parser:
 
     g = p.add_argument_group("system")
     g.add_argument("--train", action="store_true", help="train; else evaluate --checkpoint (default: off)")
-    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto (CUDA if there is one)")
+    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto (a GPU if any)")
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
     g.add_argument("--precision", choices=PRECISIONS, help="arithmetic (default: fp32 on a CPU, tf32 on a GPU)")
     g.add_argument("--compile", action="store_true", help="compile the encoders with torch.compile (default: off)")
-    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="folder of the runs (default: runs)")
+    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="run folders (default: runs)")
     g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: named by method, time)")
-    g.add_argument("--resume", nargs="?", const="auto", type=path_name, metavar="RUN", 
-                   help="run folder to continue with its own flags; auto: continue --run_name or start it (default: off)")
+    g.add_argument("--resume", nargs="?", const="auto", type=path_name, metavar="RUN",
+                   help="run folder to continue; auto: continue --run_name, or start it (default: off)")
     return p
 # fmt: on
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> Namespace:
     """The flags, those not given filled in by the resumed run, the checkpoint, the preset and the dataset in turn.
 
     Raises `UserError` in one line for whatever is wrong with them or does not go together.
@@ -165,7 +165,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def evaluation_flags(args: argparse.Namespace, typed: dict) -> None:
+def evaluation_flags(args: Namespace, typed: dict) -> None:
     """Take network and input of the checkpoint to evaluate from its config, where they were not given.
 
     Raises `UserError` if another network or input was given; a checkpoint that says nothing (the official code's) is
@@ -181,13 +181,13 @@ def evaluation_flags(args: argparse.Namespace, typed: dict) -> None:
     vars(args).update({name: config[name] for name in names if name in config and name not in typed})
 
 
-def loss_weights(args: argparse.Namespace, names: tuple[str, ...]) -> tuple[dict[str, float], dict[str, float]]:
+def loss_weights(args: Namespace, names: Names) -> tuple[dict[str, float], dict[str, float]]:
     """Weights of the unimodal losses in joint and in homogeneous batches; the official flags name two modalities."""
     joint, alone = {AUDIO: args.alpha, VIDEO: args.beta}, {AUDIO: args.gamma2, VIDEO: args.gamma1}
     return {name: joint.get(name, 0.5) for name in names}, {name: alone.get(name, 1.0) for name in names}
 
 
-def check_args(args: argparse.Namespace, names: tuple[str, ...]) -> None:
+def check_args(args: Namespace, names: Names) -> None:
     """What no single flag can know. Raises `UserError`."""
     if args.method not in (*METHODS, *names):
         raise UserError(f"--method {args.method}: unknown; allowed: {', '.join((*METHODS, *names))}")
@@ -208,7 +208,7 @@ def check_args(args: argparse.Namespace, names: tuple[str, ...]) -> None:
             raise UserError(f"--balance {name}: measures on a validation part, never on test; use --val_fraction 0.1")
 
 
-def flags(args: argparse.Namespace) -> dict:
+def flags(args: Namespace) -> dict:
     """What config.json and checkpoints hold of the flags."""
     return {name: value for name, value in vars(args).items() if name not in DERIVED}
 
@@ -218,8 +218,7 @@ def flags(args: argparse.Namespace) -> dict:
 
 def cross_entropies(output: Output, labels: Tensor) -> dict[str, Tensor]:
     """The mean cross entropy of the joint head and of each fed modality's head. labels (B,)."""
-    logits = {"joint": output.joint} | output.logits
-    return {head: F.cross_entropy(values, labels) for head, values in logits.items()}
+    return {head: F.cross_entropy(logits, labels) for head, logits in output.heads.items()}
 
 
 def loss_terms(entropies: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
@@ -240,7 +239,7 @@ def train_epoch(
     plan: list[remix.Batch],
     optimizer: torch.optim.Optimizer,
     epoch: int,
-    args: argparse.Namespace,
+    args: Namespace,
     balance: Balance | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float | None]:
@@ -269,8 +268,7 @@ def train_epoch(
             # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
             balance.backward(loss * step.weight, terms, output, step)
             optimizer.step()
-            logits = {"joint": output.joint} | output.logits
-            tally.add(i, loss, entropies, logits, batch.labels, batch.share * batch.total)
+            tally.add(i, loss, entropies, output.heads, batch.labels, batch.share * batch.total)
             bar.update(batch.total)
             after_step()
     bad = tally.first_not_finite()
@@ -285,29 +283,22 @@ def train_epoch(
 
 
 def plan_epoch(
-    model: MultimodalClassifier,
-    clips: Clips,
-    fed: tuple[str, ...],
-    keep: Tensor | None,
-    epoch: int,
-    args: argparse.Namespace,
-    run: Run,
-    classes: list[str],
+    model: MultimodalClassifier, data: Data, fed: Names, keep: Tensor | None, epoch: int, args: Namespace, run: Run
 ) -> tuple[list[remix.Batch], Tensor | None, dict]:
     """What an epoch trains on, the partition (N, M) it follows from, and numbers to report.
 
     Joint epochs feed every clip in all modalities. From the end of the warm-up, Remix scores how hard each clip is in
     each modality, lets it keep its hardest one, and builds batches of a single modality (paper section 3).
     """
-    order = epoch_generator(args.random_seed, epoch, "plan")
+    clips, order = data.clips["train"], epoch_generator(args.random_seed, epoch, "plan")
     if args.method != "remix" or epoch < args.warmup:
         counts = {f"n_{name}": None for name in model.names}
         return remix.batches_of(len(clips), args.batch_size, fed, order), keep, {"phase": "joint"} | counts
 
     numbers: dict = {"phase": "remix"}
     if keep is None or (epoch - args.warmup) % args.rescore_every == 0:
-        if epoch == 0:
-            refresh(model, clips, fed, epoch, args)  # without a warm-up nothing has estimated BatchNorm yet
+        if epoch == 0 and args.batchnorm == "refreshed":  # without a warm-up nothing has estimated it yet
+            reestimate(model, clips, fed, args.batch_size, args.random_seed, epoch)
         logits = predict(model, clips, fed, 4 * args.batch_size, f"epoch {epoch + 1} scoring", run.check)
         unimodal = {name: logits[name] for name in model.names}
         scores = epoch_generator(args.random_seed, epoch, "score")
@@ -315,11 +306,9 @@ def plan_epoch(
         before, keep = keep, distributed.same(remix.decouple(hard, args.keep)).cpu()  # (N, M)
         kl = {name: remix.kl_from_uniform(values).cpu() for name, values in unimodal.items()}  # whatever the score
         labels = clips.labels.cpu()
-        run.partition(epoch, clips.names, [classes[label] for label in labels.tolist()], kl, keep)
+        run.partition(epoch, clips.names, [data.classes[label] for label in labels.tolist()], kl, keep)
         if args.diagnose:
-            from balance.diagnostics import partition_moves, under_name
-
-            numbers |= under_name(partition_moves(keep, before, model.names, labels, classes))
+            numbers |= partition_moves(keep, before, model.names, labels, data.classes)
     plan = remix.reassemble(keep, model.names, args.batch_size, args.batch_order, order)
     for name in model.names:
         numbers[f"n_{name}"] = sum(len(batch.clips) for batch in plan if batch.fed == (name,))
@@ -328,16 +317,10 @@ def plan_epoch(
     return plan, keep, numbers
 
 
-def refresh(model: nn.Module, clips: Clips, fed: tuple[str, ...], epoch: int, args: argparse.Namespace) -> None:
-    """Re-estimate BatchNorm's statistics for scoring and evaluation, unless --batchnorm running."""
-    if args.batchnorm == "refreshed":
-        reestimate(model, clips, fed, args.batch_size, args.random_seed, epoch)
-
-
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def trained_heads(args: argparse.Namespace) -> tuple[str, ...]:
+def trained_heads(args: Namespace) -> tuple[str, ...]:
     """The modalities whose unimodal heads a loss reaches in some epoch; the others stay as they were drawn."""
     alone = [name for name, weight in args.alone_weights.items() if weight > 0]
     if args.method not in METHODS:
@@ -346,7 +329,7 @@ def trained_heads(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(name for name, weight in args.joint_weights.items() if weight > 0 or name in remixed)
 
 
-def evaluate(logits: dict[str, Tensor], labels: Tensor, part: str, args: argparse.Namespace) -> dict[str, float | None]:
+def evaluate(logits: dict[str, Tensor], labels: Tensor, part: str, args: Namespace) -> dict[str, float | None]:
     """Flat numbers of one part ("test" or "val"): accuracies are fractions in [0, 1], None for a head not trained."""
     trained = trained_heads(args)
     numbers: dict[str, float | None] = {f"{part}_acc": accuracy(logits["joint"], labels)}
@@ -360,7 +343,7 @@ def evaluate(logits: dict[str, Tensor], labels: Tensor, part: str, args: argpars
 # ------------------------------------------------------------------------------------------------------------ main
 
 
-def make_model(args: argparse.Namespace, data: Data, device: torch.device) -> MultimodalClassifier:
+def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalClassifier:
     """The network for the flags and the data, with the heads of the balance methods and the weights of `--checkpoint`.
 
     Raises `UserError` for weights that do not fit or were trained for other classes.
@@ -381,7 +364,7 @@ def make_model(args: argparse.Namespace, data: Data, device: torch.device) -> Mu
     return model
 
 
-def make_optimizer(model: MultimodalClassifier, args: argparse.Namespace) -> torch.optim.Optimizer:
+def make_optimizer(model: MultimodalClassifier, args: Namespace) -> torch.optim.Optimizer:
     """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4: the official settings."""
     encoders = list(model.encoders.parameters())
     inside = {id(parameter) for parameter in encoders}
@@ -408,16 +391,14 @@ def main(argv: list[str] | None = None) -> None:
     if not args.train:
         evaluate_checkpoint(args, device)
     else:
-        method = "+".join([args.method, *args.balance_options])
-        args.run_name = args.run_name or (
-            f"{args.dataset}_{method}_seed{args.random_seed}_{datetime.now():%Y%m%d-%H%M%S}"
-        )
+        named = [args.dataset, "+".join([args.method, *args.balance_options]), f"seed{args.random_seed}"]
+        args.run_name = args.run_name or "_".join([*named, f"{datetime.now():%Y%m%d-%H%M%S}"])
         with Run(args.log_path, args.run_name, args.resume == "auto") as run:
             train(args, device, run)
     distributed.stop()
 
 
-def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
+def evaluate_checkpoint(args: Namespace, device: torch.device) -> None:
     """Print the test accuracies of `--checkpoint`."""
     data = build_data(args, device, only=("test",))
     model, test = make_model(args, data, device), data.clips["test"]
@@ -429,7 +410,7 @@ def evaluate_checkpoint(args: argparse.Namespace, device: torch.device) -> None:
         print(result_table({args.checkpoint: found}, data.spec.names))
 
 
-def train(args: argparse.Namespace, device: torch.device, run: Run) -> None:
+def train(args: Namespace, device: torch.device, run: Run) -> None:
     """One training run: data, model, optimizer, method, resume, loop, summary."""
     started = time.perf_counter()
     seed_everything(args.random_seed)
@@ -447,8 +428,7 @@ def train(args: argparse.Namespace, device: torch.device, run: Run) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
 
     # balance methods
-    context = Context(model, data.clips, args, optimizer, train_epoch, make_optimizer, run.check)
-    balance = balances.make_balance(context)
+    balance = balances.make_balance(Context(model, data.clips, args, optimizer, train_epoch, make_optimizer, run.check))
 
     # resume, in this order: flags and data, weights, optimizer, scheduler, methods, generators, then the loop's own
     # state. Epochs draw from (seed, epoch, purpose) alone; the generators are put back for whatever else may draw.
@@ -461,6 +441,8 @@ def train(args: argparse.Namespace, device: torch.device, run: Run) -> None:
         scheduler.load_state_dict(state["scheduler"])
         balance.load_state_dict(state["balance"])
         first, best, keep, started = state["epoch"] + 1, state["best"], state["keep"], started - state["seconds"]
+        if args.epochs < first:
+            raise UserError(f"--epochs {args.epochs}: the run has done {first}; use --epochs {first} or more")
     about = {"from_preset": args.from_preset, "data": data.describe()}
     run.begin(flags(args) | about | environment(device, distributed.world_size()), first)
     if run.writes:
@@ -473,13 +455,14 @@ def train(args: argparse.Namespace, device: torch.device, run: Run) -> None:
     for epoch in range(first, args.epochs):
         clock = time.perf_counter()
         balance.start_epoch(epoch)
-        plan, keep, found = plan_epoch(model, clips, fed, keep, epoch, args, run, data.classes)
+        plan, keep, found = plan_epoch(model, data, fed, keep, epoch, args, run)
         numbers: dict = {"epoch": epoch} | found | {"lr": scheduler.get_last_lr()[-1]}
         numbers["seconds_score"], clock = lap(clock)
 
         numbers |= train_epoch(network, clips, plan, optimizer, epoch, args, balance, run.check)
         distributed.same_buffers(model)
-        refresh(model, clips, fed, epoch, args)
+        if args.batchnorm == "refreshed":
+            reestimate(model, clips, fed, args.batch_size, args.random_seed, epoch)
         numbers["seconds_train"], clock = lap(clock)
 
         for part in [name for name in data.clips if name != "train"]:
@@ -487,8 +470,6 @@ def train(args: argparse.Namespace, device: torch.device, run: Run) -> None:
             numbers |= evaluate(logits[part], data.clips[part].labels, part, args)
         numbers["seconds_eval"], clock = lap(clock)
         if args.diagnose:
-            from balance.diagnostics import diagnose
-
             numbers |= diagnose(model, data.clips, fed, args.batch_size, args.random_seed)
             numbers["seconds_diagnose"], clock = lap(clock)
         trained = sum(len(batch.clips) for batch in plan)

@@ -41,7 +41,7 @@ def gradient_clash(model: MultimodalClassifier, batches: Iterable) -> dict[str, 
     total: dict[tuple[str, str], Tensor] = {}  # (encoder, loss) -> the flat gradient's sum
     for batch in batches:
         output = model(batch.inputs, batch.fed)
-        logits = {"joint": output.joint} | output.logits
+        logits = output.heads
         for loss in heads:
             value = batch.weight * F.cross_entropy(logits[loss].float(), batch.labels, reduction="sum")
             reached = [name for name in encoders if loss in ("joint", name)]
@@ -113,7 +113,7 @@ def partition_moves(
     """Shares of clips that keep each modality, also by class, and `moved`, the share that changed since last time.
 
     keep (N, M) bool, `before` the same at the last scoring (None at the first: `moved` is None), labels (N,). Returns
-    `kept_<m>` of every modality, and `kept_<m>/<class>` of all but the last, which is what is left.
+    `kept_<m>` of every modality, and `kept_<m>/<class>` of all but the last, which is what is left, under `diagnose/`.
     """
     moved = (keep != before).any(dim=1).double().mean().item() if before is not None else None
     numbers: dict[str, float | None] = {"moved": moved}
@@ -122,7 +122,7 @@ def partition_moves(
         for index, label in enumerate(classes if m + 1 < len(names) else ()):
             own = keep[labels == index, m].double()
             numbers[f"kept_{name}/{label}"] = own.mean().item() if len(own) else None
-    return numbers
+    return under_name(numbers)
 
 
 # ---------------------------------------------------------------------------------------------------- all of an epoch

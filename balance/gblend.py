@@ -115,7 +115,7 @@ class GBlend(Method):
         # A batch of one modality whose two weights are both 0 would be wasted: it is weighed evenly.
         own = own if sum(own) > 0 else [1.0] * len(own)
         scale = (self.opt.sum or replaced) / sum(own)
-        logits = {"joint": output.joint} | output.logits
+        logits = output.heads
         blended = {name: scale * w * F.cross_entropy(logits[name], step.labels)
                    for name, w in zip(names, own, strict=True)}  # fmt: skip
         return terms | {name: blended[name] for name in ("joint", *step.fed)}
@@ -135,8 +135,7 @@ class OneLoss(Method):
         self.head = head
 
     def losses(self, terms: dict[str, Tensor], output: Output, step: Step) -> dict[str, Tensor]:
-        logits = {"joint": output.joint} | output.logits
-        return {self.head: F.cross_entropy(logits[self.head], step.labels)}
+        return {self.head: F.cross_entropy(output.heads[self.head], step.labels)}
 
 
 def blend(before: Tensor, after: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ class Output(NamedTuple):
     logits: dict[str, Tensor]
     features: dict[str, Tensor]
 
+    @property
+    def heads(self) -> dict[str, Tensor]:
+        """The logits (B, C) of all heads: "joint", then each fed modality."""
+        return {"joint": self.joint} | self.logits
+
 
 class MultimodalClassifier(nn.Module):
     """One encoder and one linear head per modality, and the fusion head `head` on all features.

@@ -69,7 +69,7 @@ def collect(
         full = full or batch.total
         with compiled(batch.total == full):
             output = model(batch.inputs, batch.fed)
-        kinds = ({"joint": output.joint} | output.logits, output.features if features else {})
+        kinds = (output.heads, output.features if features else {})
         for rows, values in zip(found, kinds, strict=True):
             for name, value in values.items():
                 if name not in rows:
