@@ -10,4 +10,4 @@
 # memory each; on a GPU one at a time. README.md names the command of its own table, which has more methods.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 env_paths "$@"
-exec "$PYTHON" -m utils.compare ${ARGS[@]+"${ARGS[@]}"}
+exec "$PYTHON" -m report.compare ${ARGS[@]+"${ARGS[@]}"}
