@@ -18,7 +18,7 @@ from report.tables import table
 from report.write import make_report, write_text
 from utils.cli import Parser
 from utils.errors import UserError, run_main
-from utils.logging import write_json
+from utils.run import write_json
 
 
 def compare_people(people: Path, partitions: list[Path], out: Path | None) -> None:

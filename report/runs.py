@@ -17,7 +17,7 @@ from scipy import stats
 
 from dataset.specs import AUDIO, VIDEO
 from utils.errors import UserError
-from utils.logging import read_metrics
+from utils.run import read_metrics
 
 # Settings with a name of their own: a method of `report.compare`, and the label of their row. Joint training without
 # the unimodal losses, and the control that remixes without choosing.
@@ -37,8 +37,9 @@ REMIX_ONLY = {"warmup", "score", "keep", "rescore_every", "batch_order", "masked
 # Official flags: the weight of a modality's loss in joint batches, and in its homogeneous batches.
 WEIGHTS = {AUDIO: ("alpha", "gamma2"), VIDEO: ("beta", "gamma1")}
 # Balance options of older runs were flags with these prefixes: --ogm_alpha is now the option alpha of ogm_ge.
-FORMER_PREFIXES = {"agm": "agm", "dr": "relearn", "gblend": "gblend", "mmcosine": "mmcosine", "mmpareto": "mmpareto",
-                   "ogm": "ogm_ge", "opm": "opm", "pmr": "pmr"}  # fmt: skip
+FORMER_PREFIXES = {name: name for name in ("agm", "dr", "gblend", "mmcosine", "mmpareto", "opm", "pmr")} | {
+    "ogm": "ogm_ge"
+}
 
 PROTOCOLS = {
     "last": "last epoch",

@@ -16,7 +16,7 @@ from report.runs import Group, Run, command_of, epoch_cost, group_runs, minutes,
 from report.tables import maintable, markdown, measure, notes, unlike_notes
 from utils.errors import UserError
 from utils.files import atomic_path
-from utils.logging import write_json
+from utils.run import write_json
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
