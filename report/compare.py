@@ -53,7 +53,7 @@ class Planned(NamedTuple):
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     """The flags of this command, and the remaining words, which are for train.py."""
-    p = Parser(prog="run_compare.sh", description=__doc__, allow_abbrev=False,
+    p = Parser(prog="run_compare.sh", description=__doc__,
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("--methods", metavar="A,B",
                    help=f"of {', '.join((*train.METHODS, *VARIANTS))} and the dataset's modalities, each alone "

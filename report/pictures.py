@@ -18,7 +18,7 @@ import train
 from dataset.folder import Part
 from dataset.pack import read_frame
 from dataset.specs import DatasetSpec, Modality
-from models import inference
+from models.inference import Collected, collect
 from remix import batches_of
 from report.figures import save_figure
 from report.partition import Clip, read_partition
@@ -56,7 +56,7 @@ def picture_model(folder: Path, out: Path, data_root: Path | None) -> None:
     clips, classes, names = data.clips["test"], data.folder.classes, data.spec.names
     fed = (args.method,) if args.method in names else names
     model.eval()
-    found = inference.collect(model, clips.epoch(batches_of(len(clips), 64, fed, None)), len(clips))
+    found = collect(model, clips.epoch(batches_of(len(clips), 64, fed, None)), len(clips))
     labels = clips.labels.cpu()
     title = f"{dataset_of(run.config)}, {run.method}, seed {run.seed}"
     features = {name: found.features[name].cpu().numpy() for name in fed}
@@ -78,7 +78,7 @@ def picture_model(folder: Path, out: Path, data_root: Path | None) -> None:
     print(f"{', '.join(f'{name}.png' for name in figures)} written to {out}")
 
 
-def trained_heads(run: Run, found: inference.Collected) -> dict[str, np.ndarray]:
+def trained_heads(run: Run, found: Collected) -> dict[str, np.ndarray]:
     """Logits (N, C) of the joint head, as `multimodal`, and of each modality whose head the run trained."""
     last, flags = run.history[-1] if run.history else {}, flags_of(run.config)
     trained = [name for name in found.logits if name != "joint" and head_is_trained(run.method, flags, name)]
