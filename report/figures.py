@@ -42,7 +42,7 @@ def plot_compared_curves(groups: list[Group], title: str, colours: dict[str, str
             if values(group, head):
                 _plot_spread(axis, group, quantities(group.modalities)[head], colours[group.label])
         axis.set(title=f"{head}, test accuracy", xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     axes[0].set_ylim(top=min(1.02, axes[0].get_ylim()[1]))
     _legend_below(figure, groups, colours)
@@ -106,7 +106,7 @@ def plot_shares(groups: list[Group], title: str, colours: dict[str, str]) -> Fig
             return None
         axis.axhline(1 / len(names), color="0.5", lw=0.8, ls="--")
         axis.set(title=f"{name} kept", xlabel="epoch", ylim=(0, 1))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of the training clips")
     _legend_below(figure, [group for group in groups if group.method == "remix"], colours)
@@ -135,7 +135,7 @@ def plot_diagnoses(groups: list[Group], title: str, colours: dict[str, str]) -> 
                 axis.axvline(min(starts), color=colours[group.label], lw=1, ls=":")
         axis.set(xlabel="epoch")
         axis.set_title(name, fontsize=10)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
