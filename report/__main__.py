@@ -36,14 +36,24 @@ def compare_people(people: Path, partitions: list[Path], out: Path | None) -> No
 def parse_args(argv: list[str] | None = None) -> Namespace:
     p = Parser(prog="python -m report", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("runs", nargs="*", type=Path, help="runs' folders, or folders of runs")
-    p.add_argument("--out", type=Path, metavar="DIR", help="where the report goes (report, beside the first run)")
-    p.add_argument("--results", type=Path, metavar="FILE", help="write the report as this file too (none)")
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the report (default: report, beside the first run)"
+    )
+    p.add_argument("--results", type=Path, metavar="FILE", help="also write the report to this file (default: none)")
     p.add_argument("--readme", type=Path, metavar="FILE",
-                   help="put the first table between the results markers of this file (none)")  # fmt: skip
-    p.add_argument("--model", type=Path, metavar="RUN", help="pictures of this run's trained model instead (none)")
-    p.add_argument("--data_root", type=Path, metavar="DIR", help="with --model: the data's folder (as in the run)")
-    p.add_argument("--people", type=Path, metavar="FILE", help="CREMA-D's summaryTable.csv, with --partition (none)")
-    p.add_argument("--partition", type=Path, nargs="+", metavar="FILE", help="partition.csv of CREMA-D runs (none)")
+                   help="put the first table between the results markers of this file (default: none)")  # fmt: skip
+    p.add_argument(
+        "--model", type=Path, metavar="RUN", help="pictures of this run's trained model instead (default: none)"
+    )
+    p.add_argument(
+        "--data_root", type=Path, metavar="DIR", help="with --model: the data's folder (default: as in the run)"
+    )
+    p.add_argument(
+        "--people", type=Path, metavar="FILE", help="CREMA-D's summaryTable.csv, with --partition (default: none)"
+    )
+    p.add_argument(
+        "--partition", type=Path, nargs="+", metavar="FILE", help="partition.csv of CREMA-D runs (default: none)"
+    )
     args = p.parse_args(argv)
     if bool(args.people) != bool(args.partition):
         raise UserError("--people and --partition go together: the votes, and a run's partition.csv")

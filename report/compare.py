@@ -57,13 +57,17 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("--methods", metavar="A,B",
                    help=f"of {', '.join((*train.METHODS, *VARIANTS))} and the dataset's modalities, each alone "
-                        "(baseline, remix and every modality)")  # fmt: skip
-    p.add_argument("--seeds", default="0,1,2,3,4", metavar="A,B", help="seeds of every method (0,1,2,3,4)")
+                        "(default: baseline, remix and every modality)")  # fmt: skip
+    p.add_argument("--seeds", default="0,1,2,3,4", metavar="A,B", help="seeds of every method (default: 0,1,2,3,4)")
     p.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B",
-                   help="every value of a train.py flag with every other; may be given again (none)")  # fmt: skip
-    p.add_argument("--jobs", type=number(int, 1), metavar="N", help="runs at a time (a CPU core each; on GPUs 1)")
-    p.add_argument("--log_path", default="runs/compare", metavar="DIR", help="folder of the runs (runs/compare)")
-    p.add_argument("--out", metavar="DIR", help="folder of the report (<log_path>/report)")
+                   help="every value of a train.py flag with every other; may be given again (default: none)")  # fmt: skip
+    p.add_argument(
+        "--jobs", type=number(int, 1), metavar="N", help="runs at a time (default: one per CPU core; on GPUs 1)"
+    )
+    p.add_argument(
+        "--log_path", default="runs/compare", metavar="DIR", help="folder of the runs (default: runs/compare)"
+    )
+    p.add_argument("--out", metavar="DIR", help="folder of the report (default: <log_path>/report)")
     p.epilog = "All other flags go to every run: python train.py --help"
     return p.parse_known_args(argv)
 
