@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
                         "(default: baseline, remix and every modality)")  # fmt: skip
     p.add_argument("--seeds", default="0,1,2,3,4", metavar="A,B", help="seeds of every method (default: 0,1,2,3,4)")
     p.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B",
-                   help="every value of a train.py flag with every other; may be given again (default: none)")  # fmt: skip
+                   help="values of a train.py flag; several axes are combined (default: none)")  # fmt: skip
     p.add_argument(
         "--jobs", type=number(int, 1), metavar="N", help="runs at a time (default: one per CPU core; on GPUs 1)"
     )
