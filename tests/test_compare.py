@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 from helpers import make_folder
 
-import train
-from utils import compare, report
+from report import compare, write
+from report.runs import find_runs
 from utils.errors import UserError
-from utils.runs import find_runs
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -30,10 +29,10 @@ fake = Path(os.environ["FAKE"])
 name = sys.argv[sys.argv.index("--run_name") + 1]
 flags = json.loads((fake / "plan.json").read_text())[name]
 folder = Path(flags["log_path"]) / name
-resumed = "--resume" in sys.argv
+assert sys.argv[sys.argv.index("--resume") + 1] == "auto"
+resumed = (folder / "last.pth").exists()
 with open(fake / "starts.txt", "a") as file:
     file.write(f"{name} {'resume' if resumed else 'start'} {os.environ.get('OMP_NUM_THREADS')}\\n")
-assert resumed == (folder / "last.pth").exists() == folder.exists()
 todo = fake / f"{name}.txt"
 action = todo.read_text() if todo.exists() else ""
 todo.unlink(missing_ok=True)
@@ -45,7 +44,7 @@ if action == "fail":
 if action == "sleep":
     time.sleep(8)
 done = (folder / "metrics.jsonl").read_text().count("\\n") if resumed else 0
-with open(folder / "metrics.jsonl", "a") as file:
+with open(folder / "metrics.jsonl", "a" if resumed else "w") as file:
     for epoch in range(done, flags["epochs"]):
         line = dict.fromkeys(["test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro"], 0.5)
         file.write(json.dumps(line | {"epoch": epoch, "phase": "joint", "n_audio": None, "seconds_train": 1}) + "\\n")
@@ -87,15 +86,15 @@ def fake(tmp_path: Path, monkeypatch) -> Comparison:
 
     monkeypatch.setattr(compare, "make_plan", noted)
     monkeypatch.setattr(compare, "TRAIN", str(tmp_path / "fake_train.py"))
-    monkeypatch.setattr(report, "write_figures", lambda *_: {})  # most of a report's time, and tests/test_report.py's
-    monkeypatch.setattr(train, "load_parts", lambda args: None)
+    monkeypatch.setattr(write, "write_figures", lambda *_: {})  # most of a report's time, and tests/test_report.py's
+    monkeypatch.setattr(compare, "check_data", lambda flags: None)
     monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.05)))
     monkeypatch.setenv("FAKE", str(tmp_path))
     return Comparison(tmp_path)
 
 
 def plan_of(words: str) -> list[compare.Planned]:
-    return compare.make_plan(*compare.parse_args(words.split()), train)
+    return compare.make_plan(*compare.parse_args(words.split()))
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
@@ -129,6 +128,32 @@ def test_a_grid_is_every_value_with_every_other_but_once_for_methods_that_do_not
     assert (plan[-1].flags["warmup"], plan[-1].flags["learning_rate"], plan[-1].flags["epochs"]) == (3, 0.001, 9)
 
 
+def test_every_modality_of_the_dataset_is_a_method(tmp_path: Path) -> None:
+    fields = [{"name": name, "kind": "array", "folder": name} for name in ("text", "touch", "smell")]
+    (tmp_path / "dataset.json").write_text(json.dumps({"modalities": fields}))
+    words = f"--dataset folder --data_root {tmp_path} --seeds 0"
+    assert [run.flags["method"] for run in plan_of(words)] == ["baseline", "remix", "text", "touch", "smell"]
+    assert plan_of(f"{words} --methods touch")[0].argv[:3] == ["--train", "--method", "touch"]
+    with pytest.raises(UserError, match=r"--methods audio: unknown; allowed: .*text, touch, smell"):
+        plan_of(f"{words} --methods audio")
+
+
+def test_a_grid_over_balance_methods_with_options() -> None:
+    plan = plan_of("--methods baseline,audio --seeds 0 --grid balance=none,ogm_ge:alpha=0.5,pmr+mmpareto")
+    assert [(run.name, run.flags["balance"], list(run.flags["balance_options"])) for run in plan] == [
+        ("demo_baseline_balance-none_seed0", "none", []),
+        ("demo_baseline_balance-ogm_ge-alpha-0.5_seed0", "ogm_ge:alpha=0.5", ["ogm_ge"]),
+        ("demo_baseline_balance-pmr+mmpareto_seed0", "pmr,mmpareto", ["pmr", "mmpareto"]),
+        ("demo_audio_seed0", "none", []),
+    ]
+    assert plan[1].flags["balance_options"]["ogm_ge"]["alpha"] == 0.5
+
+
+def test_runs_are_started_and_resumed_by_the_same_command() -> None:
+    run = plan_of("--methods remix --seeds 0 --log_path there")[0]
+    assert run.argv[-6:] == ["--log_path", "there", "--run_name", run.name, "--resume", "auto"]
+
+
 def test_other_data_is_in_the_name() -> None:
     assert plan_of("--methods audio --seeds 0 --data_root data/demo_speech")[0].name == "demo-demo_speech_audio_seed0"
 
@@ -138,9 +163,9 @@ def test_other_data_is_in_the_name() -> None:
     [
         ("--methods remixx", "--methods remixx: unknown; allowed: remix, baseline"),
         ("--methods remix,remix", "each once"),
-        ("--seeds 0,,1", "--seeds 0,,1: comma separated"),
-        ("--seeds a", "--seeds a: whole numbers"),
-        ("--grid warmup", "FLAG=A,B is wanted"),
+        ("--seeds 0,,1", "--seeds 0,,1: give comma separated"),
+        ("--seeds a", "--seeds a: give whole numbers"),
+        ("--grid warmup", "give FLAG=A,B"),
         ("--grid random_seed=1,2", "use --seeds"),
         ("--grid warmup=1,2 --warmup 3", "--warmup: set for each run"),
         ("--method remix", "--method: set for each run by this command; use --methods"),
@@ -174,7 +199,7 @@ def test_runs_then_reports_then_has_nothing_left_to_do(fake: Comparison, capsys)
 def test_finished_runs_of_other_code_are_named(fake: Comparison, capsys, monkeypatch) -> None:
     monkeypatch.setattr(compare, "git_commit", lambda: "1" * 40)
     fake()
-    note = "note: 1 of the finished ones are of another commit of this code, demo_remix_seed1 for one"
+    note = "note: 1 finished runs were made by another commit of this code, such as demo_remix_seed1"
     for commit, notes in (("1" * 40, 0), ("0" * 40, 1)):
         path = fake.runs / "demo_remix_seed1" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"git_commit": commit}))
@@ -182,7 +207,7 @@ def test_finished_runs_of_other_code_are_named(fake: Comparison, capsys, monkeyp
         assert fake() == [] and capsys.readouterr().out.count(note) == notes
 
 
-def test_an_interrupted_comparison_goes_on(fake: Comparison) -> None:
+def test_an_interrupted_comparison_resumes(fake: Comparison) -> None:
     fake.tell("demo_remix_seed0", "stop")
     fake()
     torn = fake.runs / "demo_remix_seed1"  # stopped in its first epoch: a config and nothing to go on from
@@ -201,7 +226,7 @@ def test_an_interrupted_run_is_no_failed_one(fake: Comparison, capsys) -> None:
     fake()
     err = capsys.readouterr().err
     assert fake.status == 75
-    assert "demo_remix_seed0: interrupted after 1 epochs; the same command goes on with it" in err
+    assert "demo_remix_seed0: interrupted after 1 epochs; the same command resumes it" in err
     assert "FAILED" not in err
     assert fake() == ["demo_remix_seed0 resume"] and fake.status == 0
 
@@ -225,8 +250,19 @@ def test_flags_a_method_never_reads_and_flags_older_than_the_run_are_no_differen
     del config["encoder_lr_decay"]
     path.write_text(json.dumps(config))
     assert fake("--methods baseline --seeds 0 --score loss --gamma1 3") == []
-    with pytest.raises(UserError, match=r"--encoder_lr_decay None \(now 0.5\)"):
+    with pytest.raises(UserError, match=r"--encoder_lr_decay 1.0 \(now 0.5\)"):
         fake("--methods baseline --seeds 0 --encoder_lr_decay 0.5")
+
+
+def test_a_flag_younger_than_the_run_had_the_default_of_its_dataset(fake: Comparison) -> None:
+    words = "--methods baseline --seeds 0 --dataset CREMAD"
+    fake(words)
+    path = fake.runs / "CREMAD_baseline_seed0" / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("image_size", "learning_rate", "model"):  # the demo has others
+        del config[name]
+    path.write_text(json.dumps(config))
+    assert fake(words) == []
 
 
 def test_a_run_without_diagnostics_is_not_taken_for_one_with(fake: Comparison) -> None:
@@ -239,7 +275,7 @@ def test_what_is_no_run_is_left_alone(fake: Comparison) -> None:
     folder = fake.runs / "demo_remix_seed0"
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("years")
-    with pytest.raises(UserError, match=r"demo_remix_seed0: holds thesis\.txt"):
+    with pytest.raises(UserError, match=r"demo_remix_seed0: has thesis\.txt"):
         fake("--methods remix --seeds 0")
     assert (folder / "thesis.txt").read_text() == "years"
 
@@ -251,7 +287,7 @@ def test_a_failure_is_told_and_the_others_go_on(fake: Comparison, capsys) -> Non
     fake.tell("demo_baseline_seed0", "fail")
     assert len(fake()) == 4 and fake.status == 1
     said = capsys.readouterr()
-    assert "error: demo_baseline_seed0: FAILED: RuntimeError: the sky fell (all of it:" in said.err
+    assert "error: demo_baseline_seed0: FAILED: RuntimeError: the sky fell (full log:" in said.err
     assert "left out:" in said.out and "demo_baseline_seed0: unfinished: 0 of 3 epochs" in said.out
     assert fake() == ["demo_baseline_seed0 start"] and fake.status == 0
 
@@ -279,27 +315,29 @@ def test_cores_and_gpus_are_shared_out(monkeypatch) -> None:
     assert len(compare.environments(None, "cpu")) == 8
 
 
-def test_two_comparisons_do_not_share_a_folder_even_if_the_first_was_killed(fake: Comparison) -> None:
-    run = plan_of(f"--methods remix --seeds 0 --epochs 3 --warmup 1 --log_path {fake.runs}")[0]
-    (fake.root / "plan.json").write_text(json.dumps({run.name: run.flags}))
-    fake.tell(run.name, "sleep")
-    with compare.alone_in(fake.runs) as lock:
-        with pytest.raises(UserError, match="another comparison"), compare.alone_in(fake.runs):
-            pass
-        worker = compare.Worker(run, "start", fake.runs, dict(os.environ), lock)
-    with pytest.raises(UserError, match="outlived"), compare.alone_in(fake.runs):  # its run still works
-        pass
-    worker.ask_to_stop()
-    worker.process.wait()
-    with compare.alone_in(fake.runs):
-        pass
+def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
+    holder = "import sys, time\nfrom pathlib import Path\nfrom report.compare import alone_in\n"
+    holder += "with alone_in(Path(sys.argv[1])):\n    print('locked', flush=True)\n    time.sleep(60)\n"
+    first = subprocess.Popen([sys.executable, "-c", holder, tmp_path], cwd=REPO, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline() == "locked\n"
+    words = f"--methods remix --seeds 0 --epochs 3 --warmup 1 --log_path {tmp_path}"
+    command = [sys.executable, "-m", "report.compare", *words.split()]
+    second = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert (second.returncode, second.stdout) == (2, "")
+    message = "another comparison is running here; wait for it, or choose another --log_path"
+    assert second.stderr == f"error: {tmp_path}: {message}\n"
+    first.kill()  # the system releases the lock, whatever ends the process
+    first.communicate()
+    for _ in range(2):
+        with compare.alone_in(tmp_path), pytest.raises(UserError, match="another comparison"):
+            compare.alone_in(tmp_path).__enter__()
 
 
-def test_real_runs_stopped_by_a_signal_and_gone_on_with(tmp_path: Path) -> None:
+def test_real_runs_stopped_by_a_signal_and_resumed(tmp_path: Path) -> None:
     make_folder(tmp_path / "data", train=24, test=6)
     words = f"--dataset folder --data_root {tmp_path}/data --model resnet18_thin --image_size 32 --batch_size 8 "
     words += f"--epochs 8 --warmup 1 --methods remix --seeds 0 --log_path {tmp_path}/runs --device cpu"
-    command = [sys.executable, "-m", "utils.compare", *words.split()]
+    command = [sys.executable, "-m", "utils.compare", *words.split()]  # the former name
     run = tmp_path / "runs" / "folder-data_remix_seed0"
     first = subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for _ in range(3000):
@@ -314,9 +352,8 @@ def test_real_runs_stopped_by_a_signal_and_gone_on_with(tmp_path: Path) -> None:
         lines = (run / "metrics.jsonl").read_text().count("\n")
     second = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400)
     assert second.returncode == 0, second.stderr
-    assert "0 to start, 1 to go on with, 0 finished already" in second.stdout
+    assert "0 to start, 1 to resume, 0 finished already" in second.stdout
     log = (tmp_path / "runs" / "folder-data_remix_seed0.log").read_text()
-    assert (
-        f"epoch {lines:>3}/8" in log.split("preset fair")[-1] and f"epoch {0:>3}/8" not in log.split("preset fair")[-1]
-    )
+    resumed = log.split(f"resumed after epoch {lines}")[1]
+    assert f"epoch {lines + 1:>3}/8" in resumed and f"epoch {lines:>3}/8" not in resumed
     assert "(n=1" not in second.stdout and "| remix" in second.stdout  # alone, without a baseline to compare with

@@ -10,49 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from helpers import make_folder
+from helpers import make_folder, run
+from run_folders import by_label, edit_metrics, groups_of, make_run
 from scipy import stats
 
-from models import AVClassifier
-from utils import report
+from report import __main__ as command
+from report import tables, write
+from report.partition import read_partition
+from report.people import compare_with_people, read_votes, recognition
+from report.runs import (
+    epoch_cost,
+    find_runs,
+    group_runs,
+    paired_difference,
+    read_run,
+    reference_of,
+    spread,
+    values,
+)
 from utils.errors import UserError
-from utils.people import compare_with_people, read_partition, read_votes, recognition
-from utils.runs import epoch_cost, find_runs, group_runs, paired_difference, read_run, reference_of, spread, values
 
 REPO = Path(__file__).resolve().parents[1]
 SUMMARY_TABLE = REPO.parent / "shared" / "data" / "cremad" / "summaryTable.csv"
-PRESET = {"epochs": 4, "warmup": 1, "learning_rate": 1e-3, "alpha": 0.5, "beta": 0.5, "gamma1": 1.0, "gamma2": 1.0,
-          "score": "kl", "batch_size": 64, "data_root": "data/demo", "model": "resnet18_thin"}  # fmt: skip
-
-
-def make_run(
-    root: Path, method: str, seed: int, accuracies=(0.5, 0.6, 0.8, 0.7), val=None, name: str = "", data=None, **given
-) -> Path:
-    """A finished run's folder; the heads' numbers follow from the joint head's: audio - 0.1, video - 0.2, F1 - 0.01."""
-    folder = root / (name or f"{method}_{seed}_{len(list(root.glob('*')))}")
-    folder.mkdir(parents=True)
-    flags = {"dataset": "demo", "method": method, "random_seed": seed, "run_name": folder.name} | PRESET | given
-    command = f"train.py --train --method {method} " + " ".join(f"--{k} {v}" for k, v in given.items())
-    config = flags | {
-        "from_preset": {key: value for key, value in PRESET.items() if key not in given},
-        "data": {"clips": data or {"train": 90, "test": 30}, "split": {"source": "demo"}},
-        "command": f"{command} --random_seed {seed} --log_path {root} --run_name {folder.name}",
-        "git_commit": "a" * 40, "versions": {"torch": "2.11.0"},
-        "hardware": {"device": "cpu", "processes": 1, "cpu": "a CPU", "threads": 1},
-    }  # fmt: skip
-    lines = []
-    for epoch, accuracy in enumerate(accuracies):
-        remixed = method == "remix" and epoch >= flags["warmup"]
-        line = {"epoch": epoch, "phase": "remix" if remixed else "joint", "train_loss": 1.0, "test_acc": accuracy,
-                "test_acc_audio": accuracy - 0.1, "test_acc_video": accuracy - 0.2, "test_f1_macro": accuracy - 0.01,
-                "n_audio": 30 if remixed else None, "n_video": 60 if remixed else None,
-                "seconds_score": 1.0, "seconds_train": 28.0, "seconds_eval": 1.0}  # fmt: skip
-        lines.append(line | ({"val_acc": val[epoch]} if val else {}))
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "summary.json").write_text(json.dumps({"epochs": flags["epochs"], "total_seconds": 1.0}))
-    return folder
 
 
 @pytest.fixture
@@ -63,21 +42,11 @@ def figures() -> None:
 @pytest.fixture(autouse=True)
 def no_figures(request, monkeypatch) -> None:
     if "figures" not in request.fixturenames:
-        monkeypatch.setattr(report, "write_figures", lambda *_: {})
-
-
-def groups_of(root: Path) -> list:
-    datasets, _ = group_runs(find_runs([root]))
-    assert len(datasets) == 1
-    return next(iter(datasets.values()))
-
-
-def by_label(root: Path) -> dict:
-    return {group.label: group for group in groups_of(root)}
+        monkeypatch.setattr(write, "write_figures", lambda *_: {})
 
 
 def make_report(*arguments: Path | str) -> None:
-    report.main([str(argument) for argument in arguments])
+    command.main([str(argument) for argument in arguments])
 
 
 # ------------------------------------------------------------------------------------------------------- statistics
@@ -185,7 +154,7 @@ def test_one_seed_has_no_interval_and_says_so(tmp_path: Path, capsys) -> None:
     make_report(tmp_path)
     said = capsys.readouterr().out
     assert "+5.0 (n=1: no interval)" in said and "±" not in said and "nan" not in said
-    assert "One seed says nothing of how much another would differ" in (tmp_path / "report" / "report.md").read_text()
+    assert "The variation between seeds is unknown" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_runs_of_other_flags_are_another_row(tmp_path: Path) -> None:
@@ -243,7 +212,7 @@ def test_a_comparison_of_unlike_runs_says_so(tmp_path: Path) -> None:
     make_run(tmp_path, "remix", 0, learning_rate=5e-5)
     make_report(tmp_path)
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "**Not like for like**: remix and baseline also differ in learning_rate (5e-05, 0.001)." in text
+    assert "† **Not like for like**: remix and baseline also differ in learning_rate (5e-05, 0.001)." in text
 
 
 def test_a_repeated_run_counts_once(tmp_path: Path) -> None:
@@ -286,16 +255,16 @@ def test_results_and_readme_come_from_the_same_data(tmp_path: Path, figures) -> 
     note = {"bash scripts/run_compare.sh --seeds 0,1": [path.name for path in (tmp_path / "runs").iterdir()]}
     (tmp_path / "runs" / "compare.json").write_text(json.dumps(note))
     readme, results = tmp_path / "README.md", tmp_path / "docs" / "results.md"
-    readme.write_text(f"# Title\n\n{report.START}\nold\n{report.END}\n\ntail\n")
+    readme.write_text(f"# Title\n\n{write.START}\nold\n{write.END}\n\ntail\n")
     make_report(tmp_path / "runs", "--results", results, "--readme", readme)
     text = readme.read_text()
     assert text.startswith("# Title\n\n<!-- results:start -->\n| method") and text.endswith(
         "<!-- results:end -->\n\ntail\n"
     )
     assert "old" not in text
-    report.replace_block(readme, group_runs(find_runs([tmp_path / "runs"]))[0])
+    write.replace_block(readme, group_runs(find_runs([tmp_path / "runs"]))[0])
     assert readme.read_text() == text
-    table = text.split(report.START)[1].split("\n\n")[0].strip()
+    table = text.split(write.START)[1].split("\n\n")[0].strip()
     assert table in results.read_text()
     for method in ("baseline", "remix"):
         line = f"for seed in 0 1; do python train.py --train --method {method} --random_seed $seed; done"
@@ -315,8 +284,9 @@ def test_a_readme_without_markers_is_not_touched(tmp_path: Path, text: str) -> N
     assert readme.read_text() == text
 
 
-def test_a_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "utils.report", tmp_path], cwd=REPO, capture_output=True, text=True)
+@pytest.mark.parametrize("module", ["report", "utils.report"])
+def test_a_mistake_is_one_line_and_status_2(tmp_path: Path, module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, tmp_path], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
@@ -329,7 +299,7 @@ def test_ablations_are_told_with_the_standard_error_of_paired_differences(tmp_pa
         make_run(tmp_path, "remix", seed, [0.5] * 3 + [loss[seed]], score="loss")
         make_run(tmp_path, "remix", seed, [0.5] * 3 + [easy[seed]], warmup=2)
         make_run(tmp_path, "remix", seed, [0.5] * 3 + [easy[seed]], warmup=2, alpha=0.1)  # two flags away
-    text = report.ablation_table(groups_of(tmp_path))
+    text = tables.ablation_table(groups_of(tmp_path))
     rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines()[2:]}
     assert len(rows) == 2  # nothing of the baseline, nor of what differs in two flags
 
@@ -348,9 +318,8 @@ def test_ablations_are_told_with_the_standard_error_of_paired_differences(tmp_pa
 def test_diagnostics_are_in_the_report_where_runs_have_them(tmp_path: Path, figures) -> None:
     for seed in (0, 1):
         folder = make_run(tmp_path, "remix", seed)
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         more = {"diagnose/ece_joint": 0.1 + 0.2 * seed, "diagnose/moved": None}
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line | more) + "\n" for line in lines))
+        edit_metrics(folder, lambda line, more=more: line | more)
     make_report(tmp_path)
     text = (tmp_path / "report" / "report.md").read_text()
     assert re.search(r"\| remix +\| +0.200 ± 0.141 \|", text) and "demo-diagnostics.png" in text
@@ -359,26 +328,34 @@ def test_diagnostics_are_in_the_report_where_runs_have_them(tmp_path: Path, figu
 # -------------------------------------------------------------------------------------------------- a trained model
 
 
-def test_pictures_of_a_model(tmp_path: Path) -> None:
-    make_folder(tmp_path / "data", train=12, test=9)
-    run = make_run(tmp_path / "runs", "remix", 0, dataset="folder", data_root=str(tmp_path / "data"), image_size=32,
-                   fusion_method="concat", val_fraction=0.0, allow_missing=False, n_classes=None)  # fmt: skip
-    torch.manual_seed(0)
-    weights = AVClassifier(3, "resnet18_thin").state_dict()
-    torch.save({"model": weights, "classes": ["a", "b", "c"]}, run / "last.pth")
-    rows = [f"train_{i:04d},{'abc'[i % 3]},{i / 10},{1 - i / 10},{'audio' if i < 6 else 'video'}\n" for i in range(12)]
-    (run / "partition.csv").write_text("clip,label,kl_audio,kl_video,kept\n" + "".join(rows))
-    make_report("--model", run)
+@pytest.mark.parametrize("names", [("audio", "video"), ("audio", "video", "text")])
+def test_pictures_of_a_model(tmp_path: Path, names: tuple[str, ...]) -> None:
+    data = make_folder(tmp_path / "data", train=12, test=9)
+    if len(names) == 3:
+        add_text(data)
+    folder = run(data, tmp_path, "r", "--epochs", "2", "--warmup", "1", "--gamma1", "0", "--beta", "0")
+    make_report("--model", folder)
     for name in ("tsne", "confusion", "classes", "clips"):
-        assert (run / "pictures" / f"{name}.png").stat().st_size > 5000
-    (run / "partition.csv").unlink()
-    make_report("--model", run, "--out", tmp_path / "fewer")
+        assert (folder / "pictures" / f"{name}.png").stat().st_size > 5000
+    (folder / "partition.csv").unlink()
+    make_report("--model", folder, "--out", tmp_path / "fewer")
     assert {path.name for path in (tmp_path / "fewer").iterdir()} == {"tsne.png", "confusion.png"}
-    with pytest.raises(UserError, match="no run"):
+    with pytest.raises(UserError, match="not a run"):
         make_report("--model", tmp_path)
-    torch.save({"model": weights, "classes": ["x", "y", "z"]}, run / "last.pth")
-    with pytest.raises(UserError, match="other classes than the run's"):
-        make_report("--model", run)
+    with pytest.raises(UserError, match="classes"):
+        make_report("--model", folder, "--data_root", make_folder(tmp_path / "other", classes=("x", "y", "z")))
+
+
+def add_text(root: Path) -> None:
+    """A third modality of vectors, for every clip, and the dataset.json that names it."""
+    fields = ({"name": "audio", "kind": "array", "folder": "audio"},
+              {"name": "video", "kind": "frames", "folder": "visual", "frames": 2},
+              {"name": "text", "kind": "array", "folder": "text", "encoder": "mlp"})  # fmt: skip
+    (root / "dataset.json").write_text(json.dumps({"modalities": fields}))
+    (root / "text").mkdir()
+    rng = np.random.default_rng(0)
+    for path in sorted((root / "audio").iterdir()):
+        np.save(root / "text" / path.name, rng.normal(size=5).astype(np.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------- people
@@ -488,11 +465,9 @@ def test_reading_a_run_twice_gives_it_once(tmp_path: Path) -> None:
 def test_an_epochs_cost_is_in_the_baselines_epochs_over_shared_seeds(tmp_path):
     for seed, (joint, remixed) in {0: (10.0, 8.0), 1: (20.0, 30.0)}.items():
         for method, seconds in (("baseline", joint), ("remix", remixed)):
-            metrics = make_run(tmp_path, method, seed) / "metrics.jsonl"
-            lines = [json.loads(line) | {"seconds_train": seconds, "seconds_score": 2.0 if method == "remix" else None}
-                     for line in metrics.read_text().splitlines()]  # fmt: skip
-            metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            timed = {"seconds_train": seconds, "seconds_score": 2.0 if method == "remix" else None}
+            edit_metrics(make_run(tmp_path, method, seed), lambda line, timed=timed: line | timed)
     make_run(tmp_path, "remix", 2)  # no baseline of its seed
     groups = by_label(tmp_path)
     assert epoch_cost(groups["remix"], groups["baseline"]) == pytest.approx((10 / 10 + 32 / 20) / 2)
-    assert report.maintable(list(groups.values())).splitlines()[-1].endswith(" 1.30 |")
+    assert tables.maintable(list(groups.values())).splitlines()[-1].endswith(" 1.30 |")

@@ -41,13 +41,15 @@ def plot_curves(history: list[dict], names: Sequence[str], title: str) -> Figure
         steps = [line["epoch"] for line in remixed]
         counts = np.array([[line[f"n_{name}"] for line in remixed] for name in names], dtype=float)  # (M, epochs)
         shares = counts / np.maximum(counts.sum(axis=0), 1)
-        axes[2].stackplot(steps, *shares, labels=names, colors=modality_colours(names).values())
+        below = np.cumsum(shares, axis=0) - shares
+        for name, share, bottom in zip(names, shares, below, strict=True):
+            axes[2].bar(steps, share, width=1.0, bottom=bottom, color=modality_colours(names)[name], label=name)
         axes[2].set(title="share of clips that keep a modality", ylim=(0, 1))
         for axis in axes[:2]:
             axis.axvspan(epochs[0], min(steps), color="0.92", zorder=0)
     for axis in axes:
         axis.set(xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(loc="best")
@@ -62,7 +64,9 @@ def _plot_heads(axis: Axes, history: list[dict], names: Sequence[str], joint: st
     for label, (key, colour, width) in heads.items():
         values = np.array([line.get(key) for line in history], dtype=float)  # None becomes NaN: a gap in the line
         if not np.isnan(values).all():
-            axis.plot([line["epoch"] for line in history], values, color=colour, label=label, lw=width)
+            axis.plot(
+                [line["epoch"] for line in history], values, color=colour, label=label, lw=width, marker=".", ms=3
+            )
 
 
 def plot_confusion(matrices: dict[str, np.ndarray], classes: list[str], title: str) -> Figure:

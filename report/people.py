@@ -1,6 +1,6 @@
 """CREMA-D against people: is what the model finds hard in a voice or a face hard for people, too?
 
-    python -m utils.report --people summaryTable.csv --partition runs/NAME/partition.csv
+    python -m report --people summaryTable.csv --partition runs/NAME/partition.csv
 
 The votes are CREMA-D's `processedResults/summaryTable.csv` (Cao et al., IEEE Transactions on Affective Computing
 2014): for each clip the emotion most people named from the voice alone, the face alone and both, several joined by
@@ -8,7 +8,6 @@ The votes are CREMA-D's `processedResults/summaryTable.csv` (Cao et al., IEEE Tr
 come from a run's partition.csv, whose KL is LOW for hard clips.
 """
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+from dataset.specs import AUDIO, VIDEO
+from report.partition import Clip, read_csv
 from utils.errors import UserError
 
 SENSES = {"voice": "Voice", "face": "Face", "both": "MultiModal"}  # -> the first part of the table's column names
-SENSE_OF = {"audio": "voice", "video": "face"}
+SENSE_OF = {AUDIO: "voice", VIDEO: "face"}
 
 
 class Vote(NamedTuple):
@@ -31,20 +32,12 @@ class Vote(NamedTuple):
     level: float
 
 
-class Clip(NamedTuple):
-    """A line of partition.csv: KL of audio and video in bits, the modality kept."""
-
-    label: str
-    kl: dict[str, float]
-    kept: str
-
-
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
 def read_votes(path: Path) -> dict[str, dict[str, Vote]]:
     """{clip: {"voice" | "face" | "both": Vote}} of summaryTable.csv. Raises `UserError` for what is not that table."""
-    rows = _read_csv(path, ["FileName", *(f"{s}{what}" for s in SENSES.values() for what in ("Vote", "Level"))])
+    rows = read_csv(path, ["FileName", *(f"{s}{what}" for s in SENSES.values() for what in ("Vote", "Level"))])
     votes = {}
     for line, row in rows:
         try:
@@ -67,33 +60,6 @@ def _vote(emotion: str, named: str, levels: str) -> Vote:
 def recognition(votes: dict[str, dict[str, Vote]]) -> dict[str, float]:
     """Share of clips whose emotion people named, by sense; a tied vote counts as wrong."""
     return {sense: float(np.mean([vote[sense].right == 1 for vote in votes.values()])) for sense in SENSES}
-
-
-def read_partition(path: Path) -> dict[str, Clip]:
-    """{clip: Clip} of a run's partition.csv; a run's folder will do. Raises `UserError` for what is not one."""
-    path = path / "partition.csv" if path.is_dir() else path
-    clips = {}
-    for line, row in _read_csv(path, ["clip", "label", "kl_audio", "kl_video", "kept"]):
-        try:
-            kl = {name: float(row[f"kl_{name}"]) for name in SENSE_OF}
-        except (TypeError, ValueError):
-            raise UserError(f"{path}, line {line}: a KL that is no number; give a run's own partition.csv") from None
-        clips[row["clip"]] = Clip(row["label"], kl, row["kept"])
-    return clips
-
-
-def _read_csv(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not text'})") from None
-    missing = [name for name in columns if name not in (reader.fieldnames or [])]
-    if missing or not rows:
-        what = f"no column {missing[0]}" if missing else "no rows"
-        raise UserError(f"{path}: {what}; expected a table with {', '.join(columns)}")
-    return rows
 
 
 # -------------------------------------------------------------------------------------------------------- comparing
@@ -150,7 +116,7 @@ def agreement(pairs: list[tuple[Clip, dict[str, Vote]]], measure: str) -> dict:
     kept (`keeps_audio`) and the voice is harder (`voice_harder`, which is also what always keeping audio would reach);
     `kappa` (agrees - chance) / (1 - chance); `p` of Fisher's exact test, two-sided.
     """
-    told = [(clip.kept, vote["voice"], vote["face"]) for clip, vote in pairs if clip.kept in SENSE_OF]
+    told = [(clip.kept[0], vote["voice"], vote["face"]) for clip, vote in pairs if len(clip.kept) == 1]
     told = [(kept, getattr(voice, measure) < getattr(face, measure)) for kept, voice, face in told
             if getattr(voice, measure) != getattr(face, measure)]  # fmt: skip
     table = [[sum(found == (kept, harder) for found in told) for harder in (True, False)] for kept in SENSE_OF]

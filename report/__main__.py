@@ -1,0 +1,79 @@
+"""Compare runs: mean, spread and n under every protocol, differences to the baseline, figures.
+
+    python -m report runs/compare                                     # runs, or folders of runs
+    python -m report runs/* --results docs/results.md --readme README.md
+    python -m report --model runs/NAME                                # pictures of a trained model
+    python -m report --people summaryTable.csv --partition runs/NAME/partition.csv      # CREMA-D against people
+
+Everything about runs comes from their JSON files.
+"""
+
+from argparse import Namespace, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from report.partition import read_partition
+from report.people import SENSE_OF, compare_with_people, people_markdown, read_votes, recognition
+from report.runs import find_runs
+from report.tables import table
+from report.write import make_report, write_text
+from utils.cli import Parser
+from utils.errors import UserError, run_main
+from utils.run import write_json
+
+
+def compare_people(people: Path, partitions: list[Path], out: Path | None) -> None:
+    """Print CREMA-D's votes against partitions; with `out`, also write people.md and people.json there."""
+    votes = read_votes(people)
+    found = {str(path): compare_with_people(read_partition(path, SENSE_OF), votes) for path in partitions}
+    text = people_markdown(found, votes, table)
+    print(text)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "people.md", text)
+        write_json(out / "people.json", {"recognition": recognition(votes), "partitions": found})
+
+
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    p = Parser(prog="python -m report", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="*", type=Path, help="runs' folders, or folders of runs")
+    p.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the report (default: report, beside the first run)"
+    )
+    p.add_argument("--results", type=Path, metavar="FILE", help="also write the report to this file (default: none)")
+    p.add_argument("--readme", type=Path, metavar="FILE",
+                   help="put the first table between the results markers of this file (default: none)")  # fmt: skip
+    p.add_argument(
+        "--model", type=Path, metavar="RUN", help="pictures of this run's trained model instead (default: none)"
+    )
+    p.add_argument(
+        "--data_root", type=Path, metavar="DIR", help="with --model: the data's folder (default: as in the run)"
+    )
+    p.add_argument(
+        "--people", type=Path, metavar="FILE", help="CREMA-D's summaryTable.csv, with --partition (default: none)"
+    )
+    p.add_argument(
+        "--partition", type=Path, nargs="+", metavar="FILE", help="partition.csv of CREMA-D runs (default: none)"
+    )
+    args = p.parse_args(argv)
+    if bool(args.people) != bool(args.partition):
+        raise UserError("--people and --partition go together: the votes, and a run's partition.csv")
+    if sum(map(bool, (args.runs, args.model, args.people))) != 1:
+        raise UserError("give runs or a folder of runs (python -m report runs), or --model RUN, or --people FILE")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.people:
+        compare_people(args.people, args.partition, args.out)
+    elif args.model:
+        from report.pictures import picture_model  # late: only this needs scikit-learn, the network and the clips
+
+        picture_model(args.model, args.out or args.model / "pictures", args.data_root)
+    else:
+        runs = find_runs(args.runs)
+        make_report(runs, args.out or runs[0].folder.parent / "report", args.results, args.readme)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,372 @@
+"""Methods x seeds x flags as separate runs of train.py, then one report: a fair comparison in one command.
+
+    bash scripts/run_compare.sh                                     # demo: baseline, Remix, each modality; 5 seeds
+    bash scripts/run_compare.sh --methods baseline,remix --seeds 0,1 --grid warmup=5,10 --epochs 40
+
+A run's name follows from its flags, so the same command resumes after an interruption: a finished run is reused, an
+unfinished one resumed, and one made with other flags is refused. Besides train.py's methods, `--methods` takes the
+names in `report.runs.VARIANTS`.
+"""
+
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+import train
+from dataset.build import load_parts
+from dataset.specs import spec_of
+from report.runs import HOW, NOT_FLAGS, VARIANTS, quantities, read_run, unread
+from utils.cli import Parser, number
+from utils.errors import INTERRUPTED, UserError, run_main
+from utils.run import BEGINNINGS, git_commit, read_metrics, write_json
+
+TRAIN = "train.py"  # the working directory is the repository's
+# Flags that this command sets for each run -> what to use instead.
+OURS = {"method": "--methods", "random_seed": "--seeds", "run_name": "--log_path", "resume": "the same command again",
+        "train": "nothing", "help": "nothing"}  # fmt: skip
+
+
+class Planned(NamedTuple):
+    """One run: its name, the words after `train.py`, and the flags train.py makes of them."""
+
+    name: str
+    argv: list[str]
+    flags: dict
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
+    """The flags of this command, and the remaining words, which are for train.py."""
+    p = Parser(prog="run_compare.sh", description=__doc__,
+               formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
+    p.add_argument("--methods", metavar="A,B",
+                   help=f"of {', '.join((*train.METHODS, *VARIANTS))} and the dataset's modalities, each alone "
+                        "(default: baseline, remix and every modality)")  # fmt: skip
+    p.add_argument("--seeds", default="0,1,2,3,4", metavar="A,B", help="seeds of every method (default: 0,1,2,3,4)")
+    p.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B",
+                   help="values of a train.py flag; several axes are combined (default: none)")  # fmt: skip
+    p.add_argument(
+        "--jobs", type=number(int, 1), metavar="N", help="runs at a time (default: one per CPU core; on GPUs 1)"
+    )
+    p.add_argument(
+        "--log_path", default="runs/compare", metavar="DIR", help="folder of the runs (default: runs/compare)"
+    )
+    p.add_argument("--out", metavar="DIR", help="folder of the report (default: <log_path>/report)")
+    p.epilog = "All other flags go to every run: python train.py --help"
+    return p.parse_known_args(argv)
+
+
+def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
+    """All runs in the order they start: every method of a seed before the next seed.
+
+    An interrupted comparison is then one with fewer seeds. Raises `UserError` for whatever train.py would refuse.
+    """
+    seeds, axes = [_seed(text) for text in _items(args.seeds, "--seeds")], [_axis(text) for text in args.grid]
+    for flag in (word.split("=")[0].removeprefix("--") for word in rest if word.startswith("--")):
+        if flag in OURS or flag in dict(axes):
+            raise UserError(f"--{flag}: set for each run by this command; use {OURS.get(flag, '--grid alone')} instead")
+    methods = _methods(args.methods, train.parse_args(["--train", "--method", "baseline", *rest]))
+    plan: dict[str, Planned] = {}
+    for seed, method, *values in itertools.product(seeds, methods, *(values for _, values in axes)):
+        grid = [(flag, value) for (flag, _), value in zip(axes, values, strict=True)]
+        run = _planned(method, seed, grid, rest, args.log_path)
+        plan.setdefault(run.name, run)  # a method that does not read a flag of the grid runs once
+    return list(plan.values())
+
+
+def _methods(text: str | None, asked: Namespace) -> list[str]:
+    names = spec_of(asked.dataset, Path(asked.data_root)).names
+    if text is None:
+        return ["baseline", "remix", *names]
+    allowed = (*train.METHODS, *VARIANTS, *names)
+    for method in (methods := _items(text, "--methods")):
+        if method not in allowed:
+            raise UserError(f"--methods {method}: unknown; allowed: {', '.join(allowed)}")
+    return methods
+
+
+def _planned(method: str, seed: int, grid: list[tuple[str, str]], rest: list[str], log_path: str) -> Planned:
+    base, variant = VARIANTS.get(method, (method, {}))
+    grid = [(flag, value) for flag, value in grid if flag not in unread(base)]
+    chosen = [word for flag, value in [*variant.items(), *grid] for word in (f"--{flag}", str(value))]
+    argv = ["--train", "--method", base, *chosen, *rest, "--random_seed", str(seed)]
+    args = train.parse_args(argv)
+    for flag, value in variant.items():
+        if getattr(args, flag) != value:
+            raise UserError(f"--{flag}: the method {method} sets it to {value}; omit the flag or the method")
+    data = args.dataset if "data_root" in args.from_preset else f"{args.dataset}-{Path(args.data_root).name}"
+    name = "_".join([data, method, *(_plain(f"{flag}-{value}") for flag, value in grid), f"seed{seed}"])
+    argv += ["--log_path", log_path, "--run_name", name]
+    args = train.parse_args(argv)
+    flags = json.loads(json.dumps(train.flags(args) | {"from_preset": args.from_preset}))  # as config.json has them
+    return Planned(name, [*argv, "--resume", "auto"], flags)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w.+-]", "-", text)
+
+
+def _items(text: str, flag: str) -> list[str]:
+    items = [item.strip() for item in text.split(",")]
+    if "" in items or len(set(items)) < len(items):
+        raise UserError(f"{flag} {text}: give comma separated values, each once")
+    return items
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise UserError(f"--seeds {text}: give whole numbers, such as 0,1,2")
+    return int(text)
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    flag, equals, values = text.removeprefix("--").partition("=")
+    if not equals or not flag.isidentifier():
+        raise UserError(f"--grid {text}: give FLAG=A,B, such as --grid warmup=5,10")
+    if flag in OURS or flag == "log_path":
+        raise UserError(f"--grid {flag}: not a flag to vary here; use {OURS.get(flag, 'another command')} instead")
+    return flag, _items(values, f"--grid {flag}")
+
+
+# ------------------------------------------------------------------------------------------------- what exists
+
+
+def take_stock(run: Planned, log_path: Path) -> str:
+    """What the folder of that name calls for: "done", "resume" or "start".
+
+    Raises `UserError` for a run made with other flags, and for files that are not of a run.
+    """
+    folder = log_path / run.name
+    files = list(folder.iterdir()) if folder.exists() else []
+    if not files:
+        return "start"
+    found = read_run(folder)
+    if found.config:
+        refuse_other_flags(run, found.config, folder)
+        if not found.problem:
+            return "done"
+        if (folder / "last.pth").is_file():
+            return "resume"
+    foreign = [file.name for file in files if not any(file.match(pattern) for pattern in BEGINNINGS)]
+    if foreign:
+        raise UserError(f"{folder}: has {foreign[0]} but no run to resume; move it away, or choose another --log_path")
+    return "start"  # train.py clears what a run left that was stopped before its first checkpoint
+
+
+def of_other_code(folder: Path) -> bool:
+    """Whether a run was made by another commit than the present one; False if either is unknown."""
+    made, now = read_run(folder).config.get("git_commit"), git_commit()
+    return None not in (made, now) and made != now
+
+
+def refuse_other_flags(run: Planned, config: dict, folder: Path) -> None:
+    """Raises `UserError` naming the flags in which the run in `folder` differs from the planned one."""
+    skip = HOW | NOT_FLAGS | unread(run.flags["method"])
+    skip -= {"diagnose"} if run.flags.get("diagnose") else set()  # if asked for, it must be there
+    before = defaults_of(config) | config
+    changed = [name for name, value in run.flags.items() if name not in skip and before.get(name) != value]
+    if changed:
+        differences = ", ".join(f"--{name} {before.get(name)} (now {run.flags[name]})" for name in changed)
+        raise UserError(f"{folder}: made with {differences}; give the same flags, or another --log_path")
+
+
+def defaults_of(config: dict) -> dict:
+    """The present defaults for a run's dataset. A run older than a flag is taken to have had the flag's default."""
+    where = [f"--{name}={config[name]}" for name in ("dataset", "data_root") if name in config]
+    return json.loads(json.dumps(train.flags(train.parse_args(["--train", *where]))))
+
+
+# -------------------------------------------------------------------------------------------------------------- run
+
+
+class Worker:
+    """One process of train.py: its log is beside the run's folder, its progress is read from metrics.jsonl."""
+
+    def __init__(self, run: Planned, action: str, log_path: Path, env: dict):
+        self.run, self.folder, self.log = run, log_path / run.name, log_path / f"{run.name}.log"
+        self.before = self._epochs()
+        with open(self.log, "a" if action == "resume" else "w") as file:
+            self.process = subprocess.Popen([sys.executable, TRAIN, *run.argv], env=env, stdin=subprocess.DEVNULL,
+                                            stdout=file, stderr=subprocess.STDOUT)  # fmt: skip
+
+    def _epochs(self) -> int:
+        try:
+            return (self.folder / "metrics.jsonl").read_bytes().count(b"\n")
+        except OSError:
+            return 0
+
+    def epochs_done(self) -> int:
+        """Epochs since this process started."""
+        return max(0, self._epochs() - self.before)
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM: it stops at once and can be resumed from its last epoch."""
+        if not self.has_ended():
+            self.process.terminate()
+
+    def was_interrupted(self) -> bool:
+        """Whether it was stopped by a signal and can be resumed."""
+        return self.process.returncode == INTERRUPTED
+
+    def last_words(self) -> str:
+        text = self.log.read_text(errors="replace").replace("\r", "\n")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1] if lines else f"exit status {self.process.returncode}, no output"
+
+
+def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict]) -> list[Worker]:
+    """Run them, one at a time per environment; returns those that failed or were interrupted."""
+    waiting, slots, ended = list(todo), [None] * len(envs), []
+    epochs = sum(run.flags["epochs"] - len(read_metrics(log_path / run.name)) for run, _ in todo)
+    bar = tqdm(total=epochs, unit="epoch", desc=f"run 0/{len(todo)}", mininterval=1, smoothing=0.05)
+    # Raise instead of ending at once, so that the runs are stopped too.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        while waiting or any(slots):
+            for slot, worker in enumerate(slots):
+                if worker and worker.has_ended():
+                    slots[slot] = None
+                    ended.append(worker)
+                    bar.write(f"[{len(ended)}/{len(todo)}] {verdict(worker)}")
+                    bar.set_description(f"run {len(ended)}/{len(todo)}")
+                if not slots[slot] and waiting:
+                    slots[slot] = Worker(*waiting.pop(0), log_path, envs[slot])
+            bar.update(sum(worker.epochs_done() for worker in (*ended, *filter(None, slots))) - bar.n)
+            time.sleep(0.5)
+    finally:
+        bar.close()
+        for worker in filter(None, slots):  # all of them before waiting for any
+            worker.ask_to_stop()
+        for worker in filter(None, slots):
+            worker.process.wait()
+        signal.signal(signal.SIGTERM, before)
+    return [worker for worker in ended if worker.process.returncode]
+
+
+def verdict(worker: Worker) -> str:
+    """One line on a run that ended: its accuracies, or the last line of its log."""
+    run = read_run(worker.folder)
+    if worker.was_interrupted():
+        return f"{worker.run.name}: interrupted after {len(run.history)} epochs; the same command resumes it"
+    if worker.process.returncode:
+        return f"{worker.run.name}: FAILED: {worker.last_words()} (full log: {worker.log})"
+    heads, last = list(quantities(run.modalities).items())[:-1], run.history[-1]
+    shown = (f"{name} {last[key]:.3f}" for name, key in heads if last.get(key) is not None)
+    return f"{worker.run.name}: {'  '.join(shown)}"
+
+
+def environments(jobs: int | None, device: str) -> list[dict]:
+    """An environment per concurrent run: an equal share of the cores, one GPU each in turn."""
+    import torch
+
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = jobs or (1 if gpus else cores)
+    envs = []
+    for slot in range(jobs):
+        env = dict(os.environ)
+        if not gpus:
+            env.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+        elif jobs > 1:
+            visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
+        envs.append(env)
+    return envs
+
+
+@contextmanager
+def alone_in(log_path: Path) -> Iterator[None]:
+    """Lock `log_path` for this process. Raises `UserError` if another comparison has it.
+
+    The system releases the lock when this process ends, however it ends. After SIGKILL, which cannot be handled, its
+    runs may still be training: end them before the same command is given again.
+    """
+    log_path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(log_path / ".compare.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        words = "another comparison is running here; wait for it, or choose another --log_path"
+        raise UserError(f"{log_path}: {words}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_data(flags: dict) -> None:
+    """Make the demo once, and report broken data before any run starts."""
+    load_parts(Namespace(**flags))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, rest = parse_args(argv)
+    plan, log_path = make_plan(args, rest), Path(args.log_path)
+    with alone_in(log_path):
+        stock = [(run, take_stock(run, log_path)) for run in plan]
+        note_command(log_path, sys.argv[1:] if argv is None else argv, plan)
+        todo = [(run, action) for run, action in stock if action != "done"]
+        counts = {action: sum(a == action for _, a in stock) for action in ("start", "resume", "done")}
+        print(f"{len(plan)} runs in {log_path}: {counts['start']} to start, {counts['resume']} to resume, "
+              f"{counts['done']} finished already", flush=True)  # fmt: skip
+        others = [run.name for run, action in stock if action == "done" and of_other_code(log_path / run.name)]
+        if others:
+            print(f"note: {len(others)} finished runs were made by another commit of this code, such as {others[0]}; "
+                  "delete their folders to repeat them", flush=True)  # fmt: skip
+        failures = []
+        if todo:
+            for flags in {(run.flags["dataset"], run.flags["data_root"]): run.flags for run, _ in todo}.values():
+                check_data(flags)
+            envs = environments(args.jobs, todo[0][0].flags["device"])
+            failures = run_all(todo, log_path, envs[: len(todo)])
+    report(args, plan, log_path)
+    for worker in failures:
+        print(f"{'' if worker.was_interrupted() else 'error: '}{verdict(worker)}", file=sys.stderr)
+    if all(worker.was_interrupted() for worker in failures):
+        return INTERRUPTED if failures else 0
+    return 1
+
+
+def note_command(log_path: Path, argv: list[str], plan: list[Planned]) -> None:
+    """Record in compare.json which command made which runs, for the report."""
+    path = log_path / "compare.json"
+    notes = json.loads(path.read_text()) if path.exists() else {}
+    notes[shlex.join(["bash", "scripts/run_compare.sh", *argv])] = [run.name for run in plan]
+    write_json(path, notes)
+
+
+def report(args: Namespace, plan: list[Planned], log_path: Path) -> None:
+    """The report on the planned runs, if at least one is finished."""
+    from report.write import make_report  # late: matplotlib is not needed before the end
+
+    runs = [read_run(log_path / run.name) for run in plan if (log_path / run.name / "config.json").exists()]
+    if all(run.problem for run in runs):
+        print("no run has finished: nothing to report")
+        return
+    make_report(runs, Path(args.out) if args.out else log_path / "report")
+
+
+if __name__ == "__main__":
+    try:
+        run_main(main)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command resumes")
