@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as vision
 
 from dataset.augment import Views, crop_resize, draw_views, normalise
 from dataset.folder import Part
@@ -264,6 +263,8 @@ class _JobReader(Dataset):
         return torch.from_numpy(np.stack(arrays))
 
     def _images(self, name: str, job: Job) -> Tensor:
+        from torchvision.transforms.v2 import functional as vision  # late: importing it takes seconds
+
         frames, side = [], [self.image_size, self.image_size]
         rows = zip(job.clips.tolist(), *(field.tolist() for field in job.views[name]), strict=True)
         for clip, picks, boxes, flips in rows:

@@ -1,5 +1,7 @@
 """Encoders: one input in, one feature vector out, by name in `ENCODERS`.
 
+torchvision is imported where it is used: importing it takes as long as importing torch.
+
 Shapes: B images, c input channels, H x W pixels, D features.
 """
 
@@ -8,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, resnet18
 
 
 class MeanPool(nn.Module):
@@ -44,6 +45,8 @@ class ThinResNet(nn.Module):
 
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     """Two residual blocks; the first changes channels and resolution."""
+    from torchvision.models.resnet import BasicBlock
+
     downsample = None
     if stride != 1 or inputs != outputs:
         downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
@@ -71,6 +74,12 @@ def _mlp(inputs: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm1d(inputs), nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
 
 
+def _resnet18(channels: int) -> nn.Module:
+    from torchvision.models import resnet18
+
+    return _as_encoder(resnet18(num_classes=1), channels)
+
+
 class Encoder(NamedTuple):
     """How to make an encoder: `make(n)` for n input channels (`takes` "image") or n numbers (`takes` "vector")."""
 
@@ -80,7 +89,7 @@ class Encoder(NamedTuple):
 
 
 ENCODERS = {
-    "resnet18": Encoder(lambda channels: _as_encoder(resnet18(num_classes=1), channels), 512),
+    "resnet18": Encoder(_resnet18, 512),
     "resnet18_thin": Encoder(lambda channels: _as_encoder(ThinResNet(), channels), 128),
     "mlp": Encoder(_mlp, 128, "vector"),
 }

@@ -14,13 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-import train
 from dataset.folder import Part
 from dataset.pack import read_frame
 from dataset.specs import DatasetSpec, Modality
 from models.inference import Collected, collect
 from remix import batches_of
 from report.figures import save_figure
+from report.load import load_run
 from report.partition import Clip, read_partition
 from report.runs import Run, dataset_of, flags_of, head_is_trained, read_run
 from utils.errors import UserError
@@ -52,7 +52,7 @@ def picture_model(folder: Path, out: Path, data_root: Path | None) -> None:
     run = read_run(folder)
     if not run.config:
         raise UserError(f"--model {folder}: not a run (no config.json); give a run's folder, such as runs/NAME")
-    args, data, model = train.load_run(folder, data_root)
+    args, data, model = load_run(folder, data_root)
     clips, classes, names = data.clips["test"], data.folder.classes, data.spec.names
     fed = (args.method,) if args.method in names else names
     model.eval()

@@ -85,6 +85,8 @@ class Run:
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
+            if first_epoch:  # keep the command that started the run, from which a report tells how to repeat it
+                config = config | {"command": read_config(self.folder).get("command", config.get("command"))}
             write_json(self.folder / "config.json", config)
             self.history = [line for line in read_metrics(self.folder) if line["epoch"] < first_epoch]
             with atomic_path(self.folder / "metrics.jsonl") as path:

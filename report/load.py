@@ -1,0 +1,22 @@
+"""The trained network of a finished run, with its data: for whatever a report shows beyond the run's files."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import train
+from dataset.build import Data, build_data
+from models import MultimodalClassifier
+from utils import distributed
+
+
+def load_run(folder: Path | str, data_root: Path | str | None = None) -> tuple[Namespace, Data, MultimodalClassifier]:
+    """The flags, data and network (last.pth) of a run. `data_root` names the data if they have moved.
+
+    Raises `UserError` for a run or data that are not there, and for data of other classes than the run's.
+    """
+    root = ["--data_root", str(data_root)] if data_root else []
+    args = train.parse_args(["--resume", str(folder), *root])
+    args.resume, args.checkpoint = None, str(Path(folder) / "last.pth")
+    device = distributed.start(args.device, args.gpu_ids)
+    data = build_data(args, device)
+    return args, data, train.make_model(args, data, device)
