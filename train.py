@@ -357,7 +357,7 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
         compile_in_place(list(model.encoders.values()), device)
     if args.checkpoint and not args.resume:
         state = load_checkpoint(args.checkpoint)
-        if state.get("classes", data.classes) != data.classes:
+        if state.get("classes", data.classes) != data.classes and not args.train:
             raise UserError(f"{data.folder.root}: its classes ({some(data.classes, 6)}) are not those of "
                             f"{args.checkpoint} ({some(state['classes'], 6)}); use --data_root")  # fmt: skip
         load_weights(model, state["model"], args.checkpoint)

@@ -7,6 +7,8 @@ import train
 from dataset.build import Data, build_data
 from models import MultimodalClassifier
 from utils import distributed
+from utils.errors import UserError
+from utils.run import read_config
 
 
 def load_run(folder: Path | str, data_root: Path | str | None = None) -> tuple[Namespace, Data, MultimodalClassifier]:
@@ -18,5 +20,7 @@ def load_run(folder: Path | str, data_root: Path | str | None = None) -> tuple[N
     args = train.parse_args(["--resume", str(folder), *root])
     args.resume, args.checkpoint = None, str(Path(folder) / "last.pth")
     device = distributed.start(args.device, args.gpu_ids)
-    data = build_data(args, device)
+    data, classes = build_data(args, device), read_config(Path(folder)).get("data", {}).get("classes")
+    if classes not in (None, data.classes):
+        raise UserError(f"{data.folder.root}: other classes than the run's in {folder}; name its data by --data_root")
     return args, data, train.make_model(args, data, device)

@@ -14,9 +14,9 @@ from helpers import make_folder
 
 import train
 from balance import METHODS
-from utils import compare
+from report import compare
 from utils.errors import Interrupted, UserError
-from utils.runs import find_runs, group_runs, reference_of
+from report.runs import find_runs, group_runs, reference_of
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["--train", "--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "12"]
@@ -202,7 +202,7 @@ def test_reports_name_the_methods_and_compare_with_the_plain_baseline(tmp_path):
     assert not left_out and all(len(group.runs) == 2 for group in groups)
     assert [group.label for group in groups] == ["baseline", "remix", "baseline + ogm_ge", "remix + pmr + mmpareto"]
     assert [reference_of(group, groups) for group in groups] == [None, *[groups[0]] * 3]
-    from utils.report import notes
+    from report.tables import notes
 
     assert "Not like for like" not in notes(groups)
 
