@@ -3,9 +3,10 @@ Li et al., ICCV 2023.
 
 With a linear head and zeroed features, the mono-modal response phi_m = (f(a, v) - f(without m) + f(m alone)) / 2 is the
 modality's slice of the joint logits, and phi_a + phi_v = f(a, v). s_m = mean cross entropy of phi_m, probabilities
-floored at 1e-8; S_m its mean over the batches before this one. For two modalities
-    r_m = exp(s_other - s_m), large where m is ahead; tau_m = exp(S_other - S_m);
-    kappa_m = exp(alpha * min(tau_m - r_m, 10)).
+floored at 1e-8; S_m its mean over the batches before this one. For M modalities, with s the mean of the s_m,
+    r_m = exp(M / (M - 1) (s - s_m)), large where m is ahead; tau_m the same of S_m;
+    kappa_m = exp(alpha * min(tau_m - r_m, cap)), cap 10 for two modalities and 7 for more.
+For two modalities r_m is exp(s_other - s_m).
 The gradient of the joint loss that enters phi_m is multiplied by kappa_m; the unimodal losses' is not touched.
 """
 
@@ -13,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from balance.method import MODALITIES, Flag, Method, Run, Step, never_joint
+from balance.method import Context, Method, Option, Step, never_joint
 from models import Output
 from utils.cli import number
 
-CAP = 10.0
+CAP, CAP_MORE = 10.0, 7.0
 
 
 class AGM(Method):
     name = "agm"
-    flags = (Flag("agm_alpha", number(float, 0), 1.5, "strength of the modulation"),)
+    options = (Option("alpha", number(float, 0), 1.5, "strength of the modulation"),)
     acts_in = ("joint",)  # the masked modality's response is a constant
     conflicts = {  # noqa: RUF012
         "ogm_ge": "both damp the modality that is ahead, and their factors would multiply",
@@ -31,24 +32,24 @@ class AGM(Method):
     needs_slices = True
     scales_gradients = True
 
-    def __init__(self, run: Run):
-        super().__init__(run)
-        self.steps, self.means = 0, torch.zeros(2, device=next(run.model.parameters()).device)
+    def __init__(self, context: Context):
+        super().__init__(context)
+        self.steps, self.means = 0, torch.zeros(len(self.names), device=next(self.model.parameters()).device)
 
     @classmethod
-    def refuse(cls, flags) -> str | None:
-        return never_joint(flags)
+    def refuse(cls, args, opt) -> str | None:
+        return never_joint(args)
 
     def outputs(self, output: Output, step: Step) -> Output:
-        if self.agm_alpha == 0:
+        if self.opt.alpha == 0:
             return output
-        slices = self.model.head.slices(output.audio_features, output.video_features)
-        scores = step.sum(torch.stack([cross_entropies(o, step.labels) for o in slices], dim=1)) / step.total  # (2,)
+        slices = list(self.model.head.slices(output.features).values())
+        scores = step.sum(torch.stack([cross_entropies(o, step.labels) for o in slices], dim=1)) / step.total  # (M,)
         before = self.steps > 0
-        kappa = modulation(scores, self.means, self.agm_alpha) if before else torch.ones_like(scores)
+        kappa = modulation(scores, self.means, self.opt.alpha) if before else torch.ones_like(scores)
         self.steps += 1
         self.means = self.means * ((self.steps - 1) / self.steps) + scores / self.steps
-        for name, value in zip(MODALITIES, kappa, strict=True):
+        for name, value in zip(self.names, kappa, strict=True):
             self.note(f"kappa_{name}", value)
         if not before:
             return output
@@ -70,6 +71,10 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def modulation(scores: Tensor, means: Tensor, alpha: float) -> Tensor:
-    """kappa (2,) from this batch's scores (2,) and their running means (2,), audio first. Low scores are good."""
-    ahead, standing = (torch.exp(s.flip(0) - s) for s in (scores, means))  # r, tau
-    return torch.exp(alpha * (standing - ahead).clamp(max=CAP))
+    """kappa (M,) from this batch's scores (M,) and their running means (M,). Low scores are good."""
+    m = len(scores)
+    if m == 2:  # the same, without the rounding of a mean
+        ahead, standing = (torch.exp(s.flip(0) - s) for s in (scores, means))  # r, tau
+    else:
+        ahead, standing = (torch.exp(m / (m - 1) * (s.mean() - s)) for s in (scores, means))
+    return torch.exp(alpha * (standing - ahead).clamp(max=CAP if m == 2 else CAP_MORE))

@@ -3,137 +3,135 @@
     start_epoch                                      once an epoch, before Remix scores
     before_forward -> (network) -> outputs -> losses -> backward -> after_backward -> (optimizer)      each batch
 
-A batch holds both modalities ("joint") or one ("homogeneous", Remix's). A method says in `acts_in` in which of the two
-it acts; in the others none of its hooks is called. What it keeps from batch to batch goes through `state_dict`, and
-what it draws comes from `generator`, so that a run resumed at any step goes on bit for bit.
+A batch feeds all modalities ("joint") or one ("homogeneous", Remix's). A method says in `acts_in` in which of the two
+it acts; in the others none of its hooks is called. What it keeps from epoch to epoch goes through `state_dict`, and
+what it draws comes from `generator`, so that a run resumed after any epoch continues bit for bit.
 
-Shapes: B clips of a batch on this process, C classes, D features per modality.
+Shapes: B clips of a batch on this process, C classes, M modalities, D_m features of modality m.
 """
 
 from argparse import Namespace
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models import AVClassifier, Output
+from models import MultimodalClassifier, Output
+from models.batchnorm import reestimate
+from models.inference import aside, collect
+from remix import Batch
 from utils.acceleration import compiled
-from utils.diagnostics import aside, collect
 from utils.distributed import sum_over_ranks, world_size
 from utils.seeding import step_generator
 
-MODALITIES = ("audio", "video")
 
-
-class Flag(NamedTuple):
-    """One flag of a method, typed as `--name`. `by_dataset` holds defaults where the literature has others."""
+class Option(NamedTuple):
+    """One option of a method, given as `--balance method:name=value`. `by_dataset` holds published defaults."""
 
     name: str
-    type: Callable
-    default: object
+    type: Callable[[str], Any]
+    default: Any
     help: str
     choices: tuple = ()
     by_dataset: dict = {}  # noqa: RUF012  (never written to)
 
-    def default_for(self, dataset: str) -> object:
+    def default_for(self, dataset: str) -> Any:
         return self.by_dataset.get(dataset, self.default)
 
 
-class Run(NamedTuple):
+class Context(NamedTuple):
     """What a method may use of a run.
 
-    model: the bare network; clips: the parts train, test and, where there is one, val (no method reads test); flags:
-    every flag of train.py; predict(network, part, kept): logits (N, C) of all heads in evaluation mode, no
-    augmentation; train_copy(method, kept, epoch, epochs): a copy of the network, trained apart for `epochs` from the
-    weights of now under that one method alone; refresh(epoch): BatchNorm's statistics estimated anew after a change of
-    weights, with --batchnorm refreshed.
+    model: the bare network; clips: the parts train, test and, where there is one, val (no method reads test); args:
+    every flag of train.py; optimizer: the run's; train_epoch and make_optimizer: train.py's own, for methods that train
+    a copy; check(): raises if the run was asked to stop.
     """
 
-    model: AVClassifier
+    model: MultimodalClassifier
     clips: dict
-    flags: Namespace
-    predict: Callable[..., dict[str, Tensor]]
-    train_copy: Callable[..., AVClassifier]
-    refresh: Callable[[int], None]
+    args: Namespace
+    optimizer: torch.optim.Optimizer
+    train_epoch: Callable[..., Any]
+    make_optimizer: Callable[..., torch.optim.Optimizer]
+    check: Callable[[], None]
 
 
 class Step(NamedTuple):
-    """One batch as the hooks see it: its place in the epoch's plan, the modality it keeps (or both), labels (B,).
+    """One batch as the hooks see it: its place in the epoch's plan, the modalities it feeds, labels (B,).
 
-    share: this process's part of the batch, 0 if it got no clip and repeats one; total: clips over all processes.
+    joint: whether all modalities are fed; share: this process's part of the batch; total: clips over all processes;
+    clip_weight: what each clip here counts in a sum over processes.
     """
 
     epoch: int
     index: int
-    kept: str
+    fed: tuple[str, ...]
+    joint: bool
     labels: Tensor
     share: float
     total: int
+    clip_weight: float
 
     @property
     def kind(self) -> str:
-        return "joint" if self.kept == "both" else "homogeneous"
+        return "joint" if self.joint else "homogeneous"
 
     @property
     def weight(self) -> float:
         """Of this process's mean loss, so that averaging the processes' gradients gives the whole batch's mean."""
         return self.share * world_size()
 
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """The modalities that are fed."""
-        return MODALITIES if self.kept == "both" else (self.kept,)
-
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the batch's clips (the first dimension), those of the other processes included. No gradient."""
-        return sum_over_ranks(values.detach().float().sum(0) * float(self.share > 0))
+        return sum_over_ranks(values.detach().float().sum(0) * self.clip_weight)
 
 
 class Method:
-    """A balance method that does nothing: every hook hands on what it was given."""
+    """A balance method that does nothing: every hook returns what it was given."""
 
     name = ""  # as typed after --balance
-    flags: tuple[Flag, ...] = ()
+    options: tuple[Option, ...] = ()
     acts_in: tuple[str, ...] = ("joint", "homogeneous")
     owns: frozenset[str] = frozenset()  # of "head", "backward", "loss weights": each has one owner in a run
-    conflicts: dict[str, str] = {}  # noqa: RUF012  # method it cannot stand beside -> why
+    conflicts: dict[str, str] = {}  # noqa: RUF012  # method it cannot be combined with -> why
     needs_slices = False  # a fusion whose logits are one part per modality: concat, sum
+    two_modalities = False  # defined by "the other modality" alone: there is no published rule for more than two
     compiles = True  # False: what it does to the network's pass is lost, or fails, where that is compiled
     scales_gradients = False  # a constant factor on a gradient cancels in Adam: the run says so
 
-    def __init__(self, run: Run):
-        self.run, self.model = run, run.model
-        for flag in self.flags:
-            setattr(self, flag.name, getattr(run.flags, flag.name))
+    def __init__(self, context: Context):
+        self.context, self.model = context, context.model
+        self.names = self.model.names
+        self.opt = Namespace(**context.args.balance_options.get(self.name, {}))
         self.sums: dict[str, Tensor] = {}  # what `note` gathered in this epoch: (sum, count)
 
     # ---- before a run
 
     @classmethod
-    def refuse(cls, flags: Namespace) -> str | None:
-        """Why the method cannot run under these flags, in one line; None if it can."""
+    def refuse(cls, args: Namespace, opt: Namespace) -> str | None:
+        """Why the method cannot run under these flags and options, in one line; None if it can."""
         return None
 
     @classmethod
-    def needs_validation(cls, flags: Namespace) -> bool:
+    def needs_validation(cls, opt: Namespace) -> bool:
         """Whether it measures on a validation part."""
         return False
 
     @classmethod
-    def replace_heads(cls, model: AVClassifier, flags: Namespace) -> None:
+    def replace_heads(cls, model: MultimodalClassifier, opt: Namespace) -> None:
         """Put other heads in, for training and inference alike. The state dict's names must stay."""
 
     # ---- in a run
 
     def start_epoch(self, epoch: int) -> None:
-        """Once at the start of an epoch, before Remix scores; not again when an epoch is resumed in its middle."""
+        """Once at the start of an epoch, before Remix scores."""
 
     def before_forward(self, step: Step) -> None:
         """Before the network sees the batch."""
 
     def outputs(self, output: Output, step: Step) -> Output:
-        """Edit what the network gave."""
+        """Edit what the network returned."""
         return output
 
     def losses(self, terms: dict[str, Tensor], output: Output, step: Step) -> dict[str, Tensor]:
@@ -146,13 +144,13 @@ class Method:
         loss.backward()
 
     def after_backward(self, output: Output, step: Step) -> None:
-        """Edit `.grad` in place: averaged over the processes. Go by `step.modalities`: a masked encoder's gradient is
-        None or zero (`--masked_encoder`)."""
+        """Edit `.grad` in place: averaged over the processes. Use `step.fed`: a masked encoder's gradient is None or
+        zero (`--masked_encoder`)."""
 
     # ---- what it keeps
 
     def state_dict(self) -> dict:
-        """Tensors, numbers, dicts and lists that `load_state_dict` puts back."""
+        """Tensors, numbers, dicts and lists that `load_state_dict` puts back, after an epoch."""
         return {}
 
     def load_state_dict(self, state: dict) -> None: ...
@@ -161,36 +159,89 @@ class Method:
 
     def generator(self, step: Step, device: torch.device | str = "cpu") -> torch.Generator:
         """This method's random numbers of this step, the same on every process."""
-        return step_generator(self.run.flags.random_seed, step.epoch, step.index, "balance", self.name, device)
+        return step_generator(self.context.args.random_seed, step.epoch, step.index, "balance", self.name, device)
 
     def note(self, name: str, value: Tensor) -> None:
-        """Have the epoch's mean of `value` (a number on the device, the same on every process) in metrics.jsonl."""
+        """Report the epoch's mean of `value` (a number on the device, the same on every process) in metrics.jsonl."""
         old = self.sums.get(name)
         new = torch.stack([value.detach().float(), torch.ones((), device=value.device)])
         self.sums[name] = new if old is None else old.to(value.device) + new
 
+    def reestimate(self, network: nn.Module, fed: tuple[str, ...], epoch: int) -> None:
+        """Re-estimate BatchNorm after a change of weights, as train.py does after an epoch."""
+        args = self.context.args
+        if args.batchnorm == "refreshed":
+            reestimate(network, self.context.clips["train"], fed, args.batch_size, args.random_seed, epoch)
+
     def features(self, part: str, clips: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Features (n, D) of both modalities of the given clips of a part, over all processes: evaluation mode, no
+        """Features (n, D_m) of every modality of the given clips of a part, over all processes: evaluation mode, no
         gradient; augmented with a `generator`."""
-        size = 4 * self.run.flags.batch_size
-        plan = [Fed(indices, "both") for indices in clips.split(size)]
-        source = self.run.clips[part]
-        with aside(self.model), compiled(False):  # these batches' sizes would each be compiled
-            batches = source.epoch(plan, generator)
-            found = collect(batches, lambda batch: self.model(batch.audio, batch.video, batch.kept), len(source))
-        return {name: found[f"{name}_features"][clips.to(source.device)] for name in MODALITIES}
+        plan = [Batch(indices, self.names) for indices in clips.split(4 * self.context.args.batch_size)]
+        source = self.context.clips[part]
+        with aside(self.model), compiled(False):  # each of these batch sizes would be compiled
+            found = collect(self.model, source.epoch(plan, generator), len(source)).features
+        return {name: values[clips.to(source.device)] for name, values in found.items()}
 
 
-class Fed(NamedTuple):
-    """A batch of a plan, as `dataset.clips.Clips.epoch` takes it."""
+class Balance:
+    """The methods of a run, as train.py's loop calls them; without any, every hook returns what it was given."""
 
-    clips: Tensor
-    kept: str
+    def __init__(self, methods: Iterable[Method] = ()):
+        self.methods = list(methods)
+
+    def _acting(self, step: Step) -> list[Method]:
+        return [method for method in self.methods if step.kind in method.acts_in]
+
+    def start_epoch(self, epoch: int) -> None:
+        for method in self.methods:
+            method.sums = {}
+            method.start_epoch(epoch)
+
+    def before_forward(self, step: Step) -> None:
+        for method in self._acting(step):
+            method.before_forward(step)
+
+    def outputs(self, output: Output, step: Step) -> Output:
+        for method in self._acting(step):
+            output = method.outputs(output, step)
+        return output
+
+    def losses(self, terms: dict[str, Tensor], output: Output, step: Step) -> dict[str, Tensor]:
+        for method in self._acting(step):
+            terms = method.losses(terms, output, step)
+        return terms
+
+    def backward(self, loss: Tensor, terms: dict[str, Tensor], output: Output, step: Step) -> None:
+        """Gradients into `.grad`, and whatever the methods make of them."""
+        acting = self._acting(step)
+        owner = next((method for method in acting if "backward" in method.owns), None)
+        if owner:
+            owner.backward(loss, terms, step)
+        else:
+            loss.backward()
+        for method in acting:
+            method.after_backward(output, step)
+
+    def numbers(self) -> dict[str, float]:
+        """Means over the epoch of what the methods noted, for metrics.jsonl."""
+        found = {}
+        for method in self.methods:
+            for name, sums in method.sums.items():
+                total, count = sums.tolist()
+                found[f"balance/{method.name}_{name}"] = total / count
+        return found
+
+    def state_dict(self) -> dict:
+        return {method.name: method.state_dict() for method in self.methods}
+
+    def load_state_dict(self, state: dict) -> None:
+        for method in self.methods:
+            method.load_state_dict(state[method.name])
 
 
-def label_scores(logits: tuple[Tensor, Tensor], step: Step) -> Tensor:
-    """sum over the batch of softmax(o_m)[y] for audio and video, (2,), over all processes: who is ahead."""
-    found = [o.detach().float().softmax(1).gather(1, step.labels[:, None]) for o in logits]  # 2 x (B, 1)
+def label_scores(logits: dict[str, Tensor], step: Step) -> Tensor:
+    """sum over the batch of softmax(o_m)[y] for each modality, (M,), over all processes: who is ahead."""
+    found = [o.detach().float().softmax(1).gather(1, step.labels[:, None]) for o in logits.values()]  # M x (B, 1)
     return step.sum(torch.cat(found, dim=1))
 
 
@@ -199,11 +250,11 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return sum_over_ranks(values) / world_size()
 
 
-def never_joint(flags: Namespace, first: int = 0, flag: str = "") -> str | None:
-    """Why a method of joint batches would never act from epoch `first` (given by --flag) on; None if it would."""
-    joint = flags.warmup if flags.method == "remix" else flags.epochs
+def never_joint(args: Namespace, first: int = 0, option: str = "") -> str | None:
+    """Why a method of joint batches would never act from epoch `first` (given by `option`) on; None if it would."""
+    joint = args.warmup if args.method == "remix" else args.epochs
     if first < joint:
         return None
-    given = f"--warmup {flags.warmup}" if flags.method == "remix" else f"--epochs {flags.epochs}"
-    since = f" from epoch {first} (--{flag}) on" if flag else ""
+    given = f"--warmup {args.warmup}" if args.method == "remix" else f"--epochs {args.epochs}"
+    since = f" from epoch {first} ({option}={first}) on" if option else ""
     return f"acts in joint batches{since}, and with {given} there are none"

@@ -1,8 +1,8 @@
 """MMCosine: features and class weights normalised per modality, so that neither wins by its norm.
 Xu et al., ICASSP 2023.
 
-cos_m[k] = z_m / |z_m| . W_m[k] / |W_m[k]|, o = s (cos_a + cos_v), no bias, in training and in inference. The unimodal
-heads take the same form, s cos(z_m, H_m[k]), so that Remix's difficulty is on one scale for both modalities.
+cos_m[k] = z_m / |z_m| . W_m[k] / |W_m[k]|, o = s sum_m cos_m, no bias, in training and in inference. The unimodal
+heads take the same form, s cos(z_m, H_m[k]), so that Remix's difficulty is on one scale for all modalities.
 """
 
 from argparse import Namespace
@@ -10,26 +10,26 @@ from argparse import Namespace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from balance.method import Flag, Method
-from models import AVClassifier
-from models.fusion import Concat, Sum
+from balance.method import Method, Option
+from models import MultimodalClassifier
+from models.fusion import Concat, Features, Sum
 from utils.cli import number
 
 
 class MMCosine(Method):
     name = "mmcosine"
-    flags = (Flag("mmcosine_scale", number(float, 0, open_low=True), 10.0, "s, the factor on the cosines"),)
+    options = (Option("scale", number(float, 0, open_low=True), 10.0, "s, the factor on the cosines"),)
     owns = frozenset({"head"})
     needs_slices = True
 
     @classmethod
-    def replace_heads(cls, model: AVClassifier, flags: Namespace) -> None:
+    def replace_heads(cls, model: MultimodalClassifier, opt: Namespace) -> None:
         """The same parameters under the same names: the bias stays in the state dict and is not used."""
         kinds = {Concat: CosineConcat, Sum: CosineSum, nn.Linear: CosineLinear}
-        for head in (model.head, model.head_audio, model.head_video):
+        for head in (model.head, *model.heads.values()):
             # Only what forward does changes, so the object stays: its parameters, names and devices with it.
             head.__class__ = kinds[type(head)]
-            head.scale = flags.mmcosine_scale
+            head.scale = opt.scale
 
 
 def cosines(features: Tensor, weight: Tensor) -> Tensor:
@@ -47,26 +47,24 @@ class CosineLinear(nn.Linear):
 
 
 class CosineConcat(Concat):
-    """The joint head over [W_a, W_v]: the sum of the modalities' cosines, scaled."""
+    """The joint head over [W_1, ..., W_M]: the sum of the modalities' cosines, scaled."""
 
     scale: float
 
-    def forward(self, a: Tensor, v: Tensor, kept: str = "both") -> Tensor:
-        o_a, o_v = self.slices(a, v)
-        return o_a + o_v  # (B, C)
+    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:  # pyright: ignore
+        first, *others = self.slices(features).values()
+        return sum(others, first)  # (B, C)
 
-    def slices(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Each modality's part of the logits, 2 x (B, C)."""
-        audio, video = self.weight.chunk(2, dim=1)
-        return self.scale * cosines(a, audio), self.scale * cosines(v, video)
+    def slices(self, features: Features) -> dict[str, Tensor]:
+        """Each modality's part of the logits, (B, C)."""
+        return {name: self.scale * cosines(features[name], weight) for name, weight in self.weights().items()}
 
 
 class CosineSum(Sum):
-    """The joint head over two maps: the sum of the modalities' cosines, scaled."""
+    """The joint head over one map per modality: the sum of the modalities' cosines, scaled."""
 
     scale: float
-    forward = CosineConcat.forward
 
-    def slices(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Each modality's part of the logits, 2 x (B, C)."""
-        return self.scale * cosines(a, self.fc_x.weight), self.scale * cosines(v, self.fc_y.weight)
+    def slices(self, features: Features) -> dict[str, Tensor]:
+        """Each modality's part of the logits, (B, C)."""
+        return {name: self.scale * cosines(features[name], weight) for name, weight in self.weights().items()}

@@ -10,22 +10,22 @@ official code takes that last ratio per tensor (the default here). Heads keep th
 import torch
 from torch import Tensor
 
-from balance.method import Flag, Method, Step, mean_over_ranks
+from balance.method import Method, Option, Step, mean_over_ranks
 from utils.cli import number
 
 
 class MMPareto(Method):
     name = "mmpareto"
-    flags = (
-        Flag("mmpareto_gamma", number(float, 0), 1.5, "factor on the merged gradient"),
-        Flag("mmpareto_norm", str, "tensor", "what the magnitude is restored over", choices=("tensor", "encoder")),
+    options = (
+        Option("gamma", number(float, 0), 1.5, "factor on the merged gradient"),
+        Option("norm", str, "tensor", "what the magnitude is restored over", choices=("tensor", "encoder")),
     )
     owns = frozenset({"backward"})
     scales_gradients = True
     compiles = False  # the graph is walked twice
 
     def backward(self, loss: Tensor, terms: dict[str, Tensor], step: Step) -> None:
-        encoders = {name: list(self.model.encoders()[name].parameters()) for name in step.modalities}
+        encoders = {name: list(self.model.encoders[name].parameters()) for name in step.fed}
         parameters = [p for own in encoders.values() for p in own]
         joint = iter(torch.autograd.grad(terms["joint"] * step.weight, parameters, retain_graph=True))
         loss.backward()  # g_J + g_U, averaged over the processes where there are several
@@ -41,11 +41,11 @@ class MMPareto(Method):
         self.note(f"weight_{name}", weight)
         directions = [g + (2 * weight - 1) * (2 * j.view_as(g) - g) for g, j in zip(total, joint, strict=True)]
         sizes = [(g.norm(), d.norm()) for g, d in zip(total, directions, strict=True)]
-        if self.mmpareto_norm == "encoder":
+        if self.opt.norm == "encoder":
             sizes = [tuple(torch.stack(column).norm() for column in zip(*sizes, strict=True))] * len(sizes)
         for g, d, (before, after) in zip(total, directions, sizes, strict=True):
             restored = torch.where(after > 0, (before / after).clamp(min=1), torch.ones_like(after))
-            g.copy_(self.mmpareto_gamma * restored * d)
+            g.copy_(self.opt.gamma * restored * d)
 
 
 def joint_weight(joint: Tensor, unimodal: Tensor) -> Tensor:

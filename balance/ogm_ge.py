@@ -8,40 +8,41 @@ The gradient g of every convolution of encoder m becomes k_m g + n, n ~ N(0, std
 import torch
 from torch import Tensor
 
-from balance.method import MODALITIES, Flag, Method, Step, label_scores, never_joint
+from balance.method import Method, Option, Step, label_scores, never_joint
 from models import Output
 from utils.cli import number
 
 
 class OGMGE(Method):
     name = "ogm_ge"
-    flags = (
-        Flag("ogm_alpha", number(float, 0), 0.8, "strength of the damping", by_dataset={"KineticSound": 1.0}),
-        Flag("ogm_noise", str, "on", "Gaussian noise on the gradients (GE)", choices=("on", "off")),
-        Flag("ogm_starts", number(int, 0), 0, "first epoch it acts in"),
-        Flag("ogm_ends", number(int, 0), 50, "last epoch it acts in"),
+    options = (
+        Option("alpha", number(float, 0), 0.8, "strength of the damping", by_dataset={"KineticSound": 1.0}),
+        Option("noise", str, "on", "Gaussian noise on the gradients (GE)", choices=("on", "off")),
+        Option("starts", number(int, 0), 0, "first epoch it acts in"),
+        Option("ends", number(int, 0), 50, "last epoch it acts in"),
     )
     # In a batch of one modality the masked slice is a constant: the fed one would always look ahead.
     acts_in = ("joint",)
     needs_slices = True
+    two_modalities = True
     scales_gradients = True
 
     @classmethod
-    def refuse(cls, flags) -> str | None:
-        if flags.ogm_starts > flags.ogm_ends:
-            return f"--ogm_starts {flags.ogm_starts}: later than --ogm_ends {flags.ogm_ends}"
-        return never_joint(flags, flags.ogm_starts, "ogm_starts")
+    def refuse(cls, args, opt) -> str | None:
+        if opt.starts > opt.ends:
+            return f"starts={opt.starts} is later than ends={opt.ends}"
+        return never_joint(args, opt.starts, "starts")
 
     @torch.no_grad()
     def after_backward(self, output: Output, step: Step) -> None:
-        if not self.ogm_starts <= step.epoch <= self.ogm_ends:
+        if not self.opt.starts <= step.epoch <= self.opt.ends:
             return
-        slices = self.model.head.slices(output.audio_features, output.video_features)
-        factors = damping(label_scores(slices, step), self.ogm_alpha)  # (2,)
-        noise = self.generator(step, output.joint.device) if self.ogm_noise == "on" else None
-        for name, factor in zip(MODALITIES, factors, strict=True):
+        slices = self.model.head.slices(output.features)
+        factors = damping(label_scores(slices, step), self.opt.alpha)  # (2,)
+        noise = self.generator(step, output.joint.device) if self.opt.noise == "on" else None
+        for name, factor in zip(self.names, factors, strict=True):
             self.note(f"k_{name}", factor)
-            for weight in self.model.encoders()[name].parameters():
+            for weight in self.model.encoders[name].parameters():
                 if weight.dim() != 4:
                     continue
                 spread = weight.grad.std() + 1e-8
@@ -52,6 +53,6 @@ class OGMGE(Method):
 
 
 def damping(scores: Tensor, alpha: float) -> Tensor:
-    """k (2,) from the scores (2,) of audio and video."""
+    """k (2,) from the scores (2,) of the two modalities."""
     ratios = torch.stack([scores[0] / scores[1], scores[1] / scores[0]])
     return torch.where(ratios > 1, 1 - torch.tanh(alpha * ratios), torch.ones_like(ratios))

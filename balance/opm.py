@@ -9,7 +9,7 @@ dropped. At most one q is above 0, so no clip loses both.
 import torch
 from torch import Tensor
 
-from balance.method import MODALITIES, Flag, Method, Run, Step, label_scores, never_joint
+from balance.method import Context, Method, Option, Step, label_scores, never_joint
 from models import Output
 from utils.cli import number
 from utils.distributed import rank, world_size
@@ -17,41 +17,44 @@ from utils.distributed import rank, world_size
 
 class OPM(Method):
     name = "opm"
-    flags = (
-        Flag("opm_q", number(float, 0, 1), 0.5, "probability of a drop where the modalities are nearly even"),
-        Flag("opm_lambda", number(float, 0), 0.5, "growth of that probability with the lead"),
-        Flag("opm_p", number(float, 0, 1), 0.7, "share of the batches it acts in"),
-        Flag("opm_starts", number(int, 0), 6, "first epoch it acts in"),
+    options = (
+        Option("q", number(float, 0, 1), 0.5, "probability of a drop where the modalities are nearly even"),
+        Option("lambda", number(float, 0), 0.5, "growth of that probability with the lead"),
+        Option("p", number(float, 0, 1), 0.7, "share of the batches it acts in"),
+        Option("starts", number(int, 0), 6, "first epoch it acts in"),
     )
     acts_in = ("joint",)  # elsewhere the other modality is dropped for good
     needs_slices = True
+    two_modalities = True
     compiles = False  # its hook comes and goes
 
-    def __init__(self, run: Run):
-        super().__init__(run)
+    def __init__(self, context: Context):
+        super().__init__(context)
         self.hook = None
 
     @classmethod
-    def refuse(cls, flags) -> str | None:
-        return never_joint(flags, flags.opm_starts, "opm_starts")
+    def refuse(cls, args, opt) -> str | None:
+        return never_joint(args, opt.starts, "starts")
 
     def before_forward(self, step: Step) -> None:
         """Hook the joint head for this batch: the drop stands between its features and it."""
         draws = self.generator(step)
         chance, *_ = torch.rand(1, generator=draws).tolist()
-        if step.epoch < self.opm_starts or chance >= self.opm_p:
+        if step.epoch < self.opt.starts or chance >= self.opt.p:
             return
         # Drawn for the whole batch, so that several processes drop what one would; their clips are dealt in turn.
         uniform = torch.rand(step.total, 2, generator=draws)
-        own = uniform[rank() :: world_size()] if step.share > 0 else uniform[:1]
+        own = uniform[rank() :: world_size()] if step.total >= world_size() else uniform
 
         def drop(head, features):
-            a, v, *kept = features
-            q = drop_chances(label_scores(head.slices(a.detach(), v.detach()), step), self.opm_q, self.opm_lambda)
-            for name, value in zip(MODALITIES, q, strict=True):
+            by_name, *fed = features
+            scores = label_scores(head.slices({name: z.detach() for name, z in by_name.items()}), step)
+            q = drop_chances(scores, self.opt.q, getattr(self.opt, "lambda"))
+            for name, value in zip(self.names, q, strict=True):
                 self.note(f"q_{name}", value)
-            keep = own.to(a.device) >= q  # (B, 2)
-            return a * keep[:, :1] / (1 - q.mean()), v * keep[:, 1:] / (1 - q.mean()), *kept
+            keep = (own.to(q.device) >= q).split(1, dim=1)  # 2 x (B, 1)
+            dropped = {name: z * k / (1 - q.mean()) for (name, z), k in zip(by_name.items(), keep, strict=True)}
+            return dropped, *fed
 
         self.hook = self.model.head.register_forward_pre_hook(drop)
 
@@ -63,6 +66,6 @@ class OPM(Method):
 
 
 def drop_chances(scores: Tensor, q_base: float, growth: float) -> Tensor:
-    """q (2,) from the scores (2,) of audio and video."""
+    """q (2,) from the scores (2,) of the two modalities."""
     lead = torch.tanh(torch.relu(scores / scores.flip(0) - 1))
     return torch.where(lead > 0, (q_base * (1 + growth * lead)).clamp(0, 1), torch.zeros_like(lead))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from balance.method import MODALITIES, Flag, Method, Run, Step
+from balance.method import Context, Method, Option, Step
 from models import Output
 from utils.cli import number
 from utils.seeding import step_generator
@@ -22,40 +22,42 @@ SHARE = 10  # a prototype is made of one clip in ten
 
 class PMR(Method):
     name = "pmr"
-    flags = (
-        Flag("pmr_alpha", number(float, 0), 1.0, "weight of the prototype losses"),
-        Flag("pmr_mu", number(float, 0), 0.01, "weight of the entropy of the modality ahead"),
-        Flag("pmr_entropy_epochs", number(int, 0), 10, "epochs with the entropy term, at the start"),
-        Flag("pmr_momentum", number(float, 0, 1), 0.0, "share of the old prototypes kept each epoch"),
-        Flag("pmr_rule", str, "paper", "coefficients: clipped ratios, or 1 and 0", choices=("paper", "hard")),
-        Flag("pmr_ends", number(int, 0), 70, "last epoch it acts in"),
+    options = (
+        Option("alpha", number(float, 0), 1.0, "weight of the prototype losses"),
+        Option("mu", number(float, 0), 0.01, "weight of the entropy of the modality ahead"),
+        Option("entropy_epochs", number(int, 0), 10, "epochs with the entropy term, at the start"),
+        Option("momentum", number(float, 0, 1), 0.0, "share of the old prototypes kept each epoch"),
+        Option("rule", str, "paper", "coefficients: clipped ratios, or 1 and 0", choices=("paper", "hard")),
+        Option("ends", number(int, 0), 70, "last epoch it acts in"),
     )
 
-    def __init__(self, run: Run):
-        super().__init__(run)
+    two_modalities = True
+
+    def __init__(self, context: Context):
+        super().__init__(context)
         self.prototypes: Tensor | None = None  # (2, C, D)
         self.present: Tensor | None = None  # (C,) bool: classes of which train has a clip
         self.ratio: Tensor | None = None  # rho of the epoch
 
     def start_epoch(self, epoch: int) -> None:
-        if epoch > self.pmr_ends:
+        if epoch > self.opt.ends:
             return
-        labels = self.run.clips["train"].labels
-        draw = step_generator(self.run.flags.random_seed, epoch, 0, "balance", self.name)
+        labels = self.context.clips["train"].labels
+        draw = step_generator(self.context.args.random_seed, epoch, 0, "balance", self.name)
         chosen = subset(labels.cpu(), draw)
         features = self.features("train", chosen)
         own = labels[chosen.to(labels.device)]
-        classes = self.model.head_audio.out_features
-        stacked = torch.stack([features[name] for name in MODALITIES])  # (2, n, D)
+        classes = next(iter(self.model.heads.values())).out_features
+        stacked = torch.stack([features[name] for name in self.names])  # (2, n, D)
         new, self.present = class_means(stacked, own, classes)
-        old, eps = self.prototypes, self.pmr_momentum
+        old, eps = self.prototypes, self.opt.momentum
         self.prototypes = new if old is None else eps * old + (1 - eps) * new
-        scores = [self.similarity(name, features[name])[0].gather(1, own[:, None]).exp().sum() for name in MODALITIES]
+        scores = [self.similarity(name, features[name])[0].gather(1, own[:, None]).exp().sum() for name in self.names]
         self.ratio = scores[0] / scores[1]
 
     def similarity(self, name: str, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) -> log q and q, (B, C) each; a class without clips has probability 0."""
-        prototypes = self.prototypes[MODALITIES.index(name)]
+        prototypes = self.prototypes[self.names.index(name)]
         squares = (features.float()[:, None] - prototypes).square().sum(2)  # (B, C)
         # The root has no finite slope at 0, where a feature lies on its prototype.
         logits = -squares.clamp(min=1e-12).sqrt().masked_fill(~self.present, torch.inf)
@@ -63,30 +65,30 @@ class PMR(Method):
         return log_q, log_q.exp()
 
     def losses(self, terms: dict[str, Tensor], output: Output, step: Step) -> dict[str, Tensor]:
-        if step.epoch > self.pmr_ends or (self.pmr_alpha == 0 and self.pmr_mu == 0):
+        if step.epoch > self.opt.ends or (self.opt.alpha == 0 and self.opt.mu == 0):
             return terms
-        found = {name: self.similarity(name, getattr(output, f"{name}_features")) for name in step.modalities}
+        found = {name: self.similarity(name, output.features[name]) for name in step.fed}
         labels = step.labels[:, None]
         ratio = self.ratio
         if step.kind == "joint":
             sums = step.sum(torch.cat([q.gather(1, labels) for _, q in found.values()], dim=1))  # (2,)
             ratio = sums[0] / sums[1]
             self.note("ratio", ratio)
-        slow = coefficients(ratio, self.pmr_rule)
+        slow = coefficients(ratio, self.opt.rule)
         added = 0.0
         for name, (log_q, q) in found.items():
-            ahead = slow[1 - MODALITIES.index(name)]  # what the other lags behind
-            added = added - self.pmr_alpha * slow[MODALITIES.index(name)] * log_q.gather(1, labels).mean()
-            if step.epoch < self.pmr_entropy_epochs:
+            ahead = slow[1 - self.names.index(name)]  # what the other lags behind
+            added = added - self.opt.alpha * slow[self.names.index(name)] * log_q.gather(1, labels).mean()
+            if step.epoch < self.opt.entropy_epochs:
                 entropy = -(q * log_q.masked_fill(~self.present, 0.0)).sum(1).mean()
-                added = added - self.pmr_mu * ahead * entropy
+                added = added - self.opt.mu * ahead * entropy
         return terms | {"pmr": added}
 
     def state_dict(self) -> dict:
         return {"prototypes": self.prototypes, "present": self.present, "ratio": self.ratio}
 
     def load_state_dict(self, state: dict) -> None:
-        device = self.run.clips["train"].labels.device
+        device = self.context.clips["train"].labels.device
         for name, value in state.items():
             setattr(self, name, value.to(device) if value is not None else None)
 
@@ -110,7 +112,7 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor,
 
 
 def coefficients(ratio: Tensor, rule: str) -> tuple[Tensor, Tensor]:
-    """(beta, gamma): how far audio, and video, lag behind. At most one of them is above 0."""
+    """(beta, gamma): how far the first, and the second, modality lag behind. At most one of them is above 0."""
     if rule == "hard":
         return (ratio < 1).float(), (ratio > 1).float()
     return (1 / ratio - 1).clamp(0, 1), (ratio - 1).clamp(0, 1)

@@ -11,10 +11,9 @@ statistics are then estimated anew.
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
-from balance.method import MODALITIES, Flag, Method, Run
+from balance.method import Context, Method, Option
 from utils.cli import number
 from utils.distributed import is_main, sum_over_ranks
 from utils.errors import UserError
@@ -23,67 +22,67 @@ from utils.seeding import step_generator
 
 class Relearn(Method):
     name = "dr"
-    flags = (
-        Flag("dr_lambda", number(float, 0), 3.0, "strength of a reset"),
-        Flag("dr_every", number(int, 1), 20, "a reset follows each epoch that is a multiple of this"),
-        Flag("dr_resets", number(int, 0), 3, "resets at most"),
-        Flag("dr_views", str, "augmented", "train clips as seen for the diagnosis", choices=("augmented", "plain")),
+    options = (
+        Option("lambda", number(float, 0), 3.0, "strength of a reset"),
+        Option("every", number(int, 1), 20, "a reset follows each epoch that is a multiple of this"),
+        Option("resets", number(int, 0), 3, "resets at most"),
+        Option("views", str, "augmented", "train clips as seen for the diagnosis", choices=("augmented", "plain")),
     )
 
-    def __init__(self, run: Run):
-        super().__init__(run)
-        classes = run.model.head_audio.out_features
-        if len(run.clips["val"]) < classes:
-            raise UserError(f"--balance dr: {len(run.clips['val'])} validation clips cannot form {classes} clusters; "
-                            "type a larger --val_fraction")  # fmt: skip
+    def __init__(self, context: Context):
+        super().__init__(context)
+        classes, held = next(iter(self.model.heads.values())).out_features, len(context.clips["val"])
+        if held < classes:
+            raise UserError(f"--balance dr: {held} validation clips cannot form {classes} clusters; "
+                            "use a larger --val_fraction")  # fmt: skip
         self.classes, self.resets = classes, 0
-        encoders = run.model.encoders()
-        self.initial = {name: [p.detach().clone() for p in encoders[name].parameters()] for name in MODALITIES}
+        encoders = self.model.encoders
+        self.initial = {name: [p.detach().clone() for p in encoders[name].parameters()] for name in self.names}
 
     @classmethod
-    def refuse(cls, flags) -> str | None:
-        last = min(flags.epochs, flags.lr_decay_step) - 1  # a reset stands before an epoch of the first learning rate
-        if flags.dr_resets and flags.dr_every + 1 > last:
+    def refuse(cls, args, opt) -> str | None:
+        last = min(args.epochs, args.lr_decay_step) - 1  # a reset stands before an epoch of the first learning rate
+        if opt.resets and opt.every + 1 > last:
             return (
-                f"would never reset: --dr_every {flags.dr_every}, and a reset must come before the learning rate "
-                f"decays (--lr_decay_step {flags.lr_decay_step}) and before the end (--epochs {flags.epochs})"
+                f"would never reset: every={opt.every}, and a reset must come before the learning rate "
+                f"decays (--lr_decay_step {args.lr_decay_step}) and before the end (--epochs {args.epochs})"
             )
         return None
 
     @classmethod
-    def needs_validation(cls, flags) -> bool:
+    def needs_validation(cls, opt) -> bool:
         return True
 
     def start_epoch(self, epoch: int) -> None:
         done = epoch - 1
-        if done <= 0 or done % self.dr_every or self.resets >= self.dr_resets:
+        if done <= 0 or done % self.opt.every or self.resets >= self.opt.resets:
             return
-        if epoch >= self.run.flags.lr_decay_step:
+        if epoch >= self.context.args.lr_decay_step:
             return  # at a tenth of the learning rate a reset encoder would not be learned again
         self.resets += 1
         weights = self.diagnose(epoch)
-        for name, weight in zip(MODALITIES, weights, strict=True):
+        for name, weight in zip(self.names, weights, strict=True):
             self.note(f"reset_{name}", weight)
             with torch.no_grad():
-                for p, start in zip(self.model.encoders()[name].parameters(), self.initial[name], strict=True):
+                for p, start in zip(self.model.encoders[name].parameters(), self.initial[name], strict=True):
                     p.copy_(weight * start + (1 - weight) * p)
         if weights.any():
-            self.run.refresh(done)  # what scores next is to know its own activations, not those of the weights before
+            self.reestimate(self.model, self.names, done)  # scoring comes next
 
     def diagnose(self, epoch: int) -> Tensor:
-        """w (2,) of audio and video, the same on every process."""
-        draw = step_generator(self.run.flags.random_seed, epoch, 0, "balance", self.name)
-        views = {"train": draw if self.dr_views == "augmented" else None, "val": None}
+        """w (M,) of the modalities, the same on every process."""
+        draw = step_generator(self.context.args.random_seed, epoch, 0, "balance", self.name)
+        views = {"train": draw if self.opt.views == "augmented" else None, "val": None}
         purities = []
         for part, generator in views.items():
-            clips = self.run.clips[part]
+            clips = self.context.clips[part]
             features = self.features(part, torch.arange(len(clips)), generator)
             labels = clips.labels.cpu().numpy()
-            own = [purity(features[m].cpu().numpy(), labels, self.classes) if is_main() else 0.0 for m in MODALITIES]
+            own = [purity(features[m].cpu().numpy(), labels, self.classes) if is_main() else 0.0 for m in self.names]
             # The type is given: NumPy's numbers are double, and the processes' tensors must be alike to be added up.
             purities.append(torch.tensor(own, dtype=torch.float32, device=clips.labels.device))
         train, val = sum_over_ranks(torch.stack(purities))
-        return reset_weight(train, val, self.dr_lambda)
+        return reset_weight(train, val, getattr(self.opt, "lambda"))
 
     def state_dict(self) -> dict:
         return {"resets": self.resets, "initial": self.initial}
@@ -101,6 +100,8 @@ def reset_weight(train: Tensor, val: Tensor, strength: float) -> Tensor:
 
 def purity(features: np.ndarray, labels: np.ndarray, classes: int) -> float:
     """Share of clips that belong to their cluster's majority class. features (N, D), labels (N,)."""
+    from sklearn.cluster import KMeans  # late: importing it takes seconds
+
     low, high = features.min(0), features.max(0)
     scaled = 2 * (features - low) / np.where(high > low, high - low, 1) - 1
     cluster = KMeans(classes, n_init=10, random_state=0).fit_predict(scaled)

@@ -1,6 +1,6 @@
 """Clips as batches on the device: one interface, two paths (resident arrays, or files read by workers).
 
-Both draw the same views for the same generator, so they feed the same pictures.
+Both draw the same views for the same generator, so they feed the same images.
 
 Shapes: N clips, B clips of a batch on this process, T frames, S x S pixels, (F, W) spectrogram.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,16 +26,17 @@ from dataset.pack import (
     is_packed,
     open_pack,
     pack_bytes,
+    read_array,
     read_frame,
-    read_spectrogram,
     room_for_packs,
     shrink,
     stored_size,
 )
+from dataset.specs import Modality
 from utils.distributed import barrier, is_first_here, local_processes, lowest, rank, world_size
 from utils.errors import UserError
-from utils.interrupt import SIGNALS
 from utils.memory import available_ram, gigabytes
+from utils.signals import SIGNALS
 
 CACHES = ("auto", "none", "ram", "device")
 SLOWEST_FIRST = ("none", "ram", "device")
@@ -45,121 +47,161 @@ SHARE_OF_DEVICE = 0.6
 class ClipBatch(NamedTuple):
     """This process's share of one planned batch, on the device.
 
-    clips (B,) indices into the part; kept: both, audio or video; audio (B, 1, F, W) and video (B, T, 3, S, S), None
-    where it is masked and not asked for; labels (B,); total: clips of the batch over all processes; share: this
-    process's part of them, 0 if it got none and repeats one to keep step with the others.
+    clips (B,) indices into the part; fed: the modalities given to the network; inputs: images (B, T, 3, S, S), arrays
+    (B, 1, F, W) or vectors (B, D) by modality, masked ones only where they were asked for; labels (B,); total: clips of
+    the batch over all processes; share: this process's part of the batch, all shares adding up to 1.
     """
 
     clips: Tensor
-    kept: str
-    audio: Tensor | None
-    video: Tensor | None
+    fed: tuple[str, ...]
+    inputs: dict[str, Tensor]
     labels: Tensor
     total: int
     share: float
 
+    @property
+    def weight(self) -> float:
+        """What each clip here counts in a sum over processes: 1, or less where several processes hold the same clip."""
+        return self.share * self.total / len(self.clips)
+
 
 class Job(NamedTuple):
-    """One planned batch before it is loaded: indices (B,) and views on the CPU."""
+    """One planned batch before it is loaded: indices (B,) and views by modality of images, on the CPU."""
 
     clips: Tensor
-    views: Views
-    kept: str
-    audio: bool
-    video: bool
+    views: dict[str, Views]
+    fed: tuple[str, ...]
+    load: tuple[str, ...]
     total: int
     share: float
 
 
-class Clips:
-    """A part of a training folder as batches. Subclasses say where frames and spectrograms come from."""
+class Feed(NamedTuple):
+    """How clips are fed: their `modalities`, images at `image_size` pixels, to `device`.
 
-    def __init__(self, part: Part, feed: "Feed", sizes: Tensor):
-        self.names = part.clips
-        self.frames, self.image_size, self.device = feed.frames, feed.image_size, feed.device
-        self.crops = (feed.crop_area, feed.mirror)
-        self.counts = torch.tensor([len(f) for f in part.frames])
-        self.sizes = sizes  # (N, 2) height and width of each clip's frames, pack_size applied
+    `crop_area` and `mirror` as in `draw_views`; `pack_size`, in pixels, is the shorter side frames are kept at (None:
+    as stored), on either path alike.
+    """
+
+    modalities: tuple[Modality, ...]
+    image_size: int
+    device: torch.device
+    cache: str
+    workers: int = 0
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    mirror: bool = True
+    pack_size: int | None = None
+
+
+class Clips:
+    """A part of a training folder as batches. Subclasses say where frames and arrays come from."""
+
+    def __init__(self, part: Part, feed: Feed):
+        self.names, self.feed, self.device = part.clips, feed, feed.device
+        self.modalities = {modality.name: modality for modality in feed.modalities}
+        images = [modality.name for modality in feed.modalities if modality.kind == "frames"]
+        self.counts = {name: torch.tensor([len(paths) for paths in part.files[name]]) for name in images}
+        # (N, 2) height and width of each clip's frames, pack_size applied
+        self.sizes = {
+            name: torch.tensor([shrink(frame_size(paths[0]), feed.pack_size) for paths in part.files[name]])
+            for name in images
+        }
         self.labels = torch.as_tensor(part.labels).to(feed.device)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def epoch(
-        self, plan: list, generator: torch.Generator | None = None, load_masked: bool = False, first: int = 0
+        self, plan: list, generator: torch.Generator | None = None, load_masked: bool = False
     ) -> Iterator[ClipBatch]:
-        """Load the batches of `plan`, a list of (clip indices, kept modality), in order, from batch `first` on.
+        """Load the batches of `plan`, a list of (clip indices, fed modalities), in order.
 
-        With `generator` frames and crops are random (training), without it fixed (evaluation). `load_masked` gives
-        the masked modality's input too. Under torchrun each process gets every world_size-th clip of each batch, the
-        views having been drawn for the whole plan, so that N processes see what one would.
+        With `generator` frames and crops are random (training), without it fixed (evaluation). `load_masked` loads the
+        masked modalities' inputs too. Under torchrun each process gets every world_size-th clip of each batch, views
+        being drawn for the whole plan, so that N processes see what one would. A batch of fewer clips than processes
+        goes to all of them whole.
         """
         if not plan:
             return
         order = torch.cat([batch.clips for batch in plan])
-        views = draw_views(self.counts[order], self.sizes[order], self.frames, generator, *self.crops)
+        crops = self.feed.crop_area, self.feed.mirror
+        views = {
+            name: draw_views(counts[order], self.sizes[name][order], self.modalities[name].frames, generator, *crops)
+            for name, counts in self.counts.items()
+        }
         jobs, shares, start = [], [], 0  # a share: the places in `order` that are this process's
         for batch in plan:
-            total = len(batch.clips)
-            mine = torch.arange(start, start + total)[rank() :: world_size()]
-            share = len(mine) / total
-            mine = mine if len(mine) else torch.tensor([start])
-            audio, video = (load_masked or batch.kept in ("both", name) for name in ("audio", "video"))
-            jobs.append(Job(order[mine], views.rows(mine), batch.kept, audio, video, total, share))
+            total, places = len(batch.clips), torch.arange(start, start + len(batch.clips))
+            split = total >= world_size()
+            mine = places[rank() :: world_size()] if split else places
+            load = tuple(self.modalities) if load_masked else batch.fed
+            own = {name: values.rows(mine) for name, values in views.items()}
+            jobs.append(Job(order[mine], own, batch.fed, load, total, len(mine) / total if split else 1 / world_size()))
             shares.append(mine)
             start += total
         # To the device once for the whole epoch: a copy in each batch would make the host wait for it each time.
-        jobs, shares = jobs[first:], shares[first:]
-        if not jobs:
-            return
         clips = order[torch.cat(shares)].to(self.device)
         per_batch = [len(mine) for mine in shares]
         batches = zip(jobs, clips.split(per_batch), self.labels[clips].split(per_batch), self._load(jobs), strict=True)
-        for job, mine, labels, (audio, pixels) in batches:
-            video = normalise(pixels).unflatten(0, (-1, self.frames)) if pixels is not None else None  # (B, T, 3, S, S)
-            audio = audio[:, None] if audio is not None else None  # (B, 1, F, W)
-            yield ClipBatch(mine, job.kept, audio, video, labels, job.total, job.share)
+        for job, mine, labels, loaded in batches:
+            inputs = {name: self._shaped(name, loaded[name]) for name in job.load}
+            yield ClipBatch(mine, job.fed, inputs, labels, job.total, job.share)
 
-    def _load(self, jobs: list[Job]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """Of each job audio (B, F, W) and pixels (B*T, 3, S, S) in [0, 255], float32 on the device."""
+    def _shaped(self, name: str, values: Tensor) -> Tensor:
+        """Pixels (B*T, 3, S, S) in [0, 255] normalised to (B, T, 3, S, S); arrays (B, F, W) to (B, 1, F, W)."""
+        if name in self.counts:
+            return normalise(values).unflatten(0, (-1, self.modalities[name].frames))
+        return values[:, None] if values.dim() == 3 else values
+
+    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor]]:
+        """For each job and modality, arrays (B, ...) or pixels (B*T, 3, S, S) in [0, 255], float32 on the device."""
         raise NotImplementedError
 
 
 class ResidentClips(Clips):
     """Clips held in memory: on the compute device, or (cache ram) on the host and gathered there batch by batch."""
 
-    def __init__(self, part: Part, pack: Pack, feed: "Feed"):
-        # Views are drawn for the frames as they were, as on the other path, and found again in frames kept at one size.
-        sizes = torch.tensor([shrink(frame_size(paths[0]), feed.pack_size) for paths in part.frames])
-        super().__init__(part, feed, sizes)
-        kept = torch.tensor(pack.frames.shape[-2:])
-        self.scale = kept / sizes if (sizes != kept).any() else None  # (N, 2)
+    def __init__(self, part: Part, pack: Pack, feed: Feed):
+        super().__init__(part, feed)
         self.store = store = feed.device if feed.cache == "device" else torch.device("cpu")
         # Memory-mapped arrays are read-only, which PyTorch warns of; nothing here writes to them.
-        self.pixels = _as_tensor(pack.frames).to(store)  # (K, 3, H, W)
-        self.spectrograms = _as_tensor(pack.spectrograms).to(store)  # (N, F, W)
-        self.first = torch.as_tensor(pack.first)
+        self.arrays = {name: _as_tensor(array).to(store) for name, array in pack.arrays.items()}
+        self.first = {name: torch.as_tensor(rows) for name, rows in pack.first.items()}
+        # Boxes are drawn in original coordinates, then rescaled to the packed size: (N, 2), None where they are equal.
+        self.scale: dict[str, Tensor | None] = {}
+        for name, sizes in self.sizes.items():
+            kept = torch.tensor(pack.arrays[name].shape[-2:])
+            self.scale[name] = kept / sizes if (sizes != kept).any() else None
 
-    def _load(self, jobs: list[Job]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        clips = [job.clips for job in jobs]
-        rows = [(self.first[job.clips][:, None] + job.views.picks).flatten() for job in jobs]  # (B*T,) each
-        boxes = [self._boxes(job).flatten(0, 1) for job in jobs]
-        flips = [job.views.flips.flatten() for job in jobs]
-        placed = (_to_device(clips, self.store), _to_device(rows, self.store),
-                  _to_device(boxes, self.device), _to_device(flips, self.device))  # fmt: skip
-        for job, clip, row, box, flip in zip(jobs, *placed, strict=True):
-            audio = self._take(self.spectrograms, clip) if job.audio else None
-            pixels = crop_resize(self._take(self.pixels, row), box, flip, self.image_size) if job.video else None
-            yield audio, pixels
+    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor]]:
+        clips = _to_device([job.clips for job in jobs], self.store)
+        images = {name: self._placed(name, jobs) for name in self.counts}
+        for i, (job, clip) in enumerate(zip(jobs, clips, strict=True)):
+            loaded = {}
+            for name in job.load:
+                if name in images:
+                    row, box, flip = (values[i] for values in images[name])
+                    loaded[name] = crop_resize(self._take(self.arrays[name], row), box, flip, self.feed.image_size)
+                else:
+                    loaded[name] = self._take(self.arrays[name], clip)
+            yield loaded
 
-    def _boxes(self, job: Job) -> Tensor:
-        """Where the boxes (B, T, 4) of the job's views lie in the frames as they are kept, in whole pixels."""
-        if self.scale is None:
-            return job.views.boxes
-        start, extent = job.views.boxes.double().split(2, dim=2)  # (B, T, 2) each
-        scale = self.scale[job.clips].double()[:, None]
+    def _placed(self, name: str, jobs: list[Job]) -> tuple[tuple[Tensor, ...], ...]:
+        """Rows (B*T,), boxes (B*T, 4) and flips (B*T,) of one modality of images, for each job."""
+        rows = [(self.first[name][job.clips][:, None] + job.views[name].picks).flatten() for job in jobs]
+        boxes = [self._boxes(name, job.clips, job.views[name]).flatten(0, 1) for job in jobs]
+        flips = [job.views[name].flips.flatten() for job in jobs]
+        return _to_device(rows, self.store), _to_device(boxes, self.device), _to_device(flips, self.device)
+
+    def _boxes(self, name: str, clips: Tensor, views: Views) -> Tensor:
+        """The boxes (B, T, 4) of `views` in whole pixels of the frames as they are packed."""
+        scales = self.scale[name]
+        if scales is None:
+            return views.boxes
+        start, extent = views.boxes.double().split(2, dim=2)  # (B, T, 2) each
+        scale = scales[clips].double()[:, None]
         first, last = (start * scale).round(), ((start + extent) * scale).round()
-        first = torch.minimum(first, torch.tensor(self.pixels.shape[-2:]).double() - 1)
+        first = torch.minimum(first, torch.tensor(self.arrays[name].shape[-2:]).double() - 1)
         return torch.cat([first, (last - first).clamp(min=1)], dim=2).long()
 
     def _take(self, array: Tensor, rows: Tensor) -> Tensor:
@@ -174,12 +216,11 @@ class ResidentClips(Clips):
 class FileClips(Clips):
     """Clips read from their files by `workers` processes on every epoch: the plain path, whose memory does not grow."""
 
-    def __init__(self, part: Part, feed: "Feed", audio_shape: tuple[int, int]):
-        sizes = [shrink(frame_size(paths[0]), feed.pack_size) for paths in part.frames]
-        super().__init__(part, feed, torch.tensor(sizes))
+    def __init__(self, part: Part, feed: Feed, shapes: dict[str, tuple[int, ...]]):
+        super().__init__(part, feed)
         self.jobs: list[Job] = []
         self.loader = DataLoader(
-            _JobReader(part, feed.image_size, audio_shape, sizes),
+            _JobReader(part, feed.image_size, shapes, {name: sizes.tolist() for name, sizes in self.sizes.items()}),
             sampler=self.jobs,  # filled anew for each epoch, so that the workers live on
             batch_size=None,
             num_workers=feed.workers,
@@ -190,13 +231,12 @@ class FileClips(Clips):
             pin_memory=feed.device.type == "cuda",
         )
 
-    def _load(self, jobs: list[Job]) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor]]:
         self.jobs[:] = jobs
-        for audio, pixels, mistake in self.loader:
+        for loaded, mistake in self.loader:
             if mistake:
                 raise UserError(mistake)
-            audio, pixels = (x.to(self.device, non_blocking=True) if x is not None else None for x in (audio, pixels))
-            yield audio, pixels.float() if pixels is not None else None
+            yield {name: values.to(self.device, non_blocking=True).float() for name, values in loaded.items()}
 
 
 def _ignore_signals(_: int) -> None:
@@ -206,91 +246,75 @@ def _ignore_signals(_: int) -> None:
 
 
 class _JobReader(Dataset):
-    """Reads a whole batch in a worker: spectrograms (B, F, W) float32 and frames (B*T, 3, S, S) uint8."""
+    """Reads a whole batch in a worker: arrays (B, ...) float32 and frames (B*T, 3, S, S) uint8, by modality."""
 
-    def __init__(self, part: Part, image_size: int, audio_shape: tuple[int, int], sizes: list[tuple[int, int]]):
-        self.part, self.image_size, self.audio_shape = part, image_size, audio_shape
-        self.sizes = sizes  # (height, width) the clip's boxes are for, which every frame of it is brought to
+    def __init__(self, part: Part, image_size: int, shapes: dict[str, tuple[int, ...]], sizes: dict[str, list]):
+        self.part, self.image_size, self.shapes = part, image_size, shapes
+        self.sizes = sizes  # (height, width) the clip's boxes are for, which every frame of it is resized to
 
-    def __getitem__(self, job: Job) -> tuple[Tensor | None, Tensor | None, str]:
+    def __getitem__(self, job: Job) -> tuple[dict[str, Tensor], str]:
         try:
-            audio = self._audio(job) if job.audio else None
-            return audio, self._video(job) if job.video else None, ""
+            return {name: self._images(name, job) if name in job.views else self._arrays(name, job)
+                    for name in job.load}, ""  # fmt: skip
         except UserError as error:  # one line in the main process instead of a worker's stack trace
-            return None, None, str(error)
+            return {}, str(error)
 
-    def _audio(self, job: Job) -> Tensor:
-        paths = (self.part.spectrograms[i] for i in job.clips.tolist())
-        return torch.stack([torch.from_numpy(read_spectrogram(path, self.audio_shape)) for path in paths])
+    def _arrays(self, name: str, job: Job) -> Tensor:
+        arrays = [read_array(self.part.files[name][i], self.shapes[name]) for i in job.clips.tolist()]
+        return torch.from_numpy(np.stack(arrays))
 
-    def _video(self, job: Job) -> Tensor:
+    def _images(self, name: str, job: Job) -> Tensor:
         frames, side = [], [self.image_size, self.image_size]
-        rows = zip(job.clips.tolist(), *(field.tolist() for field in job.views), strict=True)
+        rows = zip(job.clips.tolist(), *(field.tolist() for field in job.views[name]), strict=True)
         for clip, picks, boxes, flips in rows:
             for pick, box, flip in zip(picks, boxes, flips, strict=True):
-                image = fit(read_frame(self.part.frames[clip][pick]), self.sizes[clip])
+                image = fit(read_frame(self.part.files[name][clip][pick]), tuple(self.sizes[name][clip]))
                 image = torch.from_numpy(image).permute(2, 0, 1)
                 image = vision.resized_crop(image, *box, size=side, antialias=True)
                 frames.append(image.flip(2) if flip else image)
         return torch.stack(frames)
 
 
-class Feed(NamedTuple):
-    """How clips are fed: `frames` of each at `image_size` pixels, to `device`.
-
-    `crop_area` and `mirror` as in `draw_views`; `pack_size`, in pixels, is the shorter side frames are kept at (None:
-    as stored), on either path alike.
-    """
-
-    frames: int
-    image_size: int
-    device: torch.device
-    cache: str
-    workers: int
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    mirror: bool = True
-    pack_size: int | None = None
-
-
-def make_clips(root: Path, name: str, part: Part, audio_shape: tuple[int, int], feed: Feed) -> Clips:
-    """Part `name` of a checked training folder on the data path of `feed`, whose `cache` is not auto any more."""
+def make_clips(root: Path, name: str, part: Part, shapes: dict[str, tuple[int, ...]], feed: Feed) -> Clips:
+    """Part `name` of a checked training folder on the data path of `feed`, whose `cache` must not be "auto"."""
     if feed.cache == "none":
-        return FileClips(part, feed, audio_shape)
-    size = stored_size(part, feed.pack_size)
+        return FileClips(part, feed, shapes)
     if not is_first_here():
         barrier()  # one process of each machine makes the pack, the others map the same file
-    pack = open_pack(root, name, part, size, audio_shape)
+    pack = open_pack(root, name, part, stored_sizes(part, feed), shapes)
     if is_first_here():
         barrier()
     return ResidentClips(part, pack, feed)
 
 
-def step_bytes(batch_size: int, frames: int, image_size: int, audio_shape: tuple[int, int]) -> float:
+def stored_sizes(part: Part, feed: Feed) -> dict[str, tuple[int, int]]:
+    """Height and width at which the frames of each modality of images are packed."""
+    images = [modality.name for modality in feed.modalities if modality.kind == "frames"]
+    return {name: stored_size([paths[0] for paths in part.files[name]], feed.pack_size) for name in images}
+
+
+def step_bytes(batch_size: int, feed: Feed, shapes: dict[str, tuple[int, ...]]) -> float:
     """About what a run takes on a GPU beside the clips: weights, optimizer and CUDA itself, and the step's activations.
 
-    Per pixel or spectrogram value that is fed, ResNet-18 keeps 450 bytes for the gradient in float32 (counted in
+    For each pixel or array value that is fed, ResNet-18 keeps 450 bytes for the gradient in float32 (counted in
     tests/test_clips.py); scoring, at four times the batch, and the crops it is fed take more: 700. That is too much for
     thinner trunks and for bf16.
     """
-    return 1.5e9 + 700 * batch_size * (frames * image_size**2 + audio_shape[0] * audio_shape[1])
+    images = sum(modality.frames for modality in feed.modalities if modality.kind == "frames") * feed.image_size**2
+    return 1.5e9 + 700 * batch_size * (images + sum(int(np.prod(shape)) for shape in shapes.values()))
 
 
 def choose_cache(
-    cache: str,
-    root: Path,
-    parts: dict[str, Part],
-    audio_shape: tuple[int, int],
-    device: torch.device,
-    pack_size: int | None = None,
-    step: float = 0,
+    root: Path, parts: dict[str, Part], shapes: dict[str, tuple[int, ...]], feed: Feed, step: float = 0
 ) -> tuple[str, str]:
     """The data path, and why it. For `auto` the fastest on which `parts` surely fit: GPU, host memory, else files.
 
     `step` is what training takes on the GPU beside the clips, in bytes. All processes agree on the slowest that any of
     them chooses. Raises `UserError` if `device` is asked for and the clips are larger than what the GPU has free.
     """
-    sizes = {name: stored_size(part, pack_size) for name, part in parts.items()}
-    needed = sum(pack_bytes(part, sizes[name], audio_shape) for name, part in parts.items())
+    cache, device = feed.cache, feed.device
+    sizes = {name: stored_sizes(part, feed) for name, part in parts.items()}
+    needed = sum(pack_bytes(part, sizes[name], shapes) for name, part in parts.items())
     on_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if cache == "device" and device.type == "cuda" and needed > on_gpu:
         raise UserError(f"--cache device: the clips take {gigabytes(needed)}, the GPU has {gigabytes(on_gpu)} free; "
@@ -300,7 +324,7 @@ def choose_cache(
     # One file that all processes map; where there is none and none can be written, each has to hold the clips itself,
     # if only until they are on its GPU.
     shared = room_for_packs(root) > needed
-    shared = shared or all(is_packed(root, name, part, sizes[name], audio_shape) for name, part in parts.items())
+    shared = shared or all(is_packed(root, name, part, sizes[name], shapes) for name, part in parts.items())
     free, held = available_ram(), needed if shared else local_processes() * needed
     fits_memory = held < SHARE_OF_RAM * free
     if needed < SHARE_OF_DEVICE * on_gpu and needed + step < on_gpu and (shared or fits_memory):

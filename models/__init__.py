@@ -1,6 +1,8 @@
-"""The network: two ResNet-18 trunks, a fusion head and a head per modality."""
+"""The network: an encoder and a head per modality, and a fusion head."""
 
-from models.classifier import MODELS, AVClassifier, Output
-from models.fusion import FUSIONS
+from models.build import build_model
+from models.classifier import MultimodalClassifier, Output
+from models.encoders import ENCODERS, IMAGE_ENCODERS
+from models.fusion import FUSIONS, SLICED
 
-__all__ = ["FUSIONS", "MODELS", "AVClassifier", "Output"]
+__all__ = ["ENCODERS", "FUSIONS", "IMAGE_ENCODERS", "SLICED", "MultimodalClassifier", "Output", "build_model"]

@@ -1,9 +1,10 @@
-"""Encoders: one input in, one feature vector out. A registry of constructors, each called with the input's channels.
+"""Encoders: one input in, one feature vector out, by name in `ENCODERS`.
 
 Shapes: B images, c input channels, H x W pixels, D features.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,22 @@ def _as_encoder(net: nn.Module, in_channels: int) -> nn.Module:
     return net
 
 
-# name -> (constructor of (in_channels), features D)
-ENCODERS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
-    "resnet18": (lambda channels: _as_encoder(resnet18(num_classes=1), channels), 512),
-    "resnet18_thin": (lambda channels: _as_encoder(ThinResNet(), channels), 128),
+def _mlp(inputs: int) -> nn.Module:
+    """Two layers for vectors (B, D), which need no scaling: the first layer normalises them."""
+    return nn.Sequential(nn.BatchNorm1d(inputs), nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+
+
+class Encoder(NamedTuple):
+    """How to make an encoder: `make(n)` for n input channels (`takes` "image") or n numbers (`takes` "vector")."""
+
+    make: Callable[[int], nn.Module]
+    features: int
+    takes: str = "image"
+
+
+ENCODERS = {
+    "resnet18": Encoder(lambda channels: _as_encoder(resnet18(num_classes=1), channels), 512),
+    "resnet18_thin": Encoder(lambda channels: _as_encoder(ThinResNet(), channels), 128),
+    "mlp": Encoder(_mlp, 128, "vector"),
 }
+IMAGE_ENCODERS = tuple(name for name, encoder in ENCODERS.items() if encoder.takes == "image")

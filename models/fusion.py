@@ -1,9 +1,10 @@
-"""Fusion heads: two features in, joint logits out. Definitions as in OGM-GE (CVPR 2022).
+"""Fusion heads: features of all modalities in, joint logits out. Definitions as in OGM-GE (CVPR 2022).
 
-Shapes: B batch, D features per modality, C classes. `a` audio and `v` video features, each (B, D).
+Shapes: B batch, D_m features of modality m, C classes. `features` maps every modality to (B, D_m), in the dataset's
+order; a modality that is not in `fed` is masked, and its feature is zero.
 
-What masking means. In a homogeneous batch the other modality's feature is zero, and what remains must be a classifier
-of the kept modality, because that is what the batch trains:
+What masking means. In a homogeneous batch the masked features are zero, and what remains must be a classifier of the
+fed modality, because that is what the batch trains:
 - concat, sum: zeros add nothing but a bias, so zeroing is enough.
 - film: audio modulates video as gamma(a) * v + beta(a). At a = 0 that leaves gamma = its bias, which starts near 0 and
   would all but silence the video. A masked audio therefore modulates by the identity: gamma = 1, beta = 0.
@@ -11,56 +12,70 @@ of the kept modality, because that is what the batch trains:
 - gated: audio opens a gate on the video projection. A masked audio leaves the gate open (1). A masked video leaves its
   projection's bias behind the audio's gate.
 
-Where the logits are a sum of one part per modality (concat, sum), `slices` gives the parts: o_a + o_v = joint logits.
-Several balance methods tell by them which modality is ahead. In film and gated no such parts exist.
+Where the logits are a sum of one part per modality (concat, sum), `slices` returns the parts. Several balance methods
+read from them which modality is ahead. In film and gated no such parts exist.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Features = dict[str, Tensor]
+
 
 class Concat(nn.Linear):
-    """One linear map of [a, v], audio first: the official head, its parameters named `weight` and `bias`."""
+    """One linear map of the concatenated features: the official head, its parameters named `weight` and `bias`."""
 
-    def __init__(self, features: int, n_classes: int):
-        super().__init__(2 * features, n_classes)
+    def __init__(self, widths: dict[str, int], n_classes: int):
+        super().__init__(sum(widths.values()), n_classes)
+        self.widths = dict(widths)
 
-    def forward(self, a: Tensor, v: Tensor, kept: str = "both") -> Tensor:
-        return super().forward(torch.cat([a, v], dim=1))  # (B, C)
+    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:  # pyright: ignore
+        return F.linear(torch.cat(list(features.values()), dim=1), self.weight, self.bias)  # (B, C)
 
-    def slices(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Each modality's part of the logits, 2 x (B, C), with half of the bias each (as OGM-GE, CVPR 2022)."""
-        audio, video = self.weight.chunk(2, dim=1)  # (C, D) each
-        return F.linear(a, audio, self.bias / 2), F.linear(v, video, self.bias / 2)
+    def weights(self) -> dict[str, Tensor]:
+        """Each modality's columns of the weight, (C, D_m)."""
+        return dict(zip(self.widths, self.weight.split(list(self.widths.values()), dim=1), strict=True))
+
+    def slices(self, features: Features) -> dict[str, Tensor]:
+        """Each modality's part of the logits (B, C), with an equal share of the bias (as OGM-GE, CVPR 2022)."""
+        bias = self.bias / len(self.widths)
+        return {name: F.linear(features[name], weight, bias) for name, weight in self.weights().items()}
 
 
 class Sum(nn.Module):
     """A linear map per modality, added."""
 
-    def __init__(self, features: int, n_classes: int):
+    def __init__(self, widths: dict[str, int], n_classes: int):
         super().__init__()
-        self.fc_x = nn.Linear(features, n_classes)
-        self.fc_y = nn.Linear(features, n_classes)
+        self.maps = nn.ModuleDict({name: nn.Linear(width, n_classes) for name, width in widths.items()})
 
-    def forward(self, a: Tensor, v: Tensor, kept: str = "both") -> Tensor:
-        return self.fc_x(a) + self.fc_y(v)  # (B, C)
+    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:
+        first, *others = self.slices(features).values()
+        return sum(others, first)  # (B, C)
 
-    def slices(self, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Each modality's part of the logits, 2 x (B, C), with its own bias."""
-        return self.fc_x(a), self.fc_y(v)
+    def weights(self) -> dict[str, Tensor]:
+        """Each modality's weight, (C, D_m)."""
+        return {name: layer.get_parameter("weight") for name, layer in self.maps.items()}
+
+    def slices(self, features: Features) -> dict[str, Tensor]:
+        """Each modality's part of the logits (B, C), with its own bias."""
+        return {name: layer(features[name]) for name, layer in self.maps.items()}
 
 
 class FiLM(nn.Module):
     """Audio gives gamma and beta that modulate video, then a linear map (Perez et al., AAAI 2018)."""
 
-    def __init__(self, features: int, n_classes: int):
-        super().__init__()
-        self.fc = nn.Linear(features, 2 * features)
-        self.fc_out = nn.Linear(features, n_classes)
+    needs = ("audio", "video")
 
-    def forward(self, a: Tensor, v: Tensor, kept: str = "both") -> Tensor:
-        if kept == "video":
+    def __init__(self, widths: dict[str, int], n_classes: int):
+        super().__init__()
+        self.fc = nn.Linear(widths["audio"], 2 * widths["video"])
+        self.fc_out = nn.Linear(widths["video"], n_classes)
+
+    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:
+        a, v = features["audio"], features["video"]
+        if fed == ("video",):
             return self.fc_out(v + a)  # gamma 1; beta is the zero feature, which keeps a running encoder in the graph
         gamma, beta = self.fc(a).chunk(2, dim=1)  # (B, D) each
         return self.fc_out(gamma * v + beta)  # (B, C)
@@ -69,15 +84,32 @@ class FiLM(nn.Module):
 class Gated(nn.Module):
     """The sigmoid of the audio projection gates the video projection, then a linear map (Kiela et al., AAAI 2018)."""
 
-    def __init__(self, features: int, n_classes: int):
-        super().__init__()
-        self.fc_x = nn.Linear(features, features)
-        self.fc_y = nn.Linear(features, features)
-        self.fc_out = nn.Linear(features, n_classes)
+    needs = ("audio", "video")
 
-    def forward(self, a: Tensor, v: Tensor, kept: str = "both") -> Tensor:
-        gate = 1 + a if kept == "video" else torch.sigmoid(self.fc_x(a))  # (B, D); a masked a is zero
+    def __init__(self, widths: dict[str, int], n_classes: int):
+        super().__init__()
+        self.fc_x = nn.Linear(widths["audio"], widths["audio"])
+        self.fc_y = nn.Linear(widths["video"], widths["audio"])
+        self.fc_out = nn.Linear(widths["audio"], n_classes)
+
+    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:
+        a, v = features["audio"], features["video"]
+        gate = 1 + a if fed == ("video",) else torch.sigmoid(self.fc_x(a))  # (B, D); a masked a is zero
         return self.fc_out(gate * self.fc_y(v))  # (B, C)
 
 
 FUSIONS = {"concat": Concat, "sum": Sum, "film": FiLM, "gated": Gated}
+SLICED = ("concat", "sum")  # their logits are a sum of one part per modality
+
+
+def make_fusion(name: str, widths: dict[str, int], n_classes: int) -> nn.Module:
+    """The fusion head called `name` for features of `widths`.
+
+    Raises `ValueError` where the head is defined for other modalities than these.
+    """
+    head = FUSIONS[name]
+    needs = getattr(head, "needs", tuple(widths))
+    if set(needs) != set(widths):
+        raise ValueError(f"--fusion_method {name}: defined for the modalities {' and '.join(needs)}, the dataset has "
+                         f"{', '.join(widths)}; use {' or '.join(SLICED)}")  # fmt: skip
+    return head(widths, n_classes)

@@ -61,7 +61,7 @@ def reassemble(
     if order == "shuffled":
         return [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
     if order == "alternate":
-        # The i-th of n batches belongs at (i + 1/2) / n of the epoch; where two coincide, the last modality comes first.
+        # The i-th of n batches belongs at (i + 1/2) / n of the epoch; ties: the last modality first.
         slots = [((i + 0.5) / len(group), batch) for group in groups for i, batch in enumerate(group)]
         return [batch for _, batch in sorted(slots, key=lambda slot: slot[0])]
     raise ValueError(f"order {order!r}: allowed are {', '.join(ORDERS)}")

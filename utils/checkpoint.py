@@ -5,19 +5,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from utils.errors import UserError
 from utils.files import atomic_path, writing
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write `state` (tensors, numbers, strings, dicts, lists) to `path` atomically.
+def save_checkpoint(path: Path, state: dict, sync: bool = True) -> None:
+    """Write `state` (tensors, numbers, strings, dicts, lists) to `path` atomically, flushed to disk with `sync`.
 
     Raises `UserError` naming the disk where there is no room; `path` is then what it was before.
     """
     # Through a file of ours: PyTorch's own does not say why a write failed.
-    with writing(path, "go on with --resume"), atomic_path(path) as temporary, open(temporary, "wb") as file:
+    with writing(path, "continue with --resume"), atomic_path(path, sync) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
 
 
@@ -45,36 +44,3 @@ def _refuse_bomb(path: Path) -> None:
         unpacked, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
         if unpacked > size:
             raise UserError(f"{path}: unpacks to {unpacked:,} bytes from {size:,}; no checkpoint does, do not trust it")
-
-
-def model_weights(model: nn.Module) -> dict:
-    """The state dict without the prefixes that DistributedDataParallel and torch.compile put before the names."""
-    return {_plain_name(name): value for name, value in model.state_dict().items()}
-
-
-def load_weights(model: nn.Module, weights: dict, source: Path | str) -> None:
-    """Load `weights` into a bare model, whatever wrapper saved them. Raises `UserError` naming what does not fit."""
-    weights = {_plain_name(name): value for name, value in weights.items()}
-    own = model.state_dict()
-    missing = [name for name in own if name not in weights]
-    extra = [name for name in weights if name not in own]
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    complaints = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
-        if names
-    ]
-    if complaints:
-        raise UserError(
-            f"{source}: does not fit this network: {'; '.join(complaints)}; "
-            "check --dataset, --model, --n_classes and --fusion_method"
-        )
-    model.load_state_dict(weights)
-
-
-def _plain_name(name: str) -> str:
-    return name.replace("_orig_mod.", "").removeprefix("module.")

@@ -1,28 +1,66 @@
-"""Flags: types with a range, and mistakes as one line."""
+"""Flags: types with a range, abbreviations, and mistakes as one line."""
 
 import argparse
+import difflib
 import os
-import shlex
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from utils.errors import UserError
 
+OTHER_NAMES = {"lr": "learning_rate", "seed": "random_seed", "bs": "batch_size", "workers": "num_workers",
+               "gpus": "gpu_ids", "name": "run_name", "root": "data_root", "wandb": "log_path"}  # fmt: skip
+
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are a `UserError` instead of a page of usage."""
+    """An ArgumentParser whose mistakes are a `UserError` of one line, and which suggests the nearest flag."""
 
-    def typed(self, argv: list[str] | None = None) -> set[str]:
-        """The flags that stand on the command line, by name."""
-        words = {word.split("=")[0] for word in (sys.argv[1:] if argv is None else argv)}
-        return {action.dest for option, action in self._option_string_actions.items() if option in words}
+    def __init__(self, *args: Any, abbreviated: Sequence[str] = (), **kwargs: Any):
+        """`abbreviated`: flags that may be typed as any of their unambiguous beginnings."""
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+        self.abbreviated = tuple(abbreviated)
 
-    def error(self, message: str) -> None:
+    def names(self) -> set[str]:
+        """Every flag's name."""
+        return set(vars(super().parse_known_args([])[0]))
+
+    def typed(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """The flags that are on the command line, with their values."""
+        nothing = object()
+        found = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.names(), nothing)))
+        return {name: value for name, value in vars(found).items() if value is not nothing}
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = [self._whole(word) for word in (sys.argv[1:] if args is None else args)]
+        found, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(self._unknown(unknown))
+        return found
+
+    def _whole(self, word: str) -> str:
+        """An abbreviated flag in full."""
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not name or name in self.names():
+            return word
+        matches = [flag for flag in self.abbreviated if flag.startswith(name)]
+        return f"--{matches[0]}{equals}{value}" if len(matches) == 1 else word
+
+    def _unknown(self, words: list[str]) -> str:
+        flags = [word for word in words if word.startswith("-")]
+        name = (flags or words)[0].lstrip("-").partition("=")[0]
+        near = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, sorted(self.names()))), None)
+        suggestion = f"; did you mean --{near}?" if near in self.names() else ""
+        return f"unrecognized arguments: {' '.join(words)}{suggestion}"
+
+    def error(self, message: str) -> Any:
         raise UserError(f"{message}; all flags: --help")
 
 
-def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False) -> Callable[[str], float]:
+Parse = Callable[[str], Any]
+
+
+def number(kind: Parse, low: float, high: float = float("inf"), open_low: bool = False) -> Parse:
     """An argparse type: an int or float in [low, high], or in (low, high] with `open_low`."""
 
     def parse(text: str) -> float:
@@ -41,7 +79,7 @@ def number(kind: type, low: float, high: float = float("inf"), open_low: bool = 
 def path_name(text: str) -> str:
     """An argparse type: something that can name a file or folder. Whether it is there is its reader's business."""
     if not text.strip() or "\0" in text or len(os.fsencode(text)) > 4095:
-        raise argparse.ArgumentTypeError(f"{text[:80]!a} is no name of a file or folder")
+        raise argparse.ArgumentTypeError(f"{text[:80]!a} cannot name a file or folder")
     return text
 
 
@@ -49,35 +87,5 @@ def id_list(text: str) -> str:
     """An argparse type: comma separated numbers, each once."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts) or len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text}: comma separated numbers are wanted, each once, such as 0,1")
+        raise argparse.ArgumentTypeError(f"{text}: must be comma separated numbers, each once, such as 0,1")
     return text
-
-
-def interval(text: str) -> str:
-    """An argparse type: `5` or `5epochs`, or `200steps`; in full, as `interval_of` takes it apart."""
-    unit = "steps" if text.endswith(("step", "steps")) else "epochs"
-    count = text.removesuffix("s").removesuffix(unit[:-1])
-    if not (count.isascii() and count.isdecimal() and 1 <= int(count[:10]) <= 10**9):
-        raise argparse.ArgumentTypeError(f"{text!r}: epochs as in 5, or steps as in 200steps, are wanted, at least 1")
-    return f"{int(count[:10])}{unit}"
-
-
-def interval_of(text: str) -> tuple[int, str]:
-    """What `interval` returned as (count, "epochs" or "steps")."""
-    unit = "steps" if text.endswith("steps") else "epochs"
-    return int(text.removesuffix(unit)), unit
-
-
-def resume_command(words: list[str], run_name: str, own_launch: bool) -> str:
-    """What to type to go on with the run that the flags `words` started.
-
-    `own_launch`: train.py starts its processes itself (--gpu_ids), so there is no torchrun to type.
-    """
-    program = sys.argv[0] if Path(sys.argv[0]).name == "train.py" else "train.py"
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    start = ["python"] if own_launch or local == "1" else ["torchrun", f"--nproc_per_node={local}"]
-    kept = [word for before, word in zip(["", *words], words, strict=False)
-            if "--checkpoint" not in (before, word) and not word.startswith("--checkpoint=")]  # fmt: skip
-    if not any(word == "--run_name" or word.startswith("--run_name=") for word in kept):
-        kept += ["--run_name", run_name]
-    return shlex.join([*start, program, *kept, *(["--resume"] if "--resume" not in kept else [])])

@@ -1,30 +1,91 @@
 """What people read while a run goes on and when it ends. Plain numbers in, lines out."""
 
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 from tqdm import tqdm
 
-HEADS = {"multimodal": "test_acc", "audio": "test_acc_audio", "video": "test_acc_video"}
+from utils.distributed import world_size
 
 
 def progress(name: str, clips: int, shown: bool) -> tqdm:
-    """A bar over `clips` with a rate, gone when done."""
-    return tqdm(total=clips, desc=name, unit="clip", leave=False, disable=not shown, mininterval=0.5)
+    """A bar over `clips` with a rate, removed when done. Nothing where standard error is not a terminal."""
+    return tqdm(total=clips, desc=name, unit="clip", leave=False, disable=None if shown else True, mininterval=0.5)
 
 
-def epoch_line(numbers: dict, epochs: int) -> str:
-    """One epoch's numbers in a line."""
-    shown = {name: numbers.get(key) for name, key in (HEADS | {"val": "val_acc"}).items()}
-    accuracies = "  ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)
-    kept = f"  kept audio/video {numbers['n_audio']}/{numbers['n_video']}" if numbers["n_audio"] is not None else ""
-    head = f"epoch {numbers['epoch']:>3}/{epochs} {numbers['phase']:<6} loss {numbers['train_loss']:.4f}"
-    return f"{head}  {accuracies}{kept}  {numbers['clips_per_second']:.0f} clips/s"
+def some(names: Sequence[str], most: int = 16) -> str:
+    """Names for one line."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def result_table(rows: dict[str, dict]) -> str:
-    """A line per protocol: test accuracy of the three heads and macro F1, `-` for a head that was not trained."""
-    width = max(map(len, rows)) + 2
-    lines = [f"{'':{width}}" + "".join(f"{name:>12}" for name in (*HEADS, "macro F1"))]
-    for name, numbers in rows.items():
-        values = [numbers[key] for key in (*HEADS.values(), "test_f1_macro")]
-        cells = (f"{value:>12.4f}" if value is not None else f"{'-':>12}" for value in values)
-        lines.append(f"{name:{width}}" + "".join(cells))
+def epoch_line(numbers: dict, names: Sequence[str], epochs: int, history: list[dict]) -> str:
+    """One epoch's numbers in a line: loss and test accuracy per head, the partition, speed and time left.
+
+    `history` holds the epochs so far, this one included; the time left is counted from the last few of this phase.
+    """
+    epoch = numbers["epoch"] + 1
+    shown = [("test", numbers["test_acc"]), *((name, numbers[f"test_acc_{name}"]) for name in names)]
+    shown += [("val", numbers.get("val_acc"))] if "val_acc" in numbers else []
+    accuracies = "  ".join(f"{name} {decimal(value, '.3f')}" for name, value in shown)
+    losses = "/".join(decimal(numbers.get(f"train_ce_{head}"), ".3f") for head in ("joint", *names))
+    counts = [numbers.get(f"n_{name}") for name in names]
+    kept = f"  kept {'/'.join(map(str, counts))}" if None not in counts else ""
+    recent = [line for line in history[-5:] if line["phase"] == numbers["phase"]]
+    seconds = sum(seconds_of(line) for line in recent) / max(1, len(recent))
+    speed = f"{numbers['clips_per_second']:.0f} clips/s  {seconds:.1f} s  ETA {clock((epochs - epoch) * seconds)}"
+    return f"epoch {epoch:>3}/{epochs} {numbers['phase']:<5}  CE {losses}  acc {accuracies}{kept}  {speed}"
+
+
+def seconds_of(line: dict) -> float:
+    """Seconds of an epoch: scoring, training, evaluation, diagnostics."""
+    return sum(value for key, value in line.items() if key.startswith("seconds_") and value is not None)
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15, 3675 -> 1:01:15."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def decimal(value: float | None, form: str) -> str:
+    """A number, or "–" for what was not trained or measured."""
+    return "–" if value is None else format(value, form)
+
+
+def result_table(rows: dict[str, dict], names: Sequence[str]) -> str:
+    """A line per protocol: test accuracy of the joint head and each modality's, and macro F1; "–" if not trained."""
+    heads = {"multimodal": "test_acc"} | {name: f"test_acc_{name}" for name in names} | {"macro F1": "test_f1_macro"}
+    width, cell = max(map(len, rows)) + 2, max(12, max(map(len, heads)) + 2)
+    lines = [f"{'':{width}}" + "".join(f"{name:>{cell}}" for name in heads)]
+    for row, numbers in rows.items():
+        values = (decimal(numbers[key], ".4f") for key in heads.values())
+        lines.append(f"{row:{width}}" + "".join(f"{value:>{cell}}" for value in values))
     return "\n".join(lines)
+
+
+def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path, first: int) -> list[str]:
+    """What a run starts with: what the preset changes from `usual`, and a line of device, precision, threads, seed."""
+    filled = args.from_preset
+    changed = [f"{name} {filled[name]}" for name, value in usual.items() if filled.get(name, value) != value]
+    lines = [f"preset {args.preset}: {', '.join(changed)}"] if changed else []
+    if args.method == "remix" and args.warmup == args.epochs:
+        lines.append(f"warning: all {args.epochs} epochs are warm-up, so Remix never starts")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    many = f" x {world_size()}" if world_size() > 1 else ""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    method = args.method if args.balance == "none" else f"{args.method} with {args.balance}"
+    lines.append(f"{method}: {args.epochs} epochs on {name}{many}, {args.precision}{threads}, learning rate "
+                 f"{args.learning_rate:g}, seed {args.random_seed}; {folder}")  # fmt: skip
+    return [*lines, f"resumed after epoch {first}"] if first else lines
+
+
+def lap(clock: float) -> tuple[float, float]:
+    """Seconds since `clock`, the device having finished, and the time now."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    now = time.perf_counter()
+    return now - clock, now

@@ -1,6 +1,7 @@
 """One process or many (torchrun): who am I, how many are we, gather what each computed."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +16,44 @@ from utils.errors import Told, UserError
 _hosts = None  # the group in which hosts talk past their GPUs: asking it waits for no kernel; None is the default group
 
 
-def start(gpus: list[int]) -> torch.device:
-    """Join the group torchrun describes in the environment, if any; returns this process's device.
+def start(device: str = "cpu", gpu_ids: str | None = None, relaunch: bool = False) -> torch.device:
+    """Join the group that torchrun describes in the environment, if any; returns this process's device.
 
-    gpus: of this machine, for its processes in turn; without any the CPU is used. Raises `UserError` if there are more
-    processes than GPUs.
+    `device` is "auto", "cpu" or "cuda". `gpu_ids` names GPUs of this machine, one for each of its processes; by default
+    a single process takes the first visible one. With several of them and `relaunch`, the program is re-executed under
+    torchrun, one process per GPU. Raises `UserError` for GPUs that are not there or too few for the processes.
     """
+    available = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and not available:
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or leave the flag out")
     here, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if gpus and here > len(gpus):
-        raise UserError(f"torchrun: {here} processes for {len(gpus)} GPU(s); type --nproc_per_node={len(gpus)}")
-    device = torch.device("cuda", gpus[local]) if gpus else torch.device("cpu")
+    gpus: list[int] = []
+    if available:
+        # Without --gpu_ids, torchrun's processes take the first GPUs, as many as they are.
+        gpus = list(range(min(here, available))) if gpu_ids is None else [int(part) for part in gpu_ids.split(",")]
+        if max(gpus) >= available:
+            raise UserError(f"--gpu_ids {gpu_ids}: this machine has {available} GPU(s), numbered from 0")
+        if relaunch and len(gpus) > 1 and "WORLD_SIZE" not in os.environ:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(gpus)}"]
+            os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+        if here > len(gpus):
+            raise UserError(f"torchrun: {here} processes for {len(gpus)} GPU(s); use --nproc_per_node={len(gpus)}")
+    elif gpu_ids is not None and is_main():
+        print(f"no CUDA device in use: --gpu_ids {gpu_ids} has no effect, running on the CPU")
+    found = torch.device("cuda", gpus[local]) if gpus else torch.device("cpu")
     if gpus:
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        torch.cuda.set_device(found)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
         global _hosts
         _hosts = dist.new_group(backend="gloo") if gpus else None
-    return device
+    return found
+
+
+def launcher() -> list[str]:
+    """The words that start this program again with as many processes: `python`, or torchrun with its count."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return ["python"] if local == "1" else ["torchrun", f"--nproc_per_node={local}"]
 
 
 def stop() -> None:
@@ -57,6 +79,16 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process writes: rank 0 does, alone."""
     return rank() == 0
+
+
+def parallel(model: nn.Module) -> nn.Module:
+    """The network as this process trains it: under DistributedDataParallel where there are several processes.
+
+    In a homogeneous batch the masked encoders have no gradients, on purpose; the processes agree on which ones.
+    """
+    if world_size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
 def barrier() -> None:
@@ -111,14 +143,14 @@ def together() -> Iterator[None]:
 
 
 def same(values: Tensor) -> Tensor:
-    """Rank 0's `values` on every process, in place: what each works out by itself may differ in the last bit."""
+    """Broadcast rank 0's `values` in place: ranks can differ in the last bit."""
     if dist.is_initialized():
         dist.broadcast(values, 0)
     return values
 
 
 def same_buffers(model: nn.Module) -> None:
-    """Give every process rank 0's buffers: BatchNorm statistics are each process's own until the next joint step."""
+    """Broadcast rank 0's buffers: BatchNorm statistics of ranks can differ in the last bit."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
@@ -132,10 +164,3 @@ def is_first_here() -> bool:
 def local_processes() -> int:
     """How many processes of the group run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
-
-
-def rows_of_ranks(values: Tensor) -> Tensor:
-    """Every process's `values` (...,), exact: (world size, ...)."""
-    rows = values.new_zeros((world_size(), *values.shape))
-    rows[rank()] = values
-    return sum_over_ranks(rows)

@@ -1,17 +1,24 @@
-"""Numbers from logits. Shapes: N clips, C classes."""
+"""Numbers from logits, and the sums of a training epoch. Shapes: N clips, B clips of a batch, C classes.
+
+scikit-learn is imported where it is used: importing it takes seconds that most commands need not spend.
+"""
 
 import numpy as np
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+import torch
 from torch import Tensor
+
+from utils.distributed import sum_over_ranks
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of clips whose highest logit is their label's, in [0, 1]. logits (N, C), labels (N,)."""
-    return float(accuracy_score(labels.cpu().numpy(), logits.argmax(1).cpu().numpy()))
+    return (logits.argmax(1) == labels).double().mean().item()
 
 
 def f1_macro(logits: Tensor, labels: Tensor) -> float:
     """Mean of the per-class F1 over all C classes, 0 for a class that never appears. logits (N, C), labels (N,)."""
+    from sklearn.metrics import f1_score
+
     classes = range(logits.shape[1])
     truth, predicted = labels.cpu().numpy(), logits.argmax(1).cpu().numpy()
     return float(f1_score(truth, predicted, labels=classes, average="macro", zero_division=0))
@@ -19,5 +26,57 @@ def f1_macro(logits: Tensor, labels: Tensor) -> float:
 
 def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
     """Counts (C, C): row the label, column the prediction."""
+    from sklearn.metrics import confusion_matrix
+
     classes = range(logits.shape[1])
     return confusion_matrix(labels.cpu().numpy(), logits.argmax(1).cpu().numpy(), labels=classes)
+
+
+class Tally:
+    """Sums of a training epoch of `batches` batches, kept on the device until the epoch ends.
+
+    `losses` (batches,) holds each batch's loss summed over this process's clips, `heads` for each head the sums
+    (cross entropy, correct predictions, clips) over the clips that were fed to it.
+    """
+
+    def __init__(self, batches: int):
+        self.batches = batches
+        self.losses: Tensor | None = None
+        self.heads: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(
+        self, i: int, loss: Tensor, entropies: dict[str, Tensor], logits: dict[str, Tensor], labels: Tensor, n: float
+    ) -> None:
+        """Count batch `i`: its mean loss and each head's cross entropy, means over `n` clips. logits (B, C)."""
+        if self.losses is None:
+            self.losses = torch.zeros(self.batches, device=loss.device)
+        self.losses[i] = loss.detach() * n
+        for name, entropy in entropies.items():
+            correct = (logits[name].argmax(1) == labels).float().mean()
+            own = torch.stack([entropy.detach().float(), correct, torch.ones_like(correct)]) * n
+            self.heads[name] = self.heads[name] + own if name in self.heads else own
+
+    def numbers(self, heads: tuple[str, ...]) -> dict[str, float | None]:
+        """`train_loss`, the mean loss of a clip, and for each of `heads` `train_ce_<head>` and `train_acc_<head>`.
+
+        Plain, unweighted means over the clips that were fed to the head, None where there were none. All processes must
+        call it; the host reads the device once.
+        """
+        numbers: dict[str, float | None] = {}
+        if self.losses is not None:
+            rows = [self.heads.get(name, torch.zeros(3, device=self.losses.device)) for name in heads]
+            sums = sum_over_ranks(torch.stack([self.losses.sum().expand(3), *rows]).double()).tolist()
+            clips = sum_over_ranks(self.heads["joint"][2:].double().clone()).item()
+            numbers["train_loss"] = sums[0][0] / clips
+            for name, (entropy, correct, count) in zip(heads, sums[1:], strict=True):
+                numbers[f"train_ce_{name}"] = entropy / count if count else None
+                numbers[f"train_acc_{name}"] = correct / count if count else None
+        return numbers
+
+    def first_not_finite(self) -> int | None:
+        """The first batch whose loss is not finite, None if all are. All processes must call it."""
+        if self.losses is None:
+            return None
+        bad = (~sum_over_ranks(self.losses.clone()).isfinite()).nonzero().flatten().tolist()
+        return bad[0] if bad else None

@@ -1,9 +1,8 @@
-"""SIGTERM and Ctrl-C as a question asked after each step, so that a run ends at a step and not in the middle of one."""
+"""SIGTERM and Ctrl-C as a question asked between steps, so that a run ends with a message and the command to resume."""
 
 import os
 import signal
 import threading
-from contextlib import ContextDecorator
 
 from utils.distributed import any_rank, world_size
 
@@ -11,31 +10,28 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ASK_EVERY = 10  # steps between two agreements of several processes: a small message each
 
 
-class Interrupt(ContextDecorator):
-    """Notes signals between `listen()` and the end of the block (or decorated function), which puts handlers back.
+class Signals:
+    """Notes signals between `listen()` and `restore()`. Outside of them a signal does what it always does."""
 
-    Before `listen()` a signal does what it always does: there is nothing yet that could be lost.
-    """
-
-    def __enter__(self) -> "Interrupt":
-        self.noted, self.calls, self.before = None, 0, {}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
+    def __init__(self) -> None:
+        self.noted: str | None = None
+        self.calls, self.before = 0, {}
 
     def listen(self) -> None:
         if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
             self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
     def _note(self, number: int, _) -> None:
         if self.noted is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: now, whatever is lost
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         if self.noted is None:
             # Not print: a handler may run in the middle of another print.
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
         self.noted = signal.Signals(number).name
 
     def asked(self) -> bool:

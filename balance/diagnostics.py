@@ -1,0 +1,163 @@
+"""Why remixing helps, or does not: clash, imbalance, calibration and the partition's moves, as flat numbers.
+
+What `train.py --diagnose` writes to metrics.jsonl and TensorBoard each epoch, all under `diagnose/`. Nothing here
+changes a run: networks are in evaluation mode, gradients are taken aside, generators are put back. It costs one pass
+forward over the test clips and, over the probe clips, one forward and about M + 1 backward.
+
+Shapes: N clips, B clips of a batch, C classes, M modalities, D_m features of modality m.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from math import comb
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models import MultimodalClassifier
+from models.inference import aside, collect
+from remix import batches_of
+from utils.acceleration import compiled
+from utils.distributed import sum_over_ranks
+
+PROBE_BATCHES = 4  # of training clips, on which gradients are taken
+BINS = 15  # of the calibration error (Guo et al., ICML 2017)
+
+
+# ------------------------------------------------------------------------------------------------------------ clash
+
+
+def gradient_clash(model: MultimodalClassifier, batches: Iterable) -> dict[str, float | None]:
+    """Do the joint loss and an encoder's own unimodal loss pull the encoder the same way?
+
+    Gradients of the mean cross entropy over all `batches`, of the joint head and of the unimodal one, each with respect
+    to all parameters of the encoder. Returns for each modality m `clash_cosine_<m>` (1 same direction, 0 unrelated, -1
+    opposite) and `clash_ratio_<m>`, the norm of the joint gradient over that of the unimodal one. None where a gradient
+    is zero. `.grad` stays untouched.
+    """
+    encoders = {name: list(encoder.parameters()) for name, encoder in model.encoders.items()}
+    heads = ("joint", *encoders)
+    total: dict[tuple[str, str], Tensor] = {}  # (encoder, loss) -> the flat gradient's sum
+    for batch in batches:
+        output = model(batch.inputs, batch.fed)
+        logits = {"joint": output.joint} | output.logits
+        for loss in heads:
+            value = batch.weight * F.cross_entropy(logits[loss].float(), batch.labels, reduction="sum")
+            reached = [name for name in encoders if loss in ("joint", name)]
+            parameters = [parameter for name in reached for parameter in encoders[name]]
+            gradients = torch.autograd.grad(value, parameters, retain_graph=loss != heads[-1])
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            sizes = [sum(parameter.numel() for parameter in encoders[name]) for name in reached]
+            for name, part in zip(reached, flat.split(sizes), strict=True):
+                total[name, loss] = total[name, loss] + part if (name, loss) in total else part
+    numbers: dict[str, float | None] = {}
+    for name in encoders:
+        joint, own = (sum_over_ranks(total[name, loss]).double() for loss in ("joint", name))
+        norms = joint.norm().item(), own.norm().item()
+        finite = all(norm > 0 for norm in norms)  # False for NaN too
+        numbers[f"clash_cosine_{name}"] = (joint @ own).item() / (norms[0] * norms[1]) if finite else None
+        numbers[f"clash_ratio_{name}"] = norms[0] / norms[1] if finite else None
+    return numbers
+
+
+# -------------------------------------------------------------------------------------------------------- imbalance
+
+
+@torch.no_grad()
+def shapley(head: Callable[..., Tensor], features: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
+    """Each modality's share of the joint head's accuracy, by its Shapley value in the game of zeroed features.
+
+    features (N, D_m). The worth of a set of modalities is the accuracy with the others' features at zero:
+    `worth_<names joined by +>`, `worth_none`. `shapley_<m>` is the weighted mean of what m adds to each set without it;
+    the Shapley values add up to the worth of all minus that of none.
+    """
+    names = tuple(features)
+    worth = {}
+    for size in range(len(names) + 1):
+        for fed in combinations(names, size):
+            kept = {name: z if name in fed else torch.zeros_like(z) for name, z in features.items()}
+            worth[fed] = (head(kept, fed or names).argmax(1) == labels).double().mean().item()
+    numbers = {f"worth_{'+'.join(fed) or 'none'}": value for fed, value in worth.items()}
+    for name in names:
+        gain = 0.0
+        for fed in (fed for fed in worth if name not in fed):
+            joined = tuple(other for other in names if other in fed or other == name)
+            gain += (worth[joined] - worth[fed]) / (len(names) * comb(len(names) - 1, len(fed)))
+        numbers[f"shapley_{name}"] = gain
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------------ calibration
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error in [0, 1]: |accuracy - confidence| over equal bins of confidence, weighed by clips.
+
+    logits (N, C), labels (N,); the confidence is the highest probability (Guo et al., ICML 2017).
+    """
+    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
+    excess = (predicted == labels).double() - confidence  # (N,)
+    # Bins are open below and closed above, as in the paper: (0, 1/bins], ..., (1 - 1/bins, 1].
+    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    sums = torch.zeros(bins, dtype=torch.double, device=logits.device).index_add_(0, place, excess)
+    return (sums.abs().sum() / len(labels)).item()
+
+
+# -------------------------------------------------------------------------------------------------------- partition
+
+
+def partition_moves(
+    keep: Tensor, before: Tensor | None, names: Sequence[str], labels: Tensor, classes: Sequence[str]
+) -> dict[str, float | None]:
+    """Shares of clips that keep each modality, also by class, and `moved`, the share that changed since last time.
+
+    keep (N, M) bool, `before` the same at the last scoring (None at the first: `moved` is None), labels (N,). Returns
+    `kept_<m>` of every modality, and `kept_<m>/<class>` of all but the last, which is what is left.
+    """
+    moved = (keep != before).any(dim=1).double().mean().item() if before is not None else None
+    numbers: dict[str, float | None] = {"moved": moved}
+    for m, name in enumerate(names):
+        numbers[f"kept_{name}"] = keep[:, m].double().mean().item()
+        for index, label in enumerate(classes if m + 1 < len(names) else ()):
+            own = keep[labels == index, m].double()
+            numbers[f"kept_{name}/{label}"] = own.mean().item() if len(own) else None
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------- all of an epoch
+
+
+def diagnose_model(
+    model: MultimodalClassifier, probe: Iterable, test: Iterable, labels: Tensor
+) -> dict[str, float | None]:
+    """Clash on the `probe` batches; imbalance and calibration on the `test` batches, whose labels are (N,).
+
+    A network that is fed one modality has neither clash nor imbalance. `unimodal_gap` is the accuracy of the first
+    modality's head minus the second's, where there are two.
+    """
+    with aside(model):
+        logits, features = collect(model, test, len(labels))
+        numbers: dict[str, float | None] = {
+            f"ece_{name}": calibration_error(values, labels) for name, values in logits.items()
+        }
+        if all(name in logits for name in model.names):
+            hits = [(logits[name].argmax(1) == labels).double().mean().item() for name in model.names]
+            if len(hits) == 2:
+                numbers["unimodal_gap"] = hits[0] - hits[1]
+            numbers |= shapley(model.head, features, labels)
+            numbers |= gradient_clash(model, probe)
+    return numbers
+
+
+def diagnose(model: MultimodalClassifier, clips: dict, fed: tuple[str, ...], batch_size: int, seed: int) -> dict:
+    """`diagnose_model` on the same few training clips in every epoch and on the test clips. Changes no run."""
+    probe = batches_of(len(clips["train"]), batch_size, fed, torch.Generator().manual_seed(seed))[:PROBE_BATCHES]
+    test = batches_of(len(clips["test"]), 4 * batch_size, fed, generator=None)
+    with compiled(False):  # compiled code gives gradients once; here two losses share a forward pass
+        found = diagnose_model(model, clips["train"].epoch(probe), clips["test"].epoch(test), clips["test"].labels)
+    return under_name(found)
+
+
+def under_name(numbers: dict, prefix: str = "diagnose/") -> dict:
+    return {f"{prefix}{name}": value for name, value in numbers.items()}

@@ -1,0 +1,104 @@
+"""BatchNorm: statistics over all processes, re-estimated after an epoch, frozen for a batch of one clip."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from models.inference import ClipsLike
+from remix import batches_of
+from utils.acceleration import compiled
+from utils.distributed import sum_over_ranks, world_size
+from utils.seeding import epoch_generator
+
+CLIPS = 1024  # that statistics are re-estimated from, at most
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class SyncedBatchNorm(BatchNorm):
+    """BatchNorm with the statistics of the whole batch over all processes, on any device.
+
+    PyTorch's own SyncBatchNorm runs on GPUs only. Sums are taken in float64.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None: ...
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        dims = [0, *range(2, input.dim())]
+        x = input.double()
+        count = x.new_full((1,), x.numel() / x.shape[1])
+        sums = all_reduce(torch.cat([x.sum(dims), x.square().sum(dims), count]))
+        total, squares, n = sums.split([x.shape[1], x.shape[1], 1])
+        mean = total / n
+        variance = (squares / n - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            momentum = self.momentum if self.momentum is not None else 0.1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            unbiased = variance * n / (n - 1).clamp(min=1)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+            self.num_batches_tracked.add_(1)
+        x = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+        return (x * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+
+
+def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Have every BatchNorm of `model` compute its statistics over all processes; parameters and names stay."""
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, BatchNorm):
+                synced = SyncedBatchNorm(norm.num_features, norm.eps, norm.momentum)
+                synced.weight, synced.bias = norm.weight, norm.bias
+                synced.running_mean, synced.running_var = norm.running_mean, norm.running_var
+                synced.num_batches_tracked = norm.num_batches_tracked
+                setattr(parent, name, synced)
+    return model
+
+
+@contextmanager
+def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
+    """Use the running statistics in training too: a single clip has no batch statistics where maps are 1 x 1."""
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+@torch.no_grad()
+def reestimate(
+    model: nn.Module, clips: ClipsLike, fed: tuple[str, ...], batch_size: int, seed: int, epoch: int
+) -> None:
+    """Re-estimate BatchNorm's running statistics for the current weights: the mean over batches, forward only.
+
+    Running statistics lag the weights by about ten steps, and those of an encoder that is skipped in homogeneous
+    batches come from its last few batches, which held the clips that are hard in it. Scored with them, a clip's
+    difficulty is partly an accident: an encoder can look certain, get no more batches and never recover. At most
+    `CLIPS` clips, the same for the same seed and epoch, are seen as they are scored: without augmentation.
+    """
+    chosen = torch.randperm(len(clips), generator=epoch_generator(seed, epoch, "batchnorm"))[:CLIPS]
+    plan = [batch for batch in batches_of(chosen, batch_size, fed, None) if len(batch.clips) >= 2 * world_size()]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    model.train()
+    for i, batch in enumerate(clips.epoch(plan)):
+        for norm in norms:
+            norm.momentum = 1 / (i + 1)  # a plain mean; PyTorch's own (None) reads a counter off the device each time
+        with compiled(False):  # one more graph for a pass without gradients would take longer than it saves
+            model(batch.inputs, batch.fed)
+    for norm, (momentum, tracked) in zip(norms, before, strict=True):
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(tracked)  # counts training steps
+        for statistic in (norm.running_mean, norm.running_var):
+            sum_over_ranks(statistic).div_(world_size())

@@ -1,0 +1,106 @@
+"""Evaluation-mode passes over many batches: one `collect` for scoring, evaluation, features and diagnostics.
+
+Shapes: N clips, C classes, D_m features of modality m.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from remix import Batch, batches_of
+from utils.acceleration import compiled
+from utils.console import progress, some
+from utils.distributed import is_main, sum_over_ranks
+from utils.errors import UserError
+
+
+class ClipsLike(Protocol):
+    """What is used of `dataset.clips.Clips`."""
+
+    names: list[str]
+
+    def __len__(self) -> int: ...
+    def epoch(self, plan: list[Batch]) -> Iterator[Any]: ...
+
+
+class Collected(NamedTuple):
+    """Logits (N, C) of "joint" and of every fed modality, and features (N, D_m) of every modality, float32."""
+
+    logits: dict[str, Tensor]
+    features: dict[str, Tensor]
+
+
+@contextmanager
+def aside(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; modes of all modules and global generators as before after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices):  # a DataLoader draws its workers' seed when it starts
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+@torch.inference_mode()
+def collect(
+    model: nn.Module,
+    batches: Iterable,
+    clips: int,
+    features: bool = True,
+    bar: tqdm | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Collected:
+    """What the network says of a part of N `clips`, each process doing its share and getting the whole.
+
+    `batches` are `dataset.clips.ClipBatch`es that together hold every clip once. The network is
+    used in the mode it is in. Features are left out where not asked for. `bar` is moved by the clips of each batch, and
+    `check` may end the pass by raising after any of them.
+    """
+    found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+    full = None  # clips of a full batch: the first one
+    for batch in batches:
+        full = full or batch.total
+        with compiled(batch.total == full):
+            output = model(batch.inputs, batch.fed)
+        kinds = ({"joint": output.joint} | output.logits, output.features if features else {})
+        for rows, values in zip(found, kinds, strict=True):
+            for name, value in values.items():
+                if name not in rows:
+                    rows[name] = torch.zeros(clips, value.shape[1], device=value.device)
+                rows[name][batch.clips] = value.float() * batch.weight
+        if bar is not None:
+            bar.update(batch.total)
+        check()
+    logits, values = ({name: sum_over_ranks(rows) for name, rows in own.items()} for own in found)
+    return Collected(logits, values)
+
+
+def predict(
+    model: nn.Module,
+    clips: ClipsLike,
+    fed: tuple[str, ...],
+    batch_size: int,
+    name: str = "predictions",
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Logits (N, C) of "joint" and of each fed modality for all `clips` in order: eval mode, no augmentation.
+
+    One pass serves evaluation and the scoring of Remix. Raises `UserError` naming the clips if a logit is not finite.
+    """
+    model.eval()
+    with progress(name, len(clips), is_main()) as bar:
+        batches = clips.epoch(batches_of(len(clips), batch_size, fed, generator=None))
+        logits = collect(model, batches, len(clips), features=False, bar=bar, check=check).logits
+    finite = torch.stack([values.isfinite().all(dim=1) for values in logits.values()]).all(dim=0)  # (N,)
+    if not finite.all():
+        bad = [clips.names[i] for i in (~finite).nonzero().flatten().tolist()]
+        raise UserError(f"{name}: not finite for {len(bad)} of {len(clips)} clips: {some(bad)}; look at them, or train "
+                        "with a lower --learning_rate")  # fmt: skip
+    return logits

@@ -1,0 +1,318 @@
+"""A run: its folder, its records, its checkpoints, and how it stops.
+
+config.json says what was asked, metrics.jsonl what happened in each epoch, summary.json what came out; beside them lie
+partition.csv, the TensorBoard events, pictures, best.pth and last.pth. Only the first process writes.
+"""
+
+import csv
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from utils import distributed
+from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import Interrupted, UserError
+from utils.files import atomic_path, remove_leftovers, writing
+from utils.seeding import rng_state, set_rng_state
+from utils.signals import Signals
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CONTINUE = "continue with --resume"
+FORMAT = 2  # of last.pth; raise it when a run of an earlier version can no longer be resumed
+# A folder that holds nothing but these is a run stopped before its first checkpoint: nothing is lost with it.
+BEGINNINGS = ("config.json", "metrics.jsonl", "partition.csv", "events.out.tfevents.*", ".tmp-*")
+
+
+def board_tag(key: str) -> str:
+    """The TensorBoard tag of a key of metrics.jsonl: accuracy/multimodal, loss/ce_joint, remix/n_audio, ..."""
+    if key in ("test_acc", "val_acc"):
+        return {"test_acc": "accuracy/multimodal", "val_acc": "accuracy_val/multimodal"}[key]
+    for start, tag in (("test_acc_", "accuracy/"), ("val_acc_", "accuracy_val/"), ("train_acc_", "train_accuracy/"),
+                       ("train_ce_", "loss/ce_"), ("n_", "remix/n_"), ("seconds_", "speed/seconds_")):  # fmt: skip
+        if key.startswith(start):
+            return tag + key.removeprefix(start)
+    return {"train_loss": "loss/train", "test_loss": "loss/test", "val_loss": "loss/val",
+            "clips_per_second": "speed/clips_per_second"}.get(key, key)  # fmt: skip
+
+
+class Run:
+    """One run's folder. As a context manager it puts signal handlers back and closes the records."""
+
+    def __init__(self, log_path: str, name: str, resume: bool):
+        """Claim `<log_path>/<name>`; raises `UserError` where it exists and `resume` is false."""
+        self.folder, self.writes = Path(log_path) / name, distributed.is_main()
+        self.signals, self.board, self.history = Signals(), None, []
+        with distributed.together():
+            if self.writes:
+                claim_folder(log_path, name, resume)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.signals.restore()
+        if self.board:
+            self.board.close()
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.pth"
+
+    # ---- records
+
+    def begin(self, config: dict, first_epoch: int = 0) -> None:
+        """Write config.json and open the records; later epochs of an earlier attempt are dropped.
+
+        From here on a signal ends the run with a message (`check`).
+        """
+        self.signals.listen()
+        if not self.writes:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # late: importing it takes seconds
+
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+            write_json(self.folder / "config.json", config)
+            self.history = [line for line in read_metrics(self.folder) if line["epoch"] < first_epoch]
+            with atomic_path(self.folder / "metrics.jsonl") as path:
+                path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
+
+    def epoch(self, metrics: dict) -> None:
+        """One epoch's numbers, `epoch` among them, to metrics.jsonl and TensorBoard."""
+        if not self.writes or self.board is None:
+            return
+        self.history.append(metrics)
+        with writing(self.folder / "metrics.jsonl", CONTINUE), open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        with writing(self.folder, CONTINUE):
+            for name, value in metrics.items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    self.board.add_scalar(board_tag(name), value, metrics["epoch"])
+            self.board.flush()
+
+    def partition(self, epoch: int, clips: list[str], labels: list[str], kl: dict[str, Tensor], kept: Tensor) -> None:
+        """The last scoring to partition.csv and TensorBoard.
+
+        `kl` holds the KL from uniform in bits (N,) for each modality, `kept` (N, M) which of them a clip keeps.
+        """
+        if not self.writes or self.board is None:
+            return
+        with writing(self.folder, CONTINUE):
+            for name, values in kl.items():
+                self.board.add_histogram(f"remix/kl_{name}", values, epoch)
+        table = self.folder / "partition.csv"
+        with writing(table, CONTINUE), atomic_path(table) as path, open(path, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["clip", "label", *(f"kl_{name}" for name in kl), "kept"])
+            columns = zip(*(values.tolist() for values in kl.values()), strict=True)
+            for clip, label, bits, keeps in zip(clips, labels, columns, kept.tolist(), strict=True):
+                names = "+".join(name for name, keep in zip(kl, keeps, strict=True) if keep)
+                writer.writerow([clip, label, *(f"{value:.6f}" for value in bits), names])
+
+    def figure(self, name: str, figure: "Figure", epoch: int) -> None:
+        """A matplotlib figure as `<name>.png` and in TensorBoard."""
+        if not self.writes or self.board is None:
+            return
+        picture = self.folder / f"{name}.png"
+        with writing(picture, CONTINUE), atomic_path(picture) as path:
+            figure.savefig(path, dpi=120)
+        with writing(self.folder, CONTINUE):
+            self.board.add_figure(name, figure, epoch)
+
+    def summary(self, summary: dict) -> None:
+        """The last file of a run: a folder that has it is finished."""
+        if not self.writes or self.board is None:
+            return
+        with writing(self.folder, CONTINUE):
+            self.board.close()
+        write_json(self.folder / "summary.json", summary)
+
+    # ---- checkpoints
+
+    def save(self, weights: dict[str, Tensor], about: dict, state: dict, improved: bool) -> None:
+        """last.pth with `weights`, `about` and everything in `state`; best.pth with the first two, if `improved`.
+
+        Raises `UserError` where a weight is not finite; last.pth is then that of the epoch before.
+        """
+        if not torch.stack([value.isfinite().all() for value in weights.values()]).all():
+            raise UserError(f"{self.folder}: weights are not finite after epoch {state['epoch']}; last.pth is that of "
+                            "the epoch before; try a lower --learning_rate")  # fmt: skip
+        if not self.writes:
+            return
+        about = about | {"model": weights, "epoch": state["epoch"]}
+        # best.pth first: a run killed between the two repeats this epoch, and best.pth with it.
+        if improved:
+            save_checkpoint(self.folder / "best.pth", about, sync=False)
+        save_checkpoint(self.last, about | state | {"rng": rng_state(), "format": FORMAT})
+
+    def state(self) -> dict | None:
+        """What last.pth holds, and the random generators put back; None where there is none.
+
+        Raises `UserError` for a run of an earlier version, which can be evaluated but not resumed.
+        """
+        if not self.last.is_file():  # the run was stopped before its first checkpoint
+            return None
+        state = load_checkpoint(self.last)
+        if state.get("format") != FORMAT:
+            raise UserError(f"--resume: {self.last} was written by an earlier version of this project, whose runs "
+                            "cannot be resumed; evaluate it with --checkpoint, or start a new run")  # fmt: skip
+        set_rng_state(state["rng"])
+        return state
+
+    # ---- stopping
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal asked the run to stop. To be called by all processes alike."""
+        if not self.signals.asked():
+            return
+        distributed.stop()
+        done = f"{self.last} holds {len(self.history)} epochs" if self.last.is_file() else "no epoch was completed"
+        command = shlex.join([*distributed.launcher(), "train.py", "--resume", str(self.folder)])
+        raise Interrupted(f"stopped by {self.signals.noted or 'another process'}; {done}; continue with: {command}")
+
+
+def take_flags_of_run(args: Namespace, typed: dict) -> None:
+    """Take every flag that was not given from the config.json of the run that `--resume` names."""
+    folder = Path(args.resume)
+    config = read_config(folder)
+    own = {name: value for name, value in config.items() if hasattr(args, name) and name not in typed}
+    vars(args).update(own | {"log_path": str(folder.parent), "run_name": folder.name, "train": True, "resume": "auto"})
+    args.from_preset = {name: config[name] for name in config.get("from_preset", {}) if name not in typed}
+
+
+def check_same_run(now: dict, before: dict, data: dict[str, str], seen: dict[str, str], may_change: set[str]) -> None:
+    """Raise `UserError` unless a run is resumed with the flags and the data that it was started with.
+
+    `now` and `before` hold flags, `data` and `seen` a digest of each part.
+    """
+    changed = [f"--{name} {before[name]} (now {value})" for name, value in now.items()
+               if name in before and name not in may_change and value != before[name]]  # fmt: skip
+    if changed:
+        raise UserError(f"--resume: the run was started with {', '.join(changed)}; only these may change: "
+                        f"{', '.join(sorted(may_change - {'resume'}))}")  # fmt: skip
+    parts = [name for name in {**seen, **data} if seen.get(name) != data.get(name)]
+    if parts:
+        raise UserError(f"--resume: {now['data_root']} has other clips or labels in {' and '.join(parts)} than when "
+                        "the run was started; restore them, or start a new run")  # fmt: skip
+
+
+def update_best(best: dict, numbers: dict) -> bool:
+    """Note the best epochs in `best`; True if this one is to be best.pth: by validation if there is one, else test."""
+    better = {part: numbers[f"{part}_acc"] > best.get(f"best_{part}_acc", -1)
+              for part in ("test", "val") if f"{part}_acc" in numbers}  # fmt: skip
+    for part, is_better in better.items():
+        if is_better:
+            best |= {f"best_{part}_acc": numbers[f"{part}_acc"], f"best_{part}_epoch": numbers["epoch"]}
+            best[f"at_best_{part}"] = {name: value for name, value in numbers.items() if name.startswith("test_")}
+    return better.get("val", better["test"])
+
+
+def claim_folder(log_path: str, run_name: str, resume: bool) -> Path:
+    """The run's folder. Raises `UserError` when it exists and is not to be resumed.
+
+    A run that was stopped before its first checkpoint is started again: its folder is emptied.
+    """
+    if run_name in ("", ".", "..") or Path(run_name).name != run_name or not run_name.isprintable():
+        shown = run_name if run_name.isprintable() else ascii(run_name)
+        raise UserError(f"--run_name {shown}: must be a plain folder name")
+    if len(os.fsencode(run_name)) > 200:
+        raise UserError(f"--run_name {run_name[:40]}...: longer than 200 bytes; choose a shorter one")
+    if Path(log_path).exists() and not Path(log_path).is_dir():
+        raise UserError(f"--log_path {log_path}: not a folder; choose one")
+    folder = Path(log_path) / run_name
+    try:
+        files = list(folder.iterdir()) if folder.exists() else []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be a run's folder ({error.strerror}); choose another --log_path or "
+                        "--run_name") from None  # fmt: skip
+    if files and not resume:
+        raise UserError(f"{folder}: this run exists already; choose another --run_name, or pass --resume {folder}")
+    if files and not (folder / "last.pth").is_file():
+        foreign = [file.name for file in files if not any(file.match(pattern) for pattern in BEGINNINGS)]
+        if foreign:
+            raise UserError(f"--resume: {folder} holds {foreign[0]} but no last.pth; choose another --run_name")
+        print(f"{folder}: stopped before its first checkpoint; starting again")
+        for file in files:
+            file.unlink()
+    return folder
+
+
+def write_json(path: Path, value: dict) -> None:
+    with writing(path, CONTINUE), atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a run. Raises `UserError` where there is none that can be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"--resume {folder}: no run (it has no readable config.json); give a run's folder, runs/NAME")
+    return config
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a last line torn by a kill is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+PACKAGES = ("torch", "torchvision", "torchaudio", "numpy", "scikit-learn", "opencv-python-headless")
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with -dirty behind it where files differ from it; None outside git."""
+    here = Path(__file__).resolve().parent
+    describe = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
+def environment(device: torch.device, processes: int) -> dict:
+    """What a run ran on: versions, the commit of this code (None outside git), hardware and command."""
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+        "hardware": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "processes": processes,
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "command": shlex.join(sys.argv),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
