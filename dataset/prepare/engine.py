@@ -347,7 +347,7 @@ def _start_worker(settings: Settings) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed must not go on writing beside the run that is started next."""
+    """End this worker when its parent is killed: it must not write beside the next run."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
