@@ -24,16 +24,16 @@ def actor_of(clip: str) -> str:
     return clip.split("_", 1)[0]
 
 
-def hold_out(labels: Sequence[int], fraction: float, seed: int) -> np.ndarray:
+def hold_out(labels: Sequence[int] | np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """(N,) bool, True for a random `fraction` of each class (rounded, but at least one clip where a class has two).
 
     Raises `UserError` unless 0 < fraction < 1 and both parts get a clip.
     """
-    labels = np.asarray(labels)
+    classes = np.asarray(labels)
     _check_fraction(fraction)
-    held = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label).tolist()
+    held = np.zeros(len(classes), dtype=bool)
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label).tolist()
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         held[_shuffled(members, f"{seed}")[:count]] = True
     _check_parts(held, fraction)
@@ -50,7 +50,7 @@ def hold_out_groups(groups: Sequence[str], labels: Sequence, fraction: float, se
     names = sorted(set(groups))
     if len(names) < 2:
         raise UserError(f"--val_fraction {fraction}: all {len(groups)} clips are of 1 group ({', '.join(names)}), and "
-                        "none may be in two parts; leave the flag out, or mend groups.csv")  # fmt: skip
+                        "none may be in two parts; leave the flag out, or correct groups.csv")  # fmt: skip
     classes = sorted(set(labels))
     row, column = {name: i for i, name in enumerate(names)}, {name: i for i, name in enumerate(classes)}
     table = np.zeros((len(names), len(classes)))  # clips of each group in each class
@@ -72,7 +72,7 @@ def actor_test(clips: Sequence[str], labels: Sequence) -> np.ndarray:
 
 def describe(parts: dict[str, list[tuple[str, str]]], by_actor: bool) -> dict:
     """Numbers for the record of a split: clips, class shares in percent and, by actor, actors and shared actors."""
-    numbers = {"clips": {part: len(rows) for part, rows in parts.items()}}
+    numbers: dict = {"clips": {part: len(rows) for part, rows in parts.items()}}
     numbers["class_percent"] = {
         part: {name: round(100 * count / len(rows), 2) for name, count in sorted(Counter(y for _, y in rows).items())}
         for part, rows in parts.items()

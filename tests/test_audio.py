@@ -14,10 +14,10 @@ import scipy.signal
 import soundfile
 
 from benchmarks.raw_samples import tone, write_video, write_wav
-from dataset import audio
-from dataset.audio import fbank, load_wave, logmel, logstft, resample, spectrogram
+from dataset.prepare import audio
+from dataset.prepare.audio import fbank, load_wave, logmel, logstft, resample, spectrogram
+from dataset.prepare.video import packet_fault
 from dataset.specs import AUDIO_RECIPES
-from dataset.video import packet_fault
 from utils.errors import UserError
 
 SPEECH = Path(__file__).resolve().parents[2] / "shared" / "data" / "spoken_digits" / "recordings"
@@ -215,7 +215,7 @@ def test_memory_follows_the_file_and_not_its_header(tmp_path):
     path.write_bytes(wav_header(0xFFFFFFF0) + np.zeros(16_000, "<i2").tobytes())
     code = (
         "import resource, sys, soundfile, numpy\n"
-        "from dataset.audio import load_wave, _read_pcm16\n"
+        "from dataset.prepare.audio import load_wave, _read_pcm16\n"
         "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (now + 1_500_000_000,) * 2)\n"
         "from pathlib import Path\n"
@@ -277,8 +277,8 @@ def test_demo_and_training_need_neither_librosa_nor_av(tmp_path):
     path = write_wav(tmp_path / "a.wav", 1, 8_000)
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('librosa', 'av')))\n"
-        "import dataset.folder, dataset.prepare\n"
-        "from dataset.audio import load_wave, logmel, fbank\n"
+        "import dataset.folder, dataset.pack, dataset.prepare.__main__\n"
+        "from dataset.prepare.audio import load_wave, logmel, fbank\n"
         "wave, rate = load_wave(sys.argv[1]); print(logmel(wave).shape, fbank(wave, rate).shape)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)

@@ -1,9 +1,8 @@
-"""The doctor: each planted fault is reported under its kind and by its name, and only sound folders pass."""
+"""The doctor: each planted fault is reported under its kind and by its name, and only valid folders pass."""
 
 import json
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import cv2
@@ -12,9 +11,10 @@ import pytest
 from helpers import make_folder
 
 from benchmarks.raw_samples import cremad_names, tone, write_video, write_wav
-from dataset.check import MAX_SIDE, inspect_folder, jpeg_fault, npy_fault
 from dataset.folder import load_folder
-from dataset.prepare import main
+from dataset.inspect import array_fault, inspect_folder
+from dataset.prepare.__main__ import main
+from dataset.prepare.check import inspect_deep
 from dataset.specs import get_spec
 from utils.errors import UserError
 
@@ -36,81 +36,46 @@ def doctor(root, capsys, *flags):
 # One file -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def jpeg(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.jpg"), np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
-    return tmp_path / "a.jpg"
-
-
-def test_good_jpegs(jpeg):
-    assert jpeg_fault(str(jpeg)) == ""
-    cv2.imwrite(str(jpeg), np.zeros((48, 64, 3), np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])
-    assert jpeg_fault(str(jpeg)) == ""
-    data = jpeg.read_bytes()
-    jpeg.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", 60_002) + b"\0" * 60_000 + data[2:])
-    assert jpeg_fault(str(jpeg)) == "", "a large EXIF segment before the dimensions"
-    jpeg.write_bytes(data + b"\0" * 8)
-    assert jpeg_fault(str(jpeg)) == "", "padding behind the end marker"
-
-
-def test_bad_jpegs(jpeg):
-    data = jpeg.read_bytes()
-    at = data.index(b"\xff\xc0") + 5
-    huge = data[:at] + struct.pack(">HH", MAX_SIDE + 1, 64) + data[at + 4 :]
-    flat = data[:at] + struct.pack(">HH", 0, 64) + data[at + 4 :]
-    cases = [
-        (b"", "empty file"),
-        (POINTER_TEXT, "git-lfs pointer"),
-        (b"\x89PNG\r\n", "not a JPEG"),
-        (data[: len(data) // 2], "truncated"),
-        (b"\xff\xd8\xff\xd9", "without dimensions"),
-        (b"\xff\xd8" + b"\xff\xe0\0\0" * 500 + b"\xff\xd9", "without dimensions"),
-        (huge, f"{MAX_SIDE + 1} pixels"),
-        (flat, "0 pixels"),
-    ]
-    for content, reason in cases:
-        jpeg.write_bytes(content)
-        assert reason in jpeg_fault(str(jpeg)), reason
-    assert "cannot be read" in jpeg_fault(str(jpeg.parent / "nowhere.jpg"))
-
-
-def test_spectrogram_files(tmp_path):
+def test_array_files(tmp_path):
     path = tmp_path / "a.npy"
     good = np.ones((12, 20), np.float32)
     np.save(path, good)
     whole, headers = path.read_bytes(), {}
-    assert npy_fault(str(path), headers) == npy_fault(str(path), headers) == ("", (12, 20))
+    assert array_fault(str(path), headers) == array_fault(str(path), headers) == ("", (12, 20))
+    for array in (good[0], good[None]):  # vectors, and more than two dimensions
+        np.save(path, array)
+        assert array_fault(str(path), headers) == ("", array.shape)
     path.write_bytes(whole[:-1])
-    assert "truncated" in npy_fault(str(path), headers)[0]
+    assert "truncated" in array_fault(str(path), headers)[0]
     path.write_bytes(whole + b"\0")
-    assert "truncated" in npy_fault(str(path), {})[0]
+    assert "truncated" in array_fault(str(path), {})[0]
     for array, reason in (
         (good.astype(np.float64), "float64"),
-        (good[0], "shape (20,)"),
+        (good[0, 0], "shape ()"),
         (good[:0], "shape (0, 20)"),
         (np.asfortranarray(good), "column order"),
         (np.array([{}], dtype=object), "type object"),
     ):
         np.save(path, array)
-        assert reason in npy_fault(str(path), headers)[0]
+        assert reason in array_fault(str(path), headers)[0]
     for content, reason in ((b"", "empty"), (POINTER_TEXT, "git-lfs"), (b"\x93NUMPY\x01\0\xff\xff{", "not a .npy")):
         path.write_bytes(content)
-        assert reason in npy_fault(str(path), headers)[0]
-    huge = whole.replace(b"(12, 20)", b"(4294967296, 4294967296)")
-    path.write_bytes(huge)
-    assert npy_fault(str(path), {})[0]
-    assert npy_fault(str(tmp_path / "b.npy"), {})[0] == "no such file"
+        assert reason in array_fault(str(path), headers)[0]
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (2**32, 2**32)})
+    assert "truncated" in array_fault(str(path), {})[0]
+    assert array_fault(str(tmp_path / "b.npy"), {})[0] == "no such file"
 
 
 # A training folder ----------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_folder_passes(tmp_path, capsys):
+def test_a_valid_folder_passes(tmp_path, capsys):
     root = make_folder(tmp_path / "data")
     assert main(["--check", str(root)]) == 0
-    assert "training folder of folder: sound" in capsys.readouterr().out
+    assert "training folder of folder: valid" in capsys.readouterr().out
     status, report = doctor(root, capsys)
-    assert status == 0 and report["sound"] and report["numbers"]["clips"] == {"train": 24, "test": 12}
+    assert status == 0 and report["valid"] and report["numbers"]["clips"] == {"train": 24, "test": 12}
     assert report["numbers"]["per_class"]["train"] == {"a": 8, "b": 8, "c": 8}
 
 
@@ -137,15 +102,15 @@ def test_every_planted_fault_is_reported(tmp_path, capsys):
     with open(root / "train.csv", "a") as file:
         file.write("train_0012,a\nx1,nonsense\nonly one field\n../up,a\ntest_0000,a\n")
     status, report = doctor(root, capsys)
-    assert status == 1 and not report["sound"]
+    assert status == 1 and not report["valid"]
     found = {(problem["kind"], problem["clip"]) for problem in report["problems"]}
     assert found == {
-        ("missing_spectrogram", "train_0000"),
-        ("bad_spectrogram", "train_0001"),
-        ("bad_spectrogram", "train_0002"),
-        ("bad_spectrogram", "train_0003"),
-        ("bad_spectrogram", "train_0004"),
-        ("bad_spectrogram", "train_0005"),
+        ("missing_array", "train_0000"),
+        ("bad_array", "train_0001"),
+        ("bad_array", "train_0002"),
+        ("bad_array", "train_0003"),
+        ("bad_array", "train_0004"),
+        ("bad_array", "train_0005"),
         ("missing_frames", "train_0007"),
         ("missing_frames", "train_0008"),
         ("bad_frame", "train_0009"),
@@ -157,17 +122,52 @@ def test_every_planted_fault_is_reported(tmp_path, capsys):
         ("unsafe_clip", "../up"),
         ("clip_in_two_parts", "test_0000"),
     }
-    assert [(warning["kind"], warning["clip"]) for warning in report["warnings"]] == [("silent", "train_0006")]
+    assert [(warning["kind"], warning["clip"]) for warning in report["warnings"]] == [("constant", "train_0006")]
     assert main(["--check", str(root)]) == 1
     printed = capsys.readouterr().out
-    assert "NOT sound, 16 problem(s)" in printed and "bad_spectrogram: 5" in printed and "train_0009" in printed
+    assert "NOT valid, 16 problem(s)" in printed and "bad_array: 5" in printed and "train_0009" in printed
 
 
 def test_what_only_a_decoder_sees_stops_the_doctor_and_not_the_start(tmp_path):
     root = make_folder(tmp_path / "data")
     np.save(root / "audio" / "test_0003.npy", np.full((33, 20), np.nan, np.float32))
+    frame = root / "visual" / "train_0001" / "frame_00002.jpg"
+    frame.write_bytes(frame.read_bytes()[:-40])
     assert load_folder(root, get_spec("folder")).missing == []
-    assert "NaN" in inspect_folder(root, get_spec("folder"), deep=True).problems[0].reason
+    report = inspect_deep(root, get_spec("folder"))
+    assert {problem.clip: problem.reason for problem in report.problems} == {
+        "train_0001": "truncated JPEG (no end marker)",
+        "test_0003": "NaN or infinity in it",
+    }
+    assert len(report.files) == 34 and "train_0001" not in report.files
+
+
+def test_a_folder_that_describes_itself(tmp_path, capsys):
+    """dataset.json names the modalities, which the doctor reads too."""
+    root = make_folder(tmp_path / "data")
+    shutil.copytree(root / "visual", root / "flow")
+    (root / "text").mkdir()
+    for path in (root / "audio").iterdir():
+        np.save(root / "text" / path.name, np.arange(5, dtype=np.float32))
+    shutil.rmtree(root / "audio")
+    modalities = [
+        {"name": "flow", "kind": "frames", "folder": "flow"},
+        {"name": "video", "kind": "frames", "folder": "visual"},
+        {"name": "text", "kind": "array", "folder": "text"},
+    ]
+    (root / "dataset.json").write_text(json.dumps({"modalities": modalities}))
+    assert doctor(root, capsys)[0] == 0
+    (root / "flow" / "test_0000" / "frame_00001.jpg").write_bytes(POINTER_TEXT)
+    np.save(root / "text" / "test_0001.npy", np.full(5, np.inf, np.float32))
+    status, report = doctor(root, capsys)
+    assert status == 1 and {(problem["kind"], problem["clip"]) for problem in report["problems"]} == {
+        ("bad_frame", "test_0000"),
+        ("bad_array", "test_0001"),
+    }
+    modalities[2]["recipe"] = "mp3"
+    (root / "dataset.json").write_text(json.dumps({"modalities": modalities}))
+    with pytest.raises(UserError, match=r"dataset\.json: .*'mp3'"):
+        main(["--check", str(root)])
 
 
 def test_no_pickle_is_ever_loaded(tmp_path):
@@ -177,19 +177,19 @@ def test_no_pickle_is_ever_loaded(tmp_path):
 
     root = make_folder(tmp_path / "data")
     np.save(root / "audio" / "test_0003.npy", np.array([Trap()], dtype=object), allow_pickle=True)
-    assert "object" in inspect_folder(root, get_spec("folder"), deep=True).problems[0].reason
+    assert "object" in inspect_deep(root, get_spec("folder")).problems[0].reason
     assert not (tmp_path / "trapped").exists()
 
 
 def test_the_recorded_recipe_decides_the_shape(tmp_path):
     root = make_folder(tmp_path / "data", audio_shape=(1024, 128), train=3, test=3)
     (root / "prepare.json").write_text('{"audio_recipe": "logstft"}')
-    assert set(kinds(inspect_folder(root, get_spec("folder"), deep=False))) == {"bad_spectrogram"}
+    assert set(kinds(inspect_folder(root, get_spec("folder")))) == {"bad_array"}
     (root / "prepare.json").write_text('{"audio_recipe": "fbank"}')
-    assert inspect_folder(root, get_spec("folder"), deep=False).audio_shape == (1024, 128)
+    assert inspect_folder(root, get_spec("folder")).shapes == {"audio": (1024, 128)}
     (root / "prepare.json").write_text('{"audio_recipe": ["fbank"]}')
     with pytest.raises(UserError, match=r"prepare\.json"):
-        inspect_folder(root, get_spec("folder"), deep=False)
+        inspect_folder(root, get_spec("folder"))
 
 
 def link_folder(root: Path, lists: Path) -> None:
@@ -211,13 +211,13 @@ def link_folder(root: Path, lists: Path) -> None:
 def test_the_official_split_passes_with_a_warning_about_91_actors(tmp_path, capsys):
     root = tmp_path / "data"
     link_folder(root, SHARED / "cremad")
-    report = inspect_folder(root, get_spec("CREMAD"), deep=False)
+    report = inspect_folder(root, get_spec("CREMAD"))
     assert report.problems == [] and [warning.kind for warning in report.warnings] == ["actor_overlap"]
     assert report.numbers["shared_actors"] == 91 and "91 actors" in report.warnings[0].reason
     assert report.numbers["per_class"]["train"] == get_spec("CREMAD").train_class_counts
     rows = (root / "train.csv").read_text().splitlines()
     (root / "train.csv").write_text("\n".join(rows[1:]))
-    warnings = inspect_folder(root, get_spec("CREMAD"), deep=False).warnings
+    warnings = inspect_folder(root, get_spec("CREMAD")).warnings
     assert {warning.kind for warning in warnings} == {"actor_overlap", "clip_counts", "class_counts"}
 
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import train
-from dataset import demo
-from dataset.demo import DemoSettings, ensure_demo
+from dataset.folder import load_folder, split_validation
+from dataset.prepare import demo
+from dataset.prepare.demo import DemoSettings, ensure_demo
+from dataset.specs import get_spec
 from utils.errors import UserError
 
 RATE = 8_000
@@ -262,8 +263,9 @@ def test_a_validation_part_is_of_other_machines(tmp_path):
     settings = replace(TINY, limit=240)
     ensure_demo(root, settings=settings, quiet=True)
     machine = {row["clip"]: row["machine"] for row in read_csv(root / "clips.csv")}
-    flags = ["--train", "--data_root", str(root), "--val_fraction", "0.1"]
-    _, parts = train.load_parts(train.parse_args(flags))
+    folder = load_folder(root, get_spec("demo"))
+    train, val = split_validation(folder.parts["train"], 0.1, folder.groups)
+    parts = {"train": train, "val": val, "test": folder.parts["test"]}
     used = {name: {machine[clip] for clip in part.clips} for name, part in parts.items()}
     assert [len(used[name]) for name in ("train", "val", "test")] == [5, 1, 6]
     assert not used["train"] & used["val"] and not used["test"] & (used["train"] | used["val"])
@@ -295,7 +297,7 @@ def test_made_twice_it_is_the_same_byte_by_byte(tiny, tmp_path):
     first, second = contents(tiny), contents(tmp_path / "again")
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
-    assert not list(tmp_path.glob(".again.[!l]*"))  # nothing is left beside it but the lock
+    assert {path.name for path in tmp_path.iterdir()} == {"again", ".again.lock"}
 
 
 def test_another_seed_draws_other_clips_and_another_tone_range_the_same_pictures(tiny, tmp_path):
@@ -307,7 +309,7 @@ def test_another_seed_draws_other_clips_and_another_tone_range_the_same_pictures
     assert not any(first[name] == second[name] for name in first if name.endswith((".wav", ".npy")))
 
 
-def test_it_is_made_once_and_anew_when_something_changes(tmp_path):
+def test_it_is_made_once_and_again_when_something_changes(tmp_path):
     root = tmp_path / "demo"
     assert ensure_demo(root, settings=TINY, quiet=True)
     assert not ensure_demo(root, settings=TINY, quiet=True)
@@ -317,7 +319,7 @@ def test_it_is_made_once_and_anew_when_something_changes(tmp_path):
     assert ensure_demo(root, settings=replace(TINY, grain=0.05), quiet=True)
 
 
-def test_older_code_s_data_is_made_anew(tmp_path, monkeypatch):
+def test_older_code_s_data_is_made_again(tmp_path, monkeypatch):
     root = tmp_path / "demo"
     ensure_demo(root, settings=TINY, quiet=True)
     monkeypatch.setattr(demo, "VERSION", demo.VERSION + 1)
@@ -338,39 +340,40 @@ def few_clips(self, **values):
 
 
 def test_a_killed_run_is_not_taken_for_data(tmp_path):
-    """A real kill in the middle of the raw clips: nothing stands where training would look, and the next call mends."""
+    """A real kill in the middle of the raw clips: nothing stands where training looks, and the next call makes it."""
     root = tmp_path / "demo"
-    code = f"from dataset.demo import *; ensure_demo({str(root)!r}, settings=DemoSettings(limit=400), quiet=True)"
+    code = (
+        f"from dataset.prepare.demo import *; ensure_demo({str(root)!r}, settings=DemoSettings(limit=400), quiet=True)"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO)
     deadline = time.time() + 120
-    while not list(tmp_path.glob(".demo.making/raw/audio/*.wav")) and time.time() < deadline:
+    while not list(tmp_path.glob(".tmp-new-demo/raw/audio/*.wav")) and time.time() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert list(tmp_path.glob(".demo.making/raw/audio/*.wav"))
+    assert list(tmp_path.glob(".tmp-new-demo/raw/audio/*.wav"))
     assert not root.exists()
     assert ensure_demo(root, settings=TINY, quiet=True)
-    assert not (tmp_path / ".demo.making").exists()
+    assert not (tmp_path / ".tmp-new-demo").exists()
 
 
 def test_two_at_once_make_it_once(tmp_path):
     settings = "DemoSettings(limit=100)"
-    code = f"from dataset.demo import *; print(ensure_demo({str(tmp_path / 'demo')!r}, settings={settings}))"
+    code = f"from dataset.prepare.demo import *; print(ensure_demo({str(tmp_path / 'demo')!r}, settings={settings}))"
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert sorted(process.communicate()[0].split()[-1] for process in both) == ["False", "True"]
 
 
-def test_a_worker_does_not_wait_for_the_parent_that_waits_for_it(tmp_path):
-    """A script that calls ensure_demo without a __main__ guard is imported again by the workers of the preparation."""
-    fcntl = pytest.importorskip("fcntl")
-    code = f"from dataset.demo import *; ensure_demo({str(tmp_path / 'demo')!r})"
-    with open(tmp_path / ".demo.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        child = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
-    assert "call ensure_demo under: if __name__ == '__main__'" in child.stderr
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: no worker processes")
+def test_a_script_without_a_main_guard_ends_with_what_to_do(tmp_path):
+    """The workers of the preparation import it again and would wait for their parent, which waits for them."""
+    script = tmp_path / "script.py"
+    call = f"ensure_demo({str(tmp_path / 'demo')!r}, settings=DemoSettings(limit=210), quiet=True)"
+    script.write_text(f"from dataset.prepare.demo import *\n{call}\n")
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    child = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
+    assert child.returncode and "call ensure_demo under: if __name__ == '__main__'" in child.stderr
 
 
 def test_a_failure_while_remaking_keeps_the_old_data(tmp_path, monkeypatch):
@@ -385,7 +388,7 @@ def test_a_failure_while_remaking_keeps_the_old_data(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="disk is full"):
         ensure_demo(root, settings=replace(TINY, seed=3), quiet=True)
     assert contents(root) == before
-    assert not (tmp_path / ".demo.making").exists()
+    assert not (tmp_path / ".tmp-new-demo").exists()
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):
@@ -418,7 +421,7 @@ def test_a_link_stays_a_link_and_what_it_points_to_is_made(tmp_path):
     (tmp_path / "large disk").mkdir()
     link, real = tmp_path / "demo", tmp_path / "large disk" / "demo"
     link.symlink_to(real)
-    for settings in (TINY, replace(TINY, grain=0.05)):  # new, then anew
+    for settings in (TINY, replace(TINY, grain=0.05)):  # made, then made again
         assert ensure_demo(link, settings=settings, quiet=True)
         assert link.is_symlink() and (real / "demo.json").is_file() and not real.is_symlink()
     assert {path.name for path in tmp_path.iterdir()} == {"demo", "large disk"}
@@ -486,6 +489,8 @@ def test_the_command_names_a_missing_folder():
 
 
 def test_importing_it_needs_neither_librosa_nor_av():
-    code = "import sys; import dataset.demo; print(sorted({'librosa', 'av', 'cv2', 'sklearn'} & set(sys.modules)))"
+    code = (
+        "import sys; import dataset.prepare.demo; print(sorted({'librosa', 'av', 'cv2', 'sklearn'} & set(sys.modules)))"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -27,7 +27,8 @@ import torch
 from helpers import make_folder
 
 import train
-from dataset import audio, lists, pack
+from dataset import lists, pack
+from dataset.prepare import audio
 from utils.errors import run_main
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
@@ -515,10 +516,10 @@ def no_room(stage: Stage) -> str:
 @fault("Environment", "a pack cut short")
 def damaged_pack(stage: Stage) -> str:
     stage.train()
-    for path in (stage.data / ".pack").glob("*/frames.npy"):
+    for path in (stage.data / ".pack").glob("*/video.npy"):
         os.truncate(path, path.stat().st_size // 2)
     said = stage.train("--run_name", "again")
-    assert all(np.load(path, mmap_mode="r").nbytes for path in (stage.data / ".pack").glob("*/frames.npy"))
+    assert all(np.load(path, mmap_mode="r").nbytes for path in (stage.data / ".pack").glob("*/video.npy"))
     return said
 
 
@@ -526,7 +527,7 @@ def damaged_pack(stage: Stage) -> str:
 def abandoned_pack(stage: Stage) -> str:
     left = stage.data / ".pack" / ".tmp-left"
     left.mkdir(parents=True)
-    (left / "frames.npy").write_bytes(bytes(1000))
+    (left / "video.npy").write_bytes(bytes(1000))
     said = stage.train()
     assert not left.exists()
     return said

@@ -1,17 +1,19 @@
 """Lists of clips and classes: what is accepted, what is refused and how the refusal reads."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import make_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset import lists
-from dataset.check import inspect_folder
-from dataset.folder import load_folder, split_validation
+from dataset.folder import digest, load_folder, split_by_actor, split_validation
+from dataset.inspect import inspect_folder
 from dataset.lists import check_clip_id, read_classes, read_clips, read_record
-from dataset.specs import get_spec
+from dataset.specs import get_spec, spec_of
 from utils.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -139,28 +141,83 @@ def test_the_published_cremad_lists():
 # The folder -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_sound_folder_is_listed_in_order(tmp_path):
+def test_a_valid_folder_is_listed_in_order(tmp_path):
     root = make_folder(tmp_path / "data", audio_shape=(12, 20))
     folder = load_folder(root, get_spec("folder"))
     assert folder.classes == ["a", "b", "c"]
-    assert folder.audio_shape == (12, 20)
+    assert folder.shapes == {"audio": (12, 20)} and folder.spec == get_spec("folder")
     assert folder.missing == [] and folder.split == {}
     train = folder.parts["train"]
     assert train.clips == [f"train_{i:04d}" for i in range(24)]
     assert train.labels.dtype == "int64" and train.labels.tolist() == [i % 3 for i in range(24)]
-    assert [path.name for path in train.frames[0]] == [f"frame_{k:05d}.jpg" for k in (1, 2, 3)]
-    assert train.spectrograms[5] == root / "audio" / "train_0005.npy"
+    assert [path.name for path in train.files["video"][0]] == [f"frame_{k:05d}.jpg" for k in (1, 2, 3)]
+    assert train.files["audio"][5] == root / "audio" / "train_0005.npy"
+
+
+def make_three(root: Path) -> Path:
+    """A folder of three modalities: audio, video and vectors of 7 numbers, as its dataset.json says."""
+    make_folder(root)
+    (root / "text").mkdir()
+    for i, clip in enumerate(sorted(path.name for path in (root / "visual").iterdir())):
+        np.save(root / "text" / f"{clip}.npy", np.full(7, i, np.float32))
+    modalities = [
+        {"name": "audio", "kind": "array", "folder": "audio"},
+        {"name": "video", "kind": "frames", "folder": "visual"},
+        {"name": "text", "kind": "array", "folder": "text"},
+    ]
+    write(root / "dataset.json", json.dumps({"modalities": modalities}))
+    return root
+
+
+def test_any_number_of_modalities(tmp_path):
+    root = make_three(tmp_path / "data")
+    spec = spec_of("folder", root)
+    folder = load_folder(root, spec)
+    assert folder.shapes == {"audio": (33, 20), "text": (7,)} and folder.spec is spec
+    part = folder.parts["test"]
+    assert list(part.files) == ["audio", "video", "text"]
+    assert part.files["text"][3] == root / "text" / "test_0003.npy" and len(part.files["video"][3]) == 3
+    train, val = split_validation(folder.parts["train"], 0.25, None)
+    assert [path.stem for path in val.files["text"]] == val.clips and len(train.files["video"]) == len(train.clips)
+    np.save(root / "text" / "train_0001.npy", np.zeros(8, np.float32))
+    (root / "text" / "train_0002.npy").unlink()
+    np.save(root / "text" / "train_0003.npy", np.float32(1))
+    with pytest.raises(UserError, match=r"3 problem\(s\)"):
+        load_folder(root, spec)
+    reasons = {problem.clip: problem.reason for problem in load_folder(root, spec, allow_missing=True).missing}
+    assert "array of shape (8,), not (7,)" in reasons["train_0001"] and reasons["train_0002"] == "no such file"
+    assert "of shape ()" in reasons["train_0003"]
+
+
+def test_the_actor_split_keeps_files_with_their_clips(tmp_path):
+    folder = load_folder(make_three(tmp_path / "data"), spec_of("folder", tmp_path / "data"))
+    renamed = {
+        name: part._replace(clips=[f"{1000 + i % 5}_{name}_{i}" for i in range(len(part.clips))])
+        for name, part in folder.parts.items()
+    }
+    files = {clip: part.files["text"][i] for part in renamed.values() for i, clip in enumerate(part.clips)}
+    again = split_by_actor(folder._replace(parts=renamed))
+    actors = {name: {clip[:4] for clip in part.clips} for name, part in again.parts.items()}
+    assert not actors["train"] & actors["test"] and again.split["name"] == "actor"
+    for part in again.parts.values():
+        assert part.files["text"] == [files[clip] for clip in part.clips]
+    assert sum(len(part.clips) for part in again.parts.values()) == 36 and again.groups == {c: c[:4] for c in files}
+
+
+def test_the_digest_is_of_clips_and_labels(tmp_path):
+    part = load_folder(make_folder(tmp_path / "a"), get_spec("folder")).parts["train"]
+    other = load_folder(make_folder(tmp_path / "b"), get_spec("folder")).parts["train"]
+    assert digest(part) == digest(other) != digest(part._replace(labels=part.labels[::-1]))
 
 
 def test_faults_stop_unless_allowed_and_are_named(tmp_path):
     root = make_folder(tmp_path / "data")
     (root / "audio" / "train_0003.npy").unlink()
-    frame = root / "visual" / "test_0001" / "frame_00002.jpg"
-    frame.write_bytes(frame.read_bytes()[:-20])
+    (root / "visual" / "test_0001" / "frame_00002.jpg").write_bytes(b"")
     with pytest.raises(UserError) as error:
         load_folder(root, get_spec("folder"))
     text = one_line(error)
-    assert "2 problem(s)" in text and "train_0003.npy: no such file" in text and "truncated" in text
+    assert "2 problem(s)" in text and "train_0003.npy: no such file" in text and "frame_00002.jpg: empty file" in text
     assert f"python -m dataset.prepare --check {root} --dataset folder" in text and "--allow_missing" in text
     folder = load_folder(root, get_spec("folder"), allow_missing=True)
     assert {problem.clip for problem in folder.missing} == {"train_0003", "test_0001"}
@@ -176,15 +233,15 @@ def test_faulty_lists_are_no_missing_clips(tmp_path):
         load_folder(root, get_spec("folder"), allow_missing=True)
 
 
-def test_a_folder_without_one_sound_clip_in_a_part(tmp_path):
+def test_a_folder_without_one_valid_clip_in_a_part(tmp_path):
     root = make_folder(tmp_path / "data", test=2)
     for path in (root / "audio").glob("test_*"):
         path.unlink()
-    with pytest.raises(UserError, match=r"no sound clip in test\.csv"):
+    with pytest.raises(UserError, match=r"no valid clip in test\.csv"):
         load_folder(root, get_spec("folder"), allow_missing=True)
 
 
-def test_classes_of_a_named_data_set_must_agree(tmp_path):
+def test_classes_of_a_named_dataset_must_agree(tmp_path):
     with pytest.raises(UserError, match="ANG"):
         load_folder(make_folder(tmp_path / "data"), get_spec("CREMAD"))
 
@@ -200,7 +257,7 @@ def test_validation_part(tmp_path):
     assert sorted(train.clips + val.clips) == sorted(part.clips)
     assert [val.labels.tolist().count(label) for label in range(3)] == [4, 4, 4]
     assert split_validation(part, 0.2, groups=None)[1].clips == val.clips
-    assert all(path.stem == clip for path, clip in zip(val.spectrograms, val.clips, strict=True))
+    assert all(path.stem == clip for path, clip in zip(val.files["audio"], val.clips, strict=True))
     for fraction in (0, 1, -1, 1.5):
         with pytest.raises(UserError, match="val_fraction"):
             split_validation(part, fraction, groups=None)
@@ -216,7 +273,7 @@ def test_a_validation_part_shares_no_group_with_training(tmp_path):
     assert sorted(train.clips + val.clips) == sorted(folder.parts["train"].clips) and len(val.clips) == 10
     assert not {microphone[clip] for clip in train.clips} & {microphone[clip] for clip in val.clips}
     assert set(val.labels.tolist()) == set(train.labels.tolist())
-    numbers = inspect_folder(root, get_spec("folder"), deep=False).numbers
+    numbers = inspect_folder(root, get_spec("folder")).numbers
     assert numbers["groups"] == {"train": 6, "test": 1} and numbers["groups_in_train_and_test"] == 0
     write(root / "groups.csv", "".join(f"{clip},one\n" for clip in clips))
     folder = load_folder(root, get_spec("folder"))

@@ -16,10 +16,11 @@ import pytest
 import soundfile
 
 from benchmarks.raw_samples import EMOTIONS, cremad_names, tone, write_video, write_wav
-from dataset import audio, engine, video
-from dataset.engine import Clip, Settings, prepare_clips
 from dataset.folder import load_folder
-from dataset.prepare import main, write_lists
+from dataset.prepare import audio, engine, video
+from dataset.prepare.__main__ import main
+from dataset.prepare.engine import Clip, Settings, prepare_clips
+from dataset.prepare.lists import write_lists
 from dataset.specs import AUDIO_RECIPES, get_spec
 from utils.errors import UserError
 
@@ -129,7 +130,7 @@ def test_every_planted_fault_of_cremad(faulty, tmp_path, capsys):
     folder = load_folder(out, get_spec("CREMAD"), allow_missing=True)
     assert {problem.clip for problem in folder.missing} == set(skipped), "the lists keep every clip"
     assert sum(len(part.clips) for part in folder.parts.values()) == 10
-    assert folder.audio_shape == (257, 188) and folder.split["name"] == "given"
+    assert folder.shapes == {"audio": (257, 188)} and folder.split["name"] == "given"
     with pytest.raises(UserError, match="7 problem"):
         load_folder(out, get_spec("CREMAD"))
 
@@ -236,11 +237,11 @@ def test_every_planted_fault_of_kinetics_sounds(kinetics, tmp_path, capsys):
         "cut_________000000_000010": "broken_sound",
     }
     folder = load_folder(out, get_spec("KineticSound"), allow_missing=True)
-    assert folder.classes == [f"{i:02d}" for i in range(31)] and folder.audio_shape == (1024, 128)
+    assert folder.classes == [f"{i:02d}" for i in range(31)] and folder.shapes == {"audio": (1024, 128)}
     assert folder.parts["test"].labels.tolist() == [30, 0]
-    assert [len(frames) for frames in folder.parts["test"].frames] == [6, 10]
+    assert [len(frames) for frames in folder.parts["test"].files["video"]] == [6, 10]
     wave, rate = audio.load_wave(raw / "playing drums" / "--4-0ihtnBU_000058_000068.mp4", channels="first")
-    assert np.array_equal(np.load(folder.parts["train"].spectrograms[0]), audio.fbank(wave, rate))
+    assert np.array_equal(np.load(folder.parts["train"].files["audio"][0]), audio.fbank(wave, rate))
 
 
 def test_the_other_recipe(tmp_path):
@@ -248,7 +249,7 @@ def test_the_other_recipe(tmp_path):
     assert cremad(raw, tmp_path / "out", lists) == 0
     assert cremad(raw, tmp_path / "out", lists, "--audio_recipe", "fbank") == 0
     folder = load_folder(tmp_path / "out", get_spec("CREMAD"))
-    assert folder.audio_shape == (1024, 128) == np.load(folder.parts["test"].spectrograms[0]).shape
+    assert folder.shapes["audio"] == (1024, 128) == np.load(folder.parts["test"].files["audio"][0]).shape
 
 
 # Folders that OGM-GE's scripts left -----------------------------------------------------------------------------------
@@ -268,9 +269,9 @@ def test_frames_of_ogm_ge_are_taken_over(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "extract_frames", None)
     assert cremad(raw, tmp_path / "out", make_lists(tmp_path / "lists", names)) == 0
     folder = load_folder(tmp_path / "out", get_spec("CREMAD"))
-    assert [path.name for path in folder.parts["train"].frames[0]] == ["00000.jpg", "00001.jpg"]
+    assert [path.name for path in folder.parts["train"].files["video"][0]] == ["00000.jpg", "00001.jpg"]
     source = raw / "Image-01-FPS" / folder.parts["train"].clips[0] / "00001.jpg"
-    assert folder.parts["train"].frames[0][1].read_bytes() == source.read_bytes()
+    assert folder.parts["train"].files["video"][0][1].read_bytes() == source.read_bytes()
 
 
 def test_kinetics_frames_of_ogm_ge_are_taken_over(tmp_path, monkeypatch):
@@ -352,8 +353,6 @@ def test_leftovers_of_a_kill_are_removed_and_cut_records_not_trusted(tmp_path):
 
 
 def test_two_runs_in_one_folder(tmp_path):
-    if not hasattr(os, "fork"):
-        pytest.skip("no file locks on this system")
     names = make_cremad(tmp_path / "raw", 1)
     with engine._locked(tmp_path / "out"), pytest.raises(UserError, match="another preparation is at work"):
         prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", LOGSTFT, quiet=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset import published
 from dataset.lists import read_clips
-from dataset.prepare import actor_split
-from dataset.published import SUMS, published_split, read_kinetics_list
+from dataset.prepare import published
+from dataset.prepare.lists import actor_split
+from dataset.prepare.published import SUMS, published_split, read_kinetics_list
 from dataset.specs import get_spec
 from dataset.splits import actor_of, hold_out, hold_out_groups
 from utils.errors import UserError

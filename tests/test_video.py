@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks.raw_samples import write_video
-from dataset import video
-from dataset.video import Extracted, breaks_off, extract_frames, packet_fault
+from dataset.prepare import video
+from dataset.prepare.video import Extracted, breaks_off, extract_frames, packet_fault
 from utils.errors import UserError
 
 

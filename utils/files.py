@@ -27,7 +27,7 @@ def writing(path: Path | str, go_on: str = "run the same command again") -> Iter
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = error
+        cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
         if cause is None or cause.errno is None:
@@ -44,10 +44,11 @@ def _refusal(path: Path, error: OSError, go_on: str) -> str:
         mount = mount.parent
     free = shutil.disk_usage(mount).free
     room = f"{free / 2**20:,.0f} MB free" if free >= 2**20 else f"{free / 2**10:,.0f} kB free"
-    advice = {
-        errno.EFBIG: "the process may not write files so large: raise ulimit -f",
-        errno.EDQUOT: "the quota is used up: free some room",
-    }.get(error.errno, "free some room" if error.errno in NO_ROOM else "make it writable")
+    advice = "free some room" if error.errno in NO_ROOM else "make it writable"
+    if error.errno == errno.EFBIG:
+        advice = "the process may not write files so large: raise ulimit -f"
+    elif error.errno == errno.EDQUOT:
+        advice = "the quota is used up: free some room"
     return f"{path}: cannot be written ({error.strerror}; disk {mount}, {room}); {advice} and {go_on}"
 
 

@@ -18,7 +18,9 @@ from utils.errors import UserError, run_main
 
 def parse_args(argv: list[str] | None = None):
     """The flags. Raises `UserError` for a mistake."""
-    parser = Parser(prog="python -m dataset.prepare", description=__doc__.split("\n")[0])
+    parser = Parser(
+        prog="python -m dataset.prepare", description="Raw downloads to a verified training folder, and the doctor."
+    )
     parser.add_argument("--dataset", metavar="NAME", help=f"{' or '.join(SUMS)}; --check takes {', '.join(SPECS)} too")
     job = parser.add_argument_group("prepare")
     job.add_argument("--raw", metavar="DIR", help="the raw download")

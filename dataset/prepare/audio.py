@@ -58,7 +58,8 @@ def _read_wav(path: Path) -> tuple[np.ndarray, int]:
         with soundfile.SoundFile(str(path)) as file:
             _check_rate(path, file.samplerate)
             most, size = MAX_SECONDS * file.samplerate, max(1, BLOCK // file.channels)
-            blocks, total = [np.zeros((0, file.channels), dtype=np.float32)], 0
+            blocks: list[np.ndarray] = [np.zeros((0, file.channels), dtype=np.float32)]
+            total = 0
             while total <= most and len(block := file.read(size, dtype="float32", always_2d=True)):
                 blocks.append(block)
                 total += len(block)
@@ -89,6 +90,7 @@ def _read_pcm16(path: Path) -> tuple[np.ndarray, int]:
 def _read_track(path: Path) -> tuple[np.ndarray, int]:
     """(wave (n, channels), rate) of the first audio track of a video, by PyAV. Damaged packets are passed over."""
     import av
+    from av.error import FFmpegError
 
     try:
         # Titles in Latin-1 are common on the web and no reason to lose a clip.
@@ -103,7 +105,7 @@ def _read_track(path: Path) -> tuple[np.ndarray, int]:
                 total += len(chunk)
                 _check_length(path, total, stream.rate)
             return np.concatenate(chunks or [np.zeros((0, 1), dtype=np.float32)]), stream.rate
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (FFmpegError, OSError, ValueError) as error:
         raise UserError(f"{path}: no readable audio track ({_short(error)}); get the file again") from None
 
 
@@ -166,7 +168,7 @@ def spectrogram(wave: np.ndarray, rate: int, recipe: AudioRecipe) -> np.ndarray:
         raise UserError("no samples to make a spectrogram of")
     if recipe.name == "fbank":
         return fbank(wave, rate)
-    wave = resample(wave, rate, recipe.rate)
+    wave = resample(wave, rate, recipe.rate or rate)
     return {"logstft": logstft, "logmel": logmel}[recipe.name](wave)
 
 
@@ -216,9 +218,9 @@ def logmel(wave: np.ndarray) -> np.ndarray:
     """
     import torch
 
-    wave = torch.from_numpy(_repeat(wave, LOGMEL_SAMPLES)).double()
+    samples = torch.from_numpy(_repeat(wave, LOGMEL_SAMPLES)).double()
     with torch.no_grad():
-        return _checked(torch.log(_mel()(wave)[:, :32] + 1e-6).numpy(), "logmel")
+        return _checked(torch.log(_mel()(samples)[:, :32] + 1e-6).numpy(), "logmel")
 
 
 _MEL = []  # the transform holds a filter bank that takes longer to make than to use

@@ -27,7 +27,7 @@ def inspect_deep(root: Path | str, spec: DatasetSpec, quiet: bool = True) -> Rep
     report = inspect_folder(root, spec, quiet)
     part_of = part_of_clip(report.parts)
     with ThreadPoolExecutor() as pool:  # decoders and reads let other threads run
-        contents = pool.map(lambda item: _inspect_content(*item, part_of[item[0]]), report.files.items())
+        contents = pool.map(lambda clip: _inspect_content(clip, report.files[clip], part_of[clip]), list(report.files))
         for bad, constant in tqdm(contents, "reading", len(report.files), unit="clip", disable=quiet):
             report.problems.extend(bad)
             report.warnings.extend(constant)

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -39,7 +39,8 @@ from utils.files import Busy, atomic_folder, atomic_path, locked
 # Raise it when the code below changes what the same settings give: data made by older code is then made again.
 VERSION = 3
 
-DIGITS = SPECS["demo"].classes
+DIGITS = SPECS["demo"].classes or ()
+RATE = AUDIO_RECIPES["logmel"].rate or 0  # Hz
 SPEECH_ROOT = SPECS["demo"].root.with_name("demo_speech")
 FEW = 200  # clips: below it, starting worker processes takes longer than the work
 RECORD = "demo.json"  # written last: a folder without it is not a whole demo dataset
@@ -211,17 +212,18 @@ def draw_tone(
     All phases are random. Returns (samples,) float64, and {"snr_db", "speed"}; the hum counts neither as signal nor as
     noise.
     """
-    time = np.arange(settings.samples) / AUDIO_RECIPES["logmel"].rate
+    time = np.arange(settings.samples) / RATE
     key = _sines([(f * machine.speed, 1.0) for f in DTMF[digit]], time, rng)
     snr_db = rng.uniform(*settings.tone_snr_db)
     sound = key + _sines(machine.hum, time, rng)
     truth = {"snr_db": snr_db, "speed": machine.speed}
-    return _in_noise(sound, np.mean(key**2), snr_db, settings.level, rng), truth
+    return _in_noise(sound, float(np.mean(key**2)), snr_db, settings.level, rng), truth
 
 
 def _sines(tones: list[tuple[float, float]], time: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The sum of sines of these (frequency in Hz, amplitude), at random phases."""
-    return sum(a * np.sin(2 * np.pi * f * time + rng.uniform(0, 2 * np.pi)) for f, a in tones)
+    waves = (a * np.sin(2 * np.pi * f * time + rng.uniform(0, 2 * np.pi)) for f, a in tones)
+    return sum(waves, np.zeros(len(time)))
 
 
 def draw_speech(speech: np.ndarray, settings: DemoSettings, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
@@ -237,7 +239,7 @@ def draw_speech(speech: np.ndarray, settings: DemoSettings, rng: np.random.Gener
     before = int(rng.integers(room + 1))
     snr_db = rng.uniform(*settings.speech_snr_db)
     clip = np.pad(speech, (before, room - before))
-    return _in_noise(clip, np.mean(speech**2), snr_db, settings.level, rng), {"snr_db": snr_db}
+    return _in_noise(clip, float(np.mean(speech**2)), snr_db, settings.level, rng), {"snr_db": snr_db}
 
 
 def _in_noise(signal: np.ndarray, power: float, snr_db: float, level: float, rng: np.random.Generator) -> np.ndarray:
@@ -282,7 +284,7 @@ def find_recordings(folder: Path) -> list[Path]:
 
 def read_recording(path: Path) -> np.ndarray:
     """A recording as (n,) float32 at the demo's rate, channels averaged. Raises `UserError` if broken or silent."""
-    sound, _ = load_wave(path, AUDIO_RECIPES["logmel"].rate)
+    sound, _ = load_wave(path, RATE)
     if not np.any(sound):
         raise UserError(f"--speech: {path} is silent; replace it or move it away")
     return sound
@@ -296,15 +298,15 @@ def split_indices(labels: list[str], test_share: float, rng: np.random.Generator
 
     What rounding leaves over goes to the classes with the largest remainders.
     """
-    labels = np.array(labels)
-    classes, counts = np.unique(labels, return_counts=True)
+    of_clip = np.array(labels)
+    classes, counts = np.unique(of_clip, return_counts=True)
     exact = counts * test_share
     quota = np.floor(exact).astype(int)
     left = math.ceil(len(labels) * test_share) - quota.sum()
     quota[np.argsort(quota - exact, kind="stable")[:left]] += 1
     quota = quota.clip(1, counts - 1)
     test = np.concatenate(
-        [rng.permutation(np.nonzero(labels == c)[0])[:n] for c, n in zip(classes, quota, strict=True)]
+        [rng.permutation(np.nonzero(of_clip == c)[0])[:n] for c, n in zip(classes, quota, strict=True)]
     )
     train = np.setdiff1d(np.arange(len(labels)), test)
     return train.tolist(), np.sort(test).tolist()
@@ -369,7 +371,7 @@ def write_video(frames: np.ndarray, fps: int, path: Path) -> None:
     import cv2
 
     height, width = frames.shape[1:3]
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), fps, (width, height))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), fps, (width, height))
     for frame in frames:
         writer.write(np.ascontiguousarray(frame[..., ::-1]))  # OpenCV wants BGR
     writer.release()
@@ -383,7 +385,7 @@ def write_wav(sound: np.ndarray, path: Path) -> None:
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
-        file.setframerate(AUDIO_RECIPES["logmel"].rate)
+        file.setframerate(RATE)
         file.writeframes(np.rint(sound.clip(-1, 1) * 32767).astype("<i2").tobytes())
 
 
@@ -400,10 +402,12 @@ def _write_raw(plan: list[DemoClip], scans: np.ndarray, out: Path, settings: Dem
         # two streams per clip: another tone range then leaves every picture as it was
         see, hear = (np.random.default_rng([settings.seed, stream, i]) for stream in (1, 2))
         frames, looks = draw_video(scans[clip.scan], settings, see)
-        if clip.recording is None:
+        if clip.recording is not None:
+            sound, sounds = draw_speech(read_recording(clip.recording), settings, hear)
+        elif clip.machine is not None:
             sound, sounds = draw_tone(clip.digit, draw_machine(clip.machine, settings), settings, hear)
         else:
-            sound, sounds = draw_speech(read_recording(clip.recording), settings, hear)
+            raise ValueError(f"{clip.name}: neither a recording nor a machine")
         clip.truth = sounds | looks
         write_video(frames, settings.fps, video / f"{clip.name}.avi")
         write_wav(sound, audio / f"{clip.name}.wav")
@@ -421,7 +425,7 @@ def load_scans() -> tuple[np.ndarray, list[str]]:
     """scikit-learn's bundled digits: scans (1797, 8, 8) float64 ink in [0, 1], and their class names."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     return digits.images / 16, [str(d) for d in digits.target]
 
 
@@ -453,7 +457,7 @@ def ensure_demo(
     wanted = _make_record(settings, recordings)
     with _alone(root):
         record = read_record(root)
-        if record == wanted and _is_whole(root, record):
+        if record is not None and record == wanted and _is_whole(root, record):
             return False
         _refuse_foreign(root, record)
         if not quiet:

@@ -347,8 +347,10 @@ def _start_worker(settings: Settings) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed must not go on writing beside the run that is started next."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    """End this worker when its parent is killed: it must not write beside the next run."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
@@ -360,14 +362,19 @@ def _enter_one_thread(settings: Settings) -> Callable[[], None]:
     level, threads = cv2.utils.logging.getLogLevel(), cv2.getNumThreads()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     cv2.setNumThreads(1)
-    undo = [lambda: cv2.utils.logging.setLogLevel(level), lambda: cv2.setNumThreads(threads)]
+    undo: list[Callable] = [lambda: cv2.utils.logging.setLogLevel(level), lambda: cv2.setNumThreads(threads)]
     if settings.recipe in ("fbank", "logmel") or "torch" in sys.modules:
         import torch
 
         torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         undo.append(lambda: torch.set_num_threads(torch_threads))
-    return lambda: [step() for step in undo]
+
+    def restore() -> None:
+        for step in undo:
+            step()
+
+    return restore
 
 
 @contextlib.contextmanager

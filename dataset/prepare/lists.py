@@ -65,4 +65,4 @@ def actor_split(rows: list[tuple[str, str]], spec: DatasetSpec) -> Split:
     }
     record = {"name": "actor", "dataset": spec.name, "source": "clip ids", "seed": ACTOR_SEED}
     record |= {"complete": len(rows) == CREMAD_CLIPS, **describe(parts, by_actor=True)}
-    return Split(list(spec.classes), parts, record)
+    return Split(list(spec.classes or ()), parts, record)

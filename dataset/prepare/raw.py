@@ -115,7 +115,7 @@ def cremad_rows(index: Index, spec: DatasetSpec) -> list[tuple[str, str]]:
     """(clip, label) of every clip in a raw CREMA-D folder, sorted, from ids alone: `actor_sentence_EMOTION_level`."""
     names = sorted({*index.videos, *index.sounds, *index.frames, *index.spectrograms})
     fields = [(name, name.split("_")) for name in names]
-    rows = [(name, f[2]) for name, f in fields if len(f) == 4 and f[0].isdecimal() and f[2] in spec.classes]
+    rows = [(name, f[2]) for name, f in fields if len(f) == 4 and f[0].isdecimal() and f[2] in (spec.classes or ())]
     if not rows:
         raise UserError(f"{index.root}: no file named like a CREMA-D clip (1001_DFA_ANG_XX.flv); wrong folder?")
     for clip, _ in rows:

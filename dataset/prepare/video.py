@@ -102,6 +102,7 @@ class _Frames:
 def packet_fault(path: Path, needs_sound: bool) -> tuple[str, str]:
     """(kind, reason) why a video will not do, ('', '') if it may: packets are counted, one frame is decoded."""
     import av
+    from av.error import FFmpegError
 
     try:
         with av.open(os.path.abspath(path), metadata_errors="replace") as container:
@@ -115,7 +116,7 @@ def packet_fault(path: Path, needs_sound: bool) -> tuple[str, str]:
             found = sum(1 for packet in packets if packet.size)
             if not any(packet.decode() for packet in packets[:30]):
                 return "broken_video", "no frame can be decoded; get the file again"
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (FFmpegError, OSError, ValueError) as error:
         why = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
         return "broken_video", f"not a readable video ({why}); get the file again"
     if breaks_off(found, promised, float(stream.average_rate or 0)):

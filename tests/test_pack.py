@@ -1,0 +1,311 @@
+"""Frames and arrays are read whole or named, and packs are never half or outdated, whoever is killed when."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from helpers import make_folder
+
+from dataset import pack as pack_module
+from dataset.folder import Folder, load_folder
+from dataset.pack import (
+    frame_size,
+    is_packed,
+    open_pack,
+    pack_bytes,
+    read_array,
+    read_frame,
+    room_for_packs,
+    shrink,
+    stored_size,
+)
+from dataset.specs import spec_of
+from utils.errors import UserError
+from utils.files import Busy, locked
+
+REPO = Path(__file__).resolve().parents[1]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+BOMB = b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xdc\xff\xdc\x03" + bytes(9) + b"\xff\xd9"
+SIZES = {"video": (40, 48)}
+SHAPES = {"audio": (33, 20), "text": (7,)}
+
+
+def make_three(root: Path) -> Folder:
+    """A folder of audio, video and vectors of 7 numbers."""
+    make_folder(root)
+    (root / "text").mkdir()
+    for i, path in enumerate(sorted((root / "audio").iterdir())):
+        np.save(root / "text" / path.name, np.full(7, i, np.float32))
+    modalities = [
+        {"name": "audio", "kind": "array", "folder": "audio"},
+        {"name": "video", "kind": "frames", "folder": "visual"},
+        {"name": "text", "kind": "array", "folder": "text"},
+    ]
+    (root / "dataset.json").write_text(json.dumps({"modalities": modalities}))
+    return load_folder(root, spec_of("folder", root))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_three(tmp_path / "data")
+
+
+def packs(folder: Folder) -> list[str]:
+    """What lies in .pack beside the lock."""
+    return sorted(path.name for path in (folder.root / ".pack").iterdir() if path.name != "lock")
+
+
+# One file -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jpeg(tmp_path):
+    path = tmp_path / "data set" / "visual" / "clip" / "a.jpg"
+    path.parent.mkdir(parents=True)
+    cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    return path
+
+
+def test_whole_frames(jpeg):
+    data, image = jpeg.read_bytes(), read_frame(jpeg)
+    assert image.shape == (48, 64, 3) and image.dtype == np.uint8
+    assert np.array_equal(image, cv2.imread(str(jpeg), cv2.IMREAD_COLOR_RGB))
+    assert frame_size(jpeg) == (48, 64)
+    jpeg.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", 60_002) + b"\0" * 60_000 + data[2:])
+    assert np.array_equal(read_frame(jpeg), image), "a large EXIF segment before the dimensions"
+    jpeg.write_bytes(data + b"\0" * 8)
+    assert np.array_equal(read_frame(jpeg), image), "padding behind the end marker"
+    cv2.imwrite(str(jpeg), image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])
+    assert read_frame(jpeg).shape == image.shape
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (POINTER, "git-lfs pointer; run git lfs pull"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a JPEG file"),
+        (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(100), "truncated JPEG"),
+        (b"\xff\xd8\xff\xd9", "cannot be decoded"),
+        (BOMB, "cannot be decoded"),
+        (None, "cannot be read (No such file or directory)"),
+    ],
+)
+def test_broken_frames_are_one_line_with_the_command_that_lists_all(jpeg, content, reason):
+    jpeg.unlink()
+    if content is not None:
+        jpeg.write_bytes(content)
+    for read in (read_frame, frame_size):
+        with pytest.raises(UserError) as error:
+            read(jpeg)
+        text = str(error.value)
+        assert text.startswith(f"{jpeg}: {reason}") and "\n" not in text
+        assert f"python -m dataset.prepare --check '{jpeg.parents[2]}' lists all" in text and "--allow_missing" in text
+
+
+def test_a_frame_cut_short_is_not_filled_with_grey(jpeg):
+    data = jpeg.read_bytes()
+    jpeg.write_bytes(data[: len(data) // 2])
+    assert cv2.imread(str(jpeg)) is not None, "OpenCV says nothing"
+    with pytest.raises(UserError, match="truncated JPEG"):
+        read_frame(jpeg)
+    jpeg.write_bytes(cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes())
+    with pytest.raises(UserError, match="not a JPEG"):
+        read_frame(jpeg)
+
+
+def test_arrays(tmp_path):
+    path = tmp_path / "audio" / "a.npy"
+    path.parent.mkdir()
+    for shape in ((7,), (3, 4), (2, 3, 4)):
+        np.save(path, np.ones(shape, np.float32))
+        assert read_array(path, shape).shape == shape
+    doctor = f"--check {tmp_path} lists all"
+    with pytest.raises(UserError, match=rf"shape \(2, 3, 4\), not \(7,\); .*{doctor}"):
+        read_array(path, (7,))
+    np.save(path, np.full(7, np.nan, np.float32))
+    with pytest.raises(UserError, match="NaN"):
+        read_array(path, (7,))
+    np.save(path, np.array([{}], dtype=object))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_array(path, (1,))
+    path.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        read_array(path, (1,))
+
+
+def test_sizes(folder):
+    first = [paths[0] for paths in folder.parts["train"].files["video"]]
+    cv2.imwrite(str(first[0]), np.zeros((90, 20, 3), np.uint8))
+    frame_size.cache_clear()
+    assert stored_size(first) == (40, 48) and stored_size(first, 20) == (20, 24) and stored_size(first, 64) == (40, 48)
+    assert shrink((90, 120), None) == (90, 120)
+
+
+# A pack ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pack_holds_every_modality(folder):
+    part = folder.parts["train"]
+    pack = open_pack(folder.root, "train", part, SIZES, SHAPES)
+    assert {name: (array.shape, array.dtype.name) for name, array in pack.arrays.items()} == {
+        "video": ((72, 3, 40, 48), "uint8"),
+        "audio": ((24, 33, 20), "float32"),
+        "text": ((24, 7), "float32"),
+    }
+    assert list(pack.first) == list(pack.counts) == ["video"]
+    for i in (0, 5, 23):
+        rows = slice(pack.first["video"][i], pack.first["video"][i] + pack.counts["video"][i])
+        frames = np.stack([read_frame(path) for path in part.files["video"][i]]).transpose(0, 3, 1, 2)
+        assert np.array_equal(pack.arrays["video"][rows], frames)
+        for name in SHAPES:
+            assert np.array_equal(pack.arrays[name][i], np.load(part.files[name][i]))
+    written = sum(path.stat().st_size for path in (folder.root / ".pack").rglob("*.npy"))
+    assert written == pytest.approx(pack_bytes(part, SIZES, SHAPES), abs=3 * 128)
+    assert sorted(p.name for p in (folder.root / ".pack" / packs(folder)[0]).iterdir()) == [
+        "audio.npy",
+        "pack.json",
+        "text.npy",
+        "video.npy",
+    ]
+
+
+def test_a_pack_of_some_modalities(folder):
+    pack = open_pack(folder.root, "train", folder.parts["train"], {}, {"text": (7,)})
+    assert list(pack.arrays) == ["text"] and pack.first == {}
+    (folder.root / "visual" / "train_0000" / "frame_00001.jpg").unlink()  # of no interest to this pack
+    assert is_packed(folder.root, "train", folder.parts["train"], {}, {"text": (7,)})
+
+
+def test_clips_of_different_numbers_of_frames_and_sizes(folder):
+    frames = folder.parts["test"].files["video"]
+    frames[1].pop()
+    cv2.imwrite(str(frames[2][1]), np.zeros((90, 20, 3), np.uint8))
+    pack = open_pack(folder.root, "test", folder.parts["test"], {"video": (20, 24)}, {})
+    assert pack.counts["video"][:4].tolist() == [3, 2, 3, 3] and pack.first["video"][:4].tolist() == [0, 3, 5, 8]
+    assert pack.arrays["video"].shape == (35, 3, 20, 24) and not pack.arrays["video"][6].any()
+
+
+def test_a_pack_is_made_once_and_again_when_a_source_changes(folder):
+    part = folder.parts["train"]
+    first = open_pack(folder.root, "train", part, SIZES, SHAPES)
+    (made,) = packs(folder)
+    stamp = (folder.root / ".pack" / made / "video.npy").stat().st_mtime_ns
+    open_pack(folder.root, "train", part, SIZES, SHAPES)
+    assert (folder.root / ".pack" / made / "video.npy").stat().st_mtime_ns == stamp
+    np.save(folder.root / "text" / "train_0000.npy", np.full(7, 9, np.float32))
+    assert not is_packed(folder.root, "train", part, SIZES, SHAPES)
+    second = open_pack(folder.root, "train", part, SIZES, SHAPES)
+    assert first.arrays["text"][0, 0] != second.arrays["text"][0, 0] == 9 and len(packs(folder)) == 2
+    os.utime(folder.root / ".pack" / made / "pack.json", (0, 0))
+    np.save(folder.root / "text" / "train_0000.npy", np.full(7, 10, np.float32))
+    open_pack(folder.root, "train", part, SIZES, SHAPES)
+    assert made not in packs(folder) and len(packs(folder)) == 2, "one that nobody opened for a day is deleted"
+
+
+def test_a_damaged_pack_is_made_again(folder):
+    asked = (folder.root, "train", folder.parts["train"], SIZES, SHAPES)
+    open_pack(*asked)
+    (made,) = packs(folder)
+    for spoil in (lambda path: os.truncate(path, path.stat().st_size // 2), Path.unlink):
+        spoil(folder.root / ".pack" / made / "video.npy")
+        assert not is_packed(*asked)
+        assert open_pack(*asked).arrays["video"].any() and packs(folder) == [made]
+
+
+def test_nothing_is_left_of_a_pack_that_failed(folder):
+    frame = folder.parts["train"].files["video"][20][1]
+    frame.write_bytes(frame.read_bytes()[:-9])
+    with pytest.raises(UserError, match="truncated"):
+        open_pack(folder.root, "train", folder.parts["train"], SIZES, SHAPES)
+    assert packs(folder) == []
+
+
+CODE = """
+import sys, time
+from dataset import pack
+from dataset.folder import load_folder
+from dataset.specs import spec_of
+if sys.argv[2] == "slow":
+    real = pack.read_array
+    pack.read_array = lambda *args: (time.sleep(0.2), real(*args))[1]
+folder = load_folder(sys.argv[1], spec_of("folder", sys.argv[1]))
+shapes = {"audio": (33, 20), "text": (7,)}
+made = pack.open_pack(folder.root, "train", folder.parts["train"], {"video": (40, 48)}, shapes)
+print(made.arrays["text"].sum())
+"""
+
+
+def start(folder: Folder, pace: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", CODE, str(folder.root), pace]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=REPO, **pipes)
+    deadline = time.time() + 60
+    while pace == "slow" and not list(folder.root.glob(".pack/.tmp-*/text.npy")) and time.time() < deadline:
+        time.sleep(0.01)
+    return process
+
+
+def test_a_killed_process_leaves_no_pack_and_the_next_one_removes_its_leftovers(folder):
+    asked = (folder.root, "train", folder.parts["train"], SIZES, SHAPES)
+    for clean in (lambda: room_for_packs(folder.root), lambda: open_pack(*asked)):
+        process = start(folder, "slow")
+        (left,) = packs(folder)
+        assert left.startswith(".tmp-") and not is_packed(*asked)
+        assert room_for_packs(folder.root) and packs(folder) == [left], "somebody is at work in it"
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert packs(folder) == [left] and not is_packed(*asked)
+        clean()
+        assert left not in packs(folder)
+    assert is_packed(*asked)
+
+
+def test_another_process_waits_and_uses_the_pack_that_the_first_one_made(folder):
+    first = start(folder, "slow")
+    second = start(folder, "fast")
+    results = [process.communicate(timeout=60) for process in (first, second)]
+    expected = str(open_pack(folder.root, "train", folder.parts["train"], SIZES, SHAPES).arrays["text"].sum())
+    assert [out.strip() for out, _ in results] == [expected] * 2
+    assert "another process is making a pack" in results[1][1] and len(packs(folder)) == 1
+
+
+def test_where_no_pack_can_be_written_the_clips_are_held_in_memory(folder, monkeypatch, capsys):
+    asked = (folder.root, "train", folder.parts["train"], SIZES, SHAPES)
+    usage = shutil.disk_usage(folder.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        assert open_pack(*asked).arrays["text"].shape == (24, 7) and packs(folder) == []
+        assert "no pack written (not enough room on the disk)" in capsys.readouterr().out
+    shutil.rmtree(folder.root / ".pack")
+    (folder.root / ".pack").write_text("in the way")
+    held = open_pack(*asked)
+    assert held.arrays["video"].shape == (72, 3, 40, 48) and not isinstance(held.arrays["video"], np.memmap)
+    assert "no pack written" in capsys.readouterr().out
+    monkeypatch.setattr(pack_module, "available_ram", lambda: 1000)
+    with pytest.raises(UserError, match=r"no pack written .*--cache none"):
+        open_pack(*asked)
+    monkeypatch.setattr(pack_module.os, "access", lambda *_: False)
+    assert room_for_packs(folder.root) == 0
+
+
+def test_locks(tmp_path):
+    with locked(tmp_path / "new" / "lock"):
+        with pytest.raises(Busy), locked(tmp_path / "new" / "lock"):
+            pass
+        with locked(tmp_path / "other"):
+            pass
+    with locked(tmp_path / "new" / "lock"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError), locked(tmp_path / "file" / "lock"):
+        pass
