@@ -139,7 +139,7 @@ def short(error: BaseException) -> str:
 
 
 def inspect_folder(root: Path | str, spec: DatasetSpec, quiet: bool = True) -> Report:
-    """Inspect a training folder (DESIGN section 2) at header level; seconds for 15,000 clips.
+    """Inspect a training folder at header level; seconds for 15,000 clips.
 
     Raises `UserError` where there is no folder or no list.
     """

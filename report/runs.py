@@ -1,6 +1,6 @@
 """Runs' folders as data: which are finished, grouped by the flags that matter, averaged over seeds.
 
-Reads the JSON files of DESIGN section 4 and nothing else: no model, no clips. A group is one experiment with several
+Reads the JSON files of run folders and nothing else: no model, no clips. A group is one experiment with several
 seeds; a dataset is what several groups were measured on.
 """
 

@@ -4,13 +4,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+ASSUMED = 4 * 2**30  # bytes of free memory where the system does not say
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 LIMIT_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, 1
 
 
 def available_ram() -> int:
     """Bytes of host memory that can be taken without swapping: the machine's, or what a container leaves of it."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, macOS not these names
+        free = ASSUMED
     try:
         lines = (PROC / "meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

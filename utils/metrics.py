@@ -35,12 +35,12 @@ def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
 class Tally:
     """Sums of a training epoch of `batches` batches, kept on the device until the epoch ends.
 
-    `losses` (batches,) holds each batch's loss summed over this process's clips, `heads` for each head the sums
-    (cross entropy, correct predictions, clips) over the clips that were fed to it.
+    `losses` (batches,) holds each batch's loss summed over this process's clips, `heads` for each head of `trained` the
+    sums (cross entropy, correct predictions, clips) over the clips that were fed to it. The others say nothing.
     """
 
-    def __init__(self, batches: int):
-        self.batches = batches
+    def __init__(self, batches: int, trained: tuple[str, ...]):
+        self.batches, self.trained = batches, trained
         self.losses: Tensor | None = None
         self.heads: dict[str, Tensor] = {}
 
@@ -53,6 +53,8 @@ class Tally:
             self.losses = torch.zeros(self.batches, device=loss.device)
         self.losses[i] = loss.detach() * n
         for name, entropy in entropies.items():
+            if name not in self.trained:
+                continue
             correct = (logits[name].argmax(1) == labels).float().mean()
             own = torch.stack([entropy.detach().float(), correct, torch.ones_like(correct)]) * n
             self.heads[name] = self.heads[name] + own if name in self.heads else own
@@ -60,8 +62,8 @@ class Tally:
     def numbers(self, heads: tuple[str, ...]) -> dict[str, float | None]:
         """`train_loss`, the mean loss of a clip, and for each of `heads` `train_ce_<head>` and `train_acc_<head>`.
 
-        Plain, unweighted means over the clips that were fed to the head, None where there were none. All processes must
-        call it; the host reads the device once.
+        Plain, unweighted means over the clips that were fed to the head, None where there were none or the head is not
+        trained. All processes must call it; the host reads the device once.
         """
         numbers: dict[str, float | None] = {}
         if self.losses is not None:

@@ -1,4 +1,4 @@
-"""Sound files to waveforms, waveforms to spectrograms of one fixed shape (the recipes of DESIGN section 2).
+"""Sound files to waveforms, waveforms to spectrograms of one fixed shape.
 
 Recipes compute in float64 and store float32: the logarithm of an almost silent band magnifies the rounding of float32
 to more than 1e-4, and two machines would then make two datasets. librosa and PyAV are imported only where they are
