@@ -46,7 +46,8 @@ def build_model(
             raise UserError(f"encoder {name} of {modality.name}: unknown; allowed: {', '.join(ENCODERS)}")
         if (name in IMAGE_ENCODERS) != image or (modality.kind == "array" and dimensions > 2):
             given = "frames" if frames else f"arrays of shape {shape}"
-            raise UserError(f"encoder {name} of {modality.name}: takes {ENCODERS[name].takes}s, the clips have {given}")
+            wanted = ENCODERS[name].takes
+            raise UserError(f"encoder {name} of {modality.name}: takes {wanted}s, the clips have {given}; use another")
         inputs[modality.name] = name, 3 if frames else 1 if image else shape[0]
     try:
         network = MultimodalClassifier(inputs, n_classes, fusion_method, precision == "bf16")
