@@ -20,7 +20,7 @@ from dataset.specs import DatasetSpec
 from dataset.splits import actor_of
 from utils.errors import UserError
 
-VIDEO_TYPES = (".flv", ".mp4", ".mkv", ".webm", ".avi", ".mov")
+VIDEO_TYPES = (".flv", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".ts", ".wmv", ".ogv", ".3gp")
 DEPTH = 4  # folders below the raw folder that are looked into
 CREMAD_CLIPS = 7442  # published clips, both parts together
 
@@ -109,6 +109,17 @@ def _lookup(files: dict[str, Path], name: str) -> Path | None:
         return None
     start = int(short[2])
     return files.get(f"{short[1]}_{start:06d}_{start + 10:06d}")
+
+
+def seconds_of(path: Path) -> float | None:
+    """The length of a video or sound as its header says it, None where it says nothing or is no such file."""
+    import av
+
+    try:
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+            return container.duration / 1_000_000 if container.duration else None
+    except (av.FFmpegError, OSError, ValueError):
+        return None
 
 
 def cremad_rows(index: Index, spec: DatasetSpec) -> list[tuple[str, str]]:
