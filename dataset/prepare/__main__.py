@@ -22,6 +22,7 @@ from utils.errors import UserError, run_main
 # Flags that not everything takes; a table and a folder per class take these.
 SPECIAL = ("split", "split_dir", "split_url", "role", "annotations", "test_fraction", "val_fraction")
 OWN = ("test_fraction", "val_fraction")
+TEST_FRACTION = 0.2
 
 
 def parse_args(argv: list[str] | None = None):
@@ -56,32 +57,33 @@ def parse_args(argv: list[str] | None = None):
                       help="add DIR/<clip>.npy as a modality; may be given again (default: none)")  # fmt: skip
     made.add_argument("--no_mirror", action="store_true", help="never mirror frames in training (default: mirror)")
     split = parser.add_argument_group("parts")
-    split.add_argument("--test_fraction", type=number(float, 0, 0.9, True), default=0.2, metavar="F",
+    split.add_argument("--test_fraction", type=number(float, 0, 0.9, True), metavar="F",
                        help="share of the test part where no parts are given (default: 0.2)")  # fmt: skip
-    split.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.0, metavar="F",
+    split.add_argument("--val_fraction", type=number(float, 0, 0.9), metavar="F",
                        help="share of a validation part likewise (default: 0)")  # fmt: skip
     split.add_argument("--split", choices=("official", "actor", "1", "2", "3"),
                        help="CREMAD: official or actor; UCF101: 1, 2 or 3 (default: official, 1)")  # fmt: skip
     split.add_argument("--split_dir", type=path_name, metavar="DIR", help="folder of the published lists (default: "
                        "download them for CREMAD and KineticSound, else the raw folder)")  # fmt: skip
-    split.add_argument("--split_url", metavar="URL", default=BASE_URL, help="where the lists are downloaded from")
+    split.add_argument("--split_url", metavar="URL", help="where the lists are downloaded from")
     split.add_argument("--role", choices=ROLES, help="GRID: which word of the sentence")
     split.add_argument("--annotations", type=path_name, action="append", metavar="FILE",
                        help="KineticSound: annotations of Kinetics-400, for class names; may be repeated")  # fmt: skip
     doctor = parser.add_argument_group("check")
     doctor.add_argument("--check", metavar="DIR", help="report what is wrong with a training or raw folder")
     doctor.add_argument("--json", action="store_true", help="the report as JSON on standard output")
-    args, typed = parser.parse_args(argv), parser.typed(argv)
-    if args.check is not None and any(name in typed for name in ("raw", "out", "table")):
+    args = parser.parse_args(argv)
+    if args.check is not None and any(value is not None for value in (args.raw, args.out, args.table)):
         raise UserError("--check goes without --raw, --out and --table: it only looks")
     if args.json and args.check is None:
         raise UserError("--json goes with --check")
     if args.check is None:
-        _check_job(args, typed)
+        _check_job(args)
+        _fill_in(args)
     return args
 
 
-def _check_job(args, typed: dict) -> None:
+def _check_job(args) -> None:
     """Refuse flags that do not go together."""
     if args.raw is None and args.table is None:
         raise UserError("nothing to do: give --table FILE or --raw DIR to prepare own clips, --dataset NAME --raw DIR "
@@ -99,10 +101,18 @@ def _check_job(args, typed: dict) -> None:
         raise UserError("--out DIR is needed: the training folder to make")
     allowed = OWN if args.dataset is None else ENTRIES[args.dataset].flags
     for name in SPECIAL:
-        if name in typed and name not in allowed:
+        if getattr(args, name) is not None and name not in allowed:
             takers = [entry for entry, found in ENTRIES.items() if name in found.flags]
             takers += ["own clips"] if name in OWN else []
             raise UserError(f"--{name} goes with {', '.join(takers)} only")
+
+
+def _fill_in(args) -> None:
+    """The defaults of the flags that not everything takes."""
+    args.test_fraction = TEST_FRACTION if args.test_fraction is None else args.test_fraction
+    args.val_fraction = args.val_fraction or 0.0
+    args.split = args.split or "official"
+    args.split_url = args.split_url or BASE_URL
     if args.test_fraction + args.val_fraction >= 1:
         raise UserError(f"--test_fraction {args.test_fraction:g} and --val_fraction {args.val_fraction:g} leave no "
                         "clips to train on")  # fmt: skip

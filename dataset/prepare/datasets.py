@@ -335,7 +335,7 @@ def vggsound(args, raw: Path, out: Path) -> Job:
 
 def ucf101(args, raw: Path, out: Path) -> Job:
     """UCF-101: RGB frames and optical flow; one of the three official splits, whose groups share no source video."""
-    number = "1" if args.split in (None, "official") else args.split
+    number = "1" if args.split == "official" else args.split
     if number not in UCF_COUNTS:
         raise UserError(f"--split {args.split}: UCF-101 has the splits 1, 2 and 3")
     index = index_raw(raw, leave_out=out)

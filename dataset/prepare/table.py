@@ -99,6 +99,8 @@ def _row(where: str, fields: dict[str, str]) -> Row:
             raise UserError(f"{where}: {name} is empty")
     if not fields["label"].isprintable() or any(not fields.get(name, "").isprintable() for name in ("file", "audio")):
         raise UserError(f"{where}: a control character in {','.join(fields.values())[:80]!r}; delete it")
+    if any(value.startswith('"') for value in fields.values()):
+        raise UserError(f"{where}: a quote after a space; write no space between comma and quote")
     start, end = (_seconds(where, name, fields.get(name, "")) for name in ("start", "end"))
     if end is not None and end <= (start or 0):
         raise UserError(f"{where}: end {end:g} is not after start {start or 0:g}; both are seconds")
