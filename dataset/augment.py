@@ -64,7 +64,7 @@ def random_boxes(sizes: Tensor, generator: torch.Generator, crop_area: tuple[flo
     m = len(sizes)
     height, width = sizes.double().unbind(1)  # (M,)
     area = (height * width) * _uniform(CROP_ATTEMPTS, m, crop_area, generator)  # (tries, M)
-    ratio = _uniform(CROP_ATTEMPTS, m, tuple(map(math.log, CROP_RATIO)), generator).exp()
+    ratio = _uniform(CROP_ATTEMPTS, m, (math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])), generator).exp()
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(0, keepdim=True)  # the first that fits
@@ -181,10 +181,11 @@ def normalise(pixels: Tensor) -> Tensor:
 def _imagenet(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (3, 1, 1) each, for pixels in [0, 255]."""
     with torch.inference_mode(False):  # or batches to train on could not use what evaluation made first
-        return tuple(
+        mean, std = (
             torch.tensor(values, device=device, dtype=dtype)[:, None, None] * 255
             for values in (IMAGENET_MEAN, IMAGENET_STD)
         )
+    return mean, std
 
 
 def _uniform(rows: int, columns: int, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
