@@ -7,7 +7,7 @@ sequence of a batch, R steps of all of them.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +94,14 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(inputs, outputs, stride, downsample), BasicBlock(outputs, outputs))
 
 
-def _as_encoder(net: Any, in_channels: int) -> nn.Module:
+def _as_encoder(net: nn.Module, in_channels: int) -> nn.Module:
     """A ResNet with another input layer and no classifier, initialised as the official Data Remixing code does.
 
     Convolutions kaiming-normal fan-out (torchvision's default too), BatchNorm weight ~ N(1, 0.02), bias 0.
     """
-    net.conv1 = nn.Conv2d(in_channels, net.conv1.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
+    first = net.conv1
+    assert isinstance(first, nn.Conv2d)
+    net.conv1 = nn.Conv2d(in_channels, first.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
     net.avgpool, net.fc = MeanPool(), nn.Identity()
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
