@@ -263,7 +263,8 @@ def train_epoch(
             entropies = cross_entropies(output, batch.labels)
             terms = loss_terms(entropies, args.joint_weights if joint else args.alone_weights)
             terms = balance.losses(terms, output, step)
-            loss = sum(terms.values())
+            first, *others = terms.values()
+            loss = sum(others, first)
             optimizer.zero_grad(set_to_none=True)
             # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
             balance.backward(loss * step.weight, terms, output, step)
@@ -271,8 +272,7 @@ def train_epoch(
             tally.add(i, loss, entropies, output.heads, batch.labels, batch.share * batch.total)
             bar.update(batch.total)
             after_step()
-    bad = tally.first_not_finite()
-    if bad is not None:
+    if (bad := tally.first_not_finite()) is not None:
         names = some([clips.names[i] for i in plan[bad].clips.tolist()])
         raise UserError(f"epoch {epoch + 1}, batch {bad + 1} of {len(plan)}: loss not finite; clips: {names}; last.pth "
                         "is that of the epoch before; try a lower --learning_rate")  # fmt: skip
@@ -451,7 +451,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         print("\n".join(told), flush=True)
 
     # loop
-    logits: dict[str, Tensor] = {}
+    logits: dict[str, dict[str, Tensor]] = {}
     for epoch in range(first, args.epochs):
         clock = time.perf_counter()
         balance.start_epoch(epoch)

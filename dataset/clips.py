@@ -281,7 +281,8 @@ class FileClips(Clips):
 
     def _moved(self, values: Tensor | Sequences) -> Tensor | Sequences:
         if isinstance(values, Sequences):
-            return Sequences(*(_send(field, self.device) for field in values[:3]), values.longest)
+            rows, lengths, slots = (_send(field, self.device) for field in (values.rows, values.lengths, values.slots))
+            return Sequences(rows, lengths, slots, values.longest)
         return values.to(self.device, non_blocking=True).float()
 
 

@@ -43,7 +43,7 @@ def build_model(
     """
     inputs = {}
     for modality in modalities:
-        shape = shapes.get(modality.name, ())
+        shape = tuple(shapes.get(modality.name, ()))
         takes, size = _input(modality, shape)
         name = modality.encoder or (model if takes == "image" else DEFAULT_ENCODERS.get(takes, "mlp"))
         if name not in ENCODERS:
@@ -58,7 +58,7 @@ def build_model(
         network = MultimodalClassifier(inputs, n_classes, fusion_method, precision == "bf16")
     except ValueError as error:
         raise UserError(str(error)) from None
-    return network.to(device, memory_format=torch.channels_last)
+    return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def _input(modality: ModalityLike, shape: tuple[int, ...]) -> tuple[str, int]:

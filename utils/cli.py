@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from utils.errors import UserError
@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         found = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.names(), nothing)))
         return {name: value for name, value in vars(found).items() if value is not nothing}
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    # It accepts what each overload of the base class accepts.
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         words = [self._whole(word) for word in (sys.argv[1:] if args is None else args)]
         found, unknown = super().parse_known_args(words, namespace)
         if unknown:

@@ -244,7 +244,9 @@ def claim_folder(log_path: str, run_name: str, resume: bool) -> Path:
     if files and not resume:
         raise UserError(f"{folder}: this run exists already; choose another --run_name, or pass --resume {folder}")
     if files and not (folder / "last.pth").is_file():
-        foreign = [file.name for file in files if not any(file.match(pattern) for pattern in BEGINNINGS)]
+        # best.pth is written before last.pth: a kill between the two in the first epoch leaves best.pth alone.
+        begun = (*BEGINNINGS, "best.pth") if len(read_metrics(folder)) <= 1 else BEGINNINGS
+        foreign = [file.name for file in files if not any(file.match(pattern) for pattern in begun)]
         if foreign:
             raise UserError(f"--resume: {folder} holds {foreign[0]} but no last.pth; choose another --run_name")
         print(f"{folder}: stopped before its first checkpoint; starting again")
