@@ -247,7 +247,7 @@ def train_epoch(
 
     Raises `UserError` with epoch, batch and clips if the loss of a batch is not finite.
     """
-    balance, tally = balance or Balance(), Tally(len(plan))
+    balance, tally = balance or Balance(), Tally(len(plan), ("joint", *trained_heads(args)))
     network.train()
     views = epoch_generator(args.random_seed, epoch, "views")
     with progress(f"epoch {epoch + 1} train", sum(len(batch.clips) for batch in plan), distributed.is_main()) as bar:
@@ -385,9 +385,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.device != "cuda":
         use_huge_pages()
     device = distributed.start(args.device, args.gpu_ids, relaunch=argv is None and args.train)
-    if args.train and args.batch_size < 2 * distributed.world_size():
-        raise UserError(f"--batch_size {args.batch_size}: less than 2 clips for each of {distributed.world_size()} "
-                        "processes; BatchNorm needs them")  # fmt: skip
+    with distributed.together():
+        if args.train and args.batch_size < (least := 2 * distributed.world_size()):
+            raise UserError(f"--batch_size {args.batch_size}: BatchNorm needs 2 clips per process; use {least} or more")
     if not args.train:
         evaluate_checkpoint(args, device)
     else:

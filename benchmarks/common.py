@@ -12,20 +12,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from benchmarks.saving import new_result
-from dataset.clips import Clips, Feed, make_clips
-from dataset.specs import get_spec
-from models import AVClassifier
+from dataset.prepare.video import JPEG_QUALITY
+from dataset.specs import Modality, get_spec
+from models import IMAGE_ENCODERS, build_model
 from utils.cli import Parser, number
-from utils.logging import environment
+from utils.console import lap
+from utils.run import environment
 
+MODALITIES = get_spec("folder").modalities  # of the generated folders
 PICTURES = 16  # different frames and spectrograms; the other files are hard links to them
 CREMAD_SHAPE = {"frame_size": (480, 360), "image_size": 224, "audio_shape": (257, 188), "model": "resnet18"}
-JPEG_QUALITY = 95  # OpenCV's default, as dataset/video.py leaves it
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -40,10 +39,15 @@ def add_shape_flags(p: Parser, shape: dict | None = None) -> None:
     """What clips and network are like, with the defaults of `shape`: CREMA-D's, if not given."""
     shape = shape or CREMAD_SHAPE
     frames, spectrogram = ("x".join(map(str, shape[name])) for name in ("frame_size", "audio_shape"))
-    p.add_argument("--frame_size", type=pair, metavar="WxH", help=f"of the JPEGs, pixels ({frames})")
-    p.add_argument("--image_size", type=number(int, 8), help=f"side frames are fed at, pixels ({shape['image_size']})")
-    p.add_argument("--audio_shape", type=pair, metavar="FxW", help=f"of the spectrograms ({spectrogram})")
-    p.add_argument("--model", choices=train.MODELS, help=f"trunk ({shape['model']})")
+    p.add_argument("--frame_size", type=pair, metavar="WxH", help=f"size of the JPEGs, pixels (default: {frames})")
+    p.add_argument(
+        "--image_size",
+        type=number(int, 8),
+        metavar="S",
+        help=f"side of the frames fed to the network, pixels (default: {shape['image_size']})",
+    )
+    p.add_argument("--audio_shape", type=pair, metavar="FxW", help=f"shape of the arrays (default: {spectrogram})")
+    p.add_argument("--model", choices=IMAGE_ENCODERS, help=f"image encoder (default: {shape['model']})")
     p.set_defaults(**shape)
 
 
@@ -64,13 +68,12 @@ def generate_folder(
     classes: int = 6,
     stored_frames: int = 3,
 ) -> Path:
-    """A training folder of JPEGs of `frame_size` (width, height) and spectrograms; labels go round.
+    """A training folder of JPEGs of `frame_size` (width, height) and arrays of `audio_shape`; labels go round.
 
     Files are links to a few: decoding costs the same, making thousands of clips takes seconds and little disk.
     """
     rng = np.random.default_rng(0)
-    (root / "audio").mkdir(parents=True)
-    (root / "models").mkdir()
+    (root / "models").mkdir(parents=True)
     for i in range(PICTURES):
         image = picture(frame_size, rng)
         cv2.imwrite(str(root / "models" / f"{i}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
@@ -78,14 +81,23 @@ def generate_folder(
     for part, count in (("train", train_clips), ("test", test_clips)):
         names = [f"{part}_{i:06d}" for i in range(count)]
         for i, name in enumerate(names):
-            folder = root / "visual" / name
-            folder.mkdir(parents=True)
-            for k in range(stored_frames):
-                os.link(root / "models" / f"{(i + k) % PICTURES}.jpg", folder / f"frame_{k:05d}.jpg")
-            os.link(root / "models" / f"{i % PICTURES}.npy", root / "audio" / f"{name}.npy")
+            for modality in MODALITIES:
+                link_clip(root, modality, name, i, stored_frames)
         (root / f"{part}.csv").write_text("".join(f"{name},c{i % classes:04d}\n" for i, name in enumerate(names)))
     (root / "stat.csv").write_text("".join(f"c{i:04d}\n" for i in range(classes)))
     return root
+
+
+def link_clip(root: Path, modality: Modality, name: str, number: int, stored_frames: int) -> None:
+    """The files of clip `name` in one modality, as links to the models."""
+    folder = root / modality.folder
+    if modality.kind == "frames":
+        (folder / name).mkdir(parents=True)
+        for k in range(stored_frames):
+            os.link(root / "models" / f"{(number + k) % PICTURES}.jpg", folder / name / f"frame_{k:05d}.jpg")
+    else:
+        folder.mkdir(exist_ok=True)
+        os.link(root / "models" / f"{number % PICTURES}.npy", folder / f"{name}.npy")
 
 
 def picture(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -96,43 +108,38 @@ def picture(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     return np.clip(soft + rng.normal(0, 3, (height, width, 3)), 0, 255).astype(np.uint8)
 
 
-def load_clips(args: argparse.Namespace, cache: str, device: torch.device) -> tuple[list[str], dict[str, Clips]]:
-    """The classes and the parts that `train.py` with these flags would use, on the data path `cache`."""
-    folder, parts = train.load_parts(args)
-    spec = get_spec(args.dataset)
-    feed = Feed(spec.frames, args.image_size, device, cache, args.num_workers, spec.crop_area, spec.mirror,
-                args.pack_size)  # fmt: skip
-    return folder.classes, {
-        name: make_clips(folder.root, name, part, folder.audio_shape, feed) for name, part in parts.items()
-    }
-
-
 # ------------------------------------------------------------------------------------------------------------- work
 
 
 def flops_per_clip(
-    model: str, classes: int, frames: int, image_size: int, audio_shape: tuple[int, int]
+    model: str,
+    classes: int,
+    image_size: int,
+    audio_shape: tuple[int, int],
+    modalities: tuple[Modality, ...] = MODALITIES,
 ) -> dict[str, dict[str, float]]:
     """FLOPs (a multiply-add counts two) of one clip, `forward` and `train` (forward and backward), by what is fed.
 
-    Counted by PyTorch on the model itself, convolutions and matrix products; nothing is computed for it.
+    The keys are "joint" (all modalities are fed) and the name of each modality. PyTorch counts convolutions and matrix
+    products on the network itself; nothing is computed for it.
     """
     batch, counted = 2, {}
+    shapes = {modality.name: audio_shape for modality in modalities if modality.kind == "array"}
     with torch.device("meta"):
-        network = AVClassifier(classes, model)
-        audio, video = torch.empty(batch, 1, *audio_shape), torch.empty(batch, frames, 3, image_size, image_size)
-    for kept in ("both", "audio", "video"):
-        fed: tuple[Tensor | None, Tensor | None] = (
-            audio if kept != "video" else None,
-            video if kept != "audio" else None,
-        )
+        network = build_model(modalities, shapes, classes, model, device="meta")
+        inputs = {
+            modality.name: torch.empty(batch, 1, *audio_shape)
+            if modality.kind == "array"
+            else torch.empty(batch, modality.frames, 3, image_size, image_size)
+            for modality in modalities
+        }
+    for name, fed in {"joint": network.names, **{name: (name,) for name in network.names}}.items():
         with FlopCounterMode(display=False) as forward:
-            output = network(*fed, kept)
-        heads = [logits for logits in (output.joint, output.audio, output.video) if logits is not None]
+            output = network({own: inputs[own] for own in fed}, fed)
         with FlopCounterMode(display=False) as backward:
-            torch.stack([head.sum() for head in heads]).sum().backward()
+            torch.stack([logits.sum() for logits in output.heads.values()]).sum().backward()
         ahead, back = (counter.get_total_flops() / batch for counter in (forward, backward))
-        counted[kept] = {"forward": ahead, "train": ahead + back}
+        counted[name] = {"forward": ahead, "train": ahead + back}
     return counted
 
 
@@ -146,7 +153,7 @@ def product_rate(device: torch.device, dtype: torch.dtype = torch.float32, repea
         clock = time.perf_counter()
         for _ in range(count):
             a @ b
-        seconds.append(train.lap(clock)[0])
+        seconds.append(lap(clock)[0])
     return count * 2 * side**3 / statistics.median(seconds[1:])
 
 

@@ -5,10 +5,19 @@
     python -m benchmarks.epoch --preset gpu                       # CREMA-D's 6,698 clips, all settings, for a GPU
     python -m benchmarks.epoch --preset tiny                      # seconds, to see that it works; saves nothing
 
-Each round runs every setting once; medians over the rounds. Phases: `load` feeds a joint epoch to nobody; `score` is
-one prediction of all training clips with both encoders; `forward` the network alone on as many clips that lie ready;
-`joint` a joint epoch; `remix` scoring and a Remix epoch; `evaluate` the test part. The partition is fixed, half of the
-clips video and half audio, so that every setting has the same work. Data are generated; numbers do not depend on them.
+Each round runs every setting once; medians over the rounds. Phases:
+
+    load      a joint epoch's batches, fed to no network
+    score     the plan of a Remix epoch: one prediction of all training clips, difficulty, partition, batches
+    forward   the network alone, on as many clips that lie ready
+    joint     a joint epoch
+    remix     score, then an epoch over homogeneous batches
+    refresh   re-estimation of BatchNorm's statistics after an epoch (the default): at most 1,024 clips forward. It is
+              in no other phase: the benchmark's 128 clips are all seen, of a real dataset only a part
+    evaluate  the test part
+
+The Remix epoch is over a fixed partition, equal shares of the clips for each modality, so that every setting has the
+same work. Data are generated; numbers do not depend on them.
 """
 
 import argparse
@@ -22,6 +31,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
 import remix
 import train
@@ -30,18 +40,19 @@ from benchmarks.common import (
     add_shape_flags,
     flops_per_clip,
     generate_folder,
-    load_clips,
     machine,
     product_rate,
     save,
 )
-from dataset.clips import Clips
-from dataset.specs import get_spec
-from models import AVClassifier
+from dataset.build import Data, build_data
+from models.batchnorm import CLIPS, reestimate
+from models.inference import predict
 from utils import distributed
-from utils.acceleration import compile_in_place, compiled, default_precision, set_precision, use_huge_pages
+from utils.acceleration import compiled, set_precision, use_huge_pages
 from utils.cli import Parser, number
+from utils.console import lap
 from utils.errors import UserError, run_main
+from utils.run import Run
 from utils.seeding import seed_everything
 
 PR_SET_THP_DISABLE = 41  # of linux/prctl.h: no huge pages for this process, whatever it asks for
@@ -53,8 +64,8 @@ PRESETS = {
              "image_size": 32, "audio_shape": (33, 24), "model": "resnet18_thin"},
 }  # fmt: skip
 USUAL = CREMAD_SHAPE | {"batch_size": 64, "workers": 2}  # where a preset does not say
-# What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision,
-# BatchNorm folded into the convolutions that score, on a CPU huge pages.
+# What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision, on a
+# CPU huge pages.
 SETTINGS = {
     "ours": {},
     "official": {"cache": "none", "masked_encoder": "run", "channels_last": False, "huge_pages": False},
@@ -70,7 +81,7 @@ SETTINGS = {
     "bf16_compile": {"precision": "bf16", "compile": True},
 }
 
-PHASES = ("load", "score", "forward", "joint", "remix", "evaluate")
+PHASES = ("load", "score", "forward", "joint", "remix", "refresh", "evaluate")
 
 
 def phase_list(text: str) -> tuple[str, ...]:
@@ -83,19 +94,21 @@ def phase_list(text: str) -> tuple[str, ...]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--preset", default="cpu", choices=PRESETS, help="clips, settings, shapes (cpu)")
-    p.add_argument("--settings", metavar="A,B", help=f"all, or of {', '.join(SETTINGS)} (preset's)")
-    p.add_argument("--phases", type=phase_list, default=PHASES, metavar="A,B", help=f"of {', '.join(PHASES)} (all)")
-    p.add_argument("--clips", type=number(int, 4), help="training clips (preset's)")
-    p.add_argument("--test_clips", type=number(int, 1), help="test clips (preset's)")
+    p.add_argument("--preset", default="cpu", choices=PRESETS, help="clips, settings, shapes (default: cpu)")
+    p.add_argument("--settings", metavar="A,B", help=f"all, or of {', '.join(SETTINGS)} (default: the preset's)")
+    p.add_argument(
+        "--phases", type=phase_list, default=PHASES, metavar="A,B", help=f"of {', '.join(PHASES)} (default: all)"
+    )
+    p.add_argument("--clips", type=number(int, 4), help="training clips (default: the preset's)")
+    p.add_argument("--test_clips", type=number(int, 1), help="test clips (default: the preset's)")
     add_shape_flags(p)
     p.set_defaults(**dict.fromkeys(CREMAD_SHAPE))  # the preset has a say before
-    p.add_argument("--batch_size", type=number(int, 2), help="clips a step (64)")
-    p.add_argument("--classes", type=number(int, 2), default=6, help="classes (6)")
-    p.add_argument("--repeats", type=number(int, 1), default=5, help="rounds, after one that is not counted (5)")
-    p.add_argument("--threads", type=number(int, 1), help="CPU threads (as PyTorch chooses)")
-    p.add_argument("--workers", type=number(int, 0), help="processes that read files (2; gpu: 16)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="CUDA where there is one (auto)")
+    p.add_argument("--batch_size", type=number(int, 2), help="clips per step (default: 64)")
+    p.add_argument("--classes", type=number(int, 2), default=6, help="classes (default: 6)")
+    p.add_argument("--repeats", type=number(int, 1), default=5, help="rounds after the warm-up (default: 5)")
+    p.add_argument("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's)")
+    p.add_argument("--workers", type=number(int, 0), help="processes that read files (default: 2; gpu: 16)")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto (a GPU if any)")
     args = p.parse_args(argv)
     for name, value in (USUAL | PRESETS[args.preset]).items():
         if getattr(args, name) is None:
@@ -104,56 +117,57 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Setting:
-    """One way to train: a network, its optimizer and flags, on clips that settings may share."""
+    """One way to train: a network, its optimizer and flags, on data that settings may share."""
 
-    def __init__(self, name: str, choices: dict, argv: list[str], device: torch.device, clips: dict[str, Clips]):
-        self.name, self.clips, self.device = name, clips, device
-        self.args = train.parse_args([*argv, "--masked_encoder", choices.get("masked_encoder", "skip")])
-        self.precision = choices.get("precision", default_precision(device.type))
+    def __init__(
+        self, name: str, choices: dict, args: argparse.Namespace, data: Data, device: torch.device, log_path: str
+    ):
+        self.name, self.args, self.data, self.device = name, args, data, device
+        self.clips, self.fed = data.clips, data.spec.names
         self.huge_pages = choices.get("huge_pages", True)
+        self.run = Run(log_path, name, resume=False)  # never begun: it writes nothing
         self.take_over()
         seed_everything(0)
-        classes = int(clips["train"].labels.max()) + 1
-        self.model = AVClassifier(classes, self.args.model, bf16=self.precision == "bf16").to(device)
-        if choices.get("channels_last", True):
-            self.model = self.model.to(memory_format=torch.channels_last)
-        if choices.get("compile"):
-            compile_in_place([self.model.audio_net, self.model.visual_net], device)
-        self.optimizer = train.make_optimizer(self.model, self.args)
+        self.model = train.make_model(args, data, device)
+        if not choices.get("channels_last", True):
+            self.model = self.model.to(memory_format=torch.contiguous_format)
+        self.optimizer = train.make_optimizer(self.model, args)
         self.ready = None
 
     def take_over(self) -> None:
         """Put what holds for the whole process as this setting has it."""
-        set_precision(self.precision, self.device)
+        set_precision(self.args.precision, self.device)
         allow_huge_pages(self.huge_pages)
 
+    def plan(self, epoch: int) -> list[remix.Batch]:
+        """What train.py trains on in epoch 0 (joint) or 1 (Remix, of the network as it is)."""
+        return train.plan_epoch(self.model, self.data, self.fed, None, epoch, self.args, self.run)[0]
+
     def plans(self) -> dict[str, list[remix.Batch]]:
-        """A joint epoch's and a Remix epoch's: half of the clips keep audio."""
-        count, order = len(self.clips["train"]), torch.Generator().manual_seed(0)
-        half = torch.arange(count) % 2
-        return {
-            "joint": remix.batches_of(count, self.args.batch_size, "both", order),
-            "remix": remix.reassemble(half, self.args.batch_size, "sequential", order),
-        }
+        """A joint epoch's and a Remix epoch's: equal shares of the clips keep each modality."""
+        shares = torch.arange(len(self.clips["train"])) % len(self.fed)
+        keep, order = F.one_hot(shares, len(self.fed)).bool(), torch.Generator().manual_seed(0)
+        equal = remix.reassemble(keep, self.fed, self.args.batch_size, self.args.batch_order, order)
+        return {"joint": self.plan(0), "remix": equal}
 
     def phases(self) -> dict:
         """Name -> function that runs the phase once."""
         plans = self.plans()
         return {
             "load": lambda: self.load(plans["joint"]),
-            "score": self.score,
+            "score": lambda: self.plan(1),
             "forward": self.forward,
             "joint": lambda: self.train(plans["joint"]),
-            "remix": lambda: (self.score(), self.train(plans["remix"])),
+            "remix": lambda: (self.plan(1), self.train(plans["remix"])),
+            "refresh": lambda: reestimate(self.model, self.clips["train"], self.fed, self.args.batch_size, 0, 0),
             "evaluate": self.evaluate,
         }
 
     def warm_up(self) -> None:
         """Every kind of batch and phase once, so that files are cached and code is compiled."""
-        plans = self.plans()
-        for kept in ("both", "video", "audio"):
-            self.train(next([batch] for plan in plans.values() for batch in plan if batch.kept == kept))
-        self.score()
+        for batch in {batch.fed: batch for plan in self.plans().values() for batch in reversed(plan)}.values():
+            self.train([batch])
+        self.plan(1)
         self.forward()
         self.evaluate()
 
@@ -164,41 +178,39 @@ class Setting:
     def train(self, plan: list[remix.Batch]) -> None:
         train.train_epoch(self.model, self.clips["train"], plan, self.optimizer, 0, self.args)
 
-    def score(self) -> torch.Tensor:
-        logits = train.predict(self.model, self.clips["train"], "both", 4 * self.args.batch_size, "score")
-        return remix.decouple(remix.difficulty(logits["audio"], logits["video"])).cpu()
-
     @torch.inference_mode()
     def forward(self) -> None:
         """The network on one batch that lies ready, again and again, for as many clips as scoring has."""
         self.model.eval()
         full, count = 4 * self.args.batch_size, len(self.clips["train"])
         if self.ready is None:
-            (first, *_) = remix.batches_of(count, full, "both", None)
+            (first, *_) = remix.batches_of(count, full, self.fed, None)
             (batch,) = self.clips["train"].epoch([first])
-            self.ready = batch.audio, batch.video
+            self.ready = batch.inputs
         for start in range(0, count, full):
-            inputs = [x[: count - start] for x in self.ready]
-            with compiled(len(inputs[0]) == full):
-                self.model(*inputs)
+            size = min(full, count - start)
+            with compiled(size == full):
+                self.model({name: x[:size] for name, x in self.ready.items()}, self.fed)
 
     def evaluate(self) -> None:
-        logits = train.predict(self.model, self.clips["test"], "both", 4 * self.args.batch_size, "test")
-        train.evaluate(logits, self.clips["test"].labels, "test")
+        logits = predict(self.model, self.clips["test"], self.fed, 4 * self.args.batch_size, "test")
+        train.evaluate(logits, self.clips["test"].labels, "test", self.args)
 
     def work(self, flops: dict) -> dict[str, float | None]:
         """FLOPs of each phase."""
         count, test = len(self.clips["train"]), len(self.clips["test"])
-        forward = count * flops["both"]["forward"]
-        plan = self.plans()["remix"]
-        masked = {kept: "both" if self.args.masked_encoder == "run" else kept for kept in ("audio", "video")}
+        forward, whole = flops["joint"]["forward"], self.args.masked_encoder == "run"
+        homogeneous = sum(
+            len(batch.clips) * flops["joint" if whole else batch.fed[0]]["train"] for batch in self.plans()["remix"]
+        )
         return {
             "load": None,
-            "score": forward,
-            "forward": forward,
-            "joint": count * flops["both"]["train"],
-            "remix": forward + sum(len(batch.clips) * flops[masked[batch.kept]]["train"] for batch in plan),
-            "evaluate": test * flops["both"]["forward"],
+            "score": count * forward,
+            "forward": count * forward,
+            "joint": count * flops["joint"]["train"],
+            "remix": count * forward + homogeneous,
+            "refresh": min(count, CLIPS) * forward,
+            "evaluate": test * forward,
         }
 
 
@@ -219,9 +231,9 @@ def measure(settings: list[Setting], phases: tuple[str, ...], repeats: int) -> d
             setting.take_over()
             functions = setting.phases()
             for phase in phases:
-                clock = train.lap(0)[1]
+                clock = lap(0)[1]
                 functions[phase]()
-                seconds.setdefault((setting.name, phase), []).append(train.lap(clock)[0])
+                seconds.setdefault((setting.name, phase), []).append(lap(clock)[0])
         print(f"round {repeat + 1} of {repeats} done", flush=True)
     return seconds
 
@@ -240,7 +252,7 @@ def median_rows(settings: list[Setting], seconds: dict, flops: dict, rates: dict
                 "setting": setting.name, "phase": phase, "seconds": f"{middle:.4g}", "lowest": f"{min(times):.4g}",
                 "highest": f"{max(times):.4g}", "clips/s": f"{clips / middle:.4g}",
                 "TFLOP/s": f"{flop / middle / 1e12:.3g}" if flop else None,
-                "of matrix product": f"{flop / middle / rates[setting.precision]:.0%}" if flop else None,
+                "of matrix product": f"{flop / middle / rates[setting.args.precision]:.0%}" if flop else None,
             })  # fmt: skip
     return rows
 
@@ -271,6 +283,28 @@ def choose_settings(text: str, device: torch.device) -> list[str]:
     return ["ours", *(name for name in names if name != "ours")]
 
 
+def flags_of(choices: dict, args: argparse.Namespace, data: str, device: str, cache: str) -> list[str]:
+    """The words for train.py of a setting: epoch 0 is joint, epoch 1 Remix."""
+    words = [
+        "--train",
+        "--dataset",
+        "folder",
+        "--data_root",
+        data,
+        "--device",
+        device,
+        "--warmup",
+        "1",
+        "--epochs",
+        "2",
+    ]
+    words += ["--model", args.model, "--image_size", str(args.image_size), "--batch_size", str(args.batch_size)]
+    words += ["--num_workers", str(args.workers), "--learning_rate", "1e-5"]
+    words += ["--cache", choices.get("cache", cache), "--masked_encoder", choices.get("masked_encoder", "skip")]
+    words += ["--precision", choices["precision"]] if "precision" in choices else []
+    return [*words, "--compile"] if choices.get("compile") else words
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     use_huge_pages()
@@ -278,23 +312,20 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here")
-    device = distributed.start([0] if args.device != "cpu" and torch.cuda.is_available() else [])
+    device = distributed.start(args.device, "0" if args.device != "cpu" and torch.cuda.is_available() else None)
     names, about = choose_settings(args.settings, device), machine(device)
     resident = "device" if device.type == "cuda" else "ram"
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         clock = time.perf_counter()
         data = generate_folder(Path(folder) / "data", args.clips, args.test_clips, args.frame_size, args.audio_shape,
                                args.classes)  # fmt: skip
-        argv = ["--train", "--dataset", "folder", "--data_root", str(data), "--device", device.type]
-        argv += ["--model", args.model, "--image_size", str(args.image_size), "--batch_size", str(args.batch_size)]
-        argv += ["--num_workers", str(args.workers), "--learning_rate", "1e-5"]
-        paths: dict[str, dict[str, Clips]] = {}
+        paths: dict[str, Data] = {}
         settings = []
         for name in names:
-            cache = SETTINGS[name].get("cache", resident)
-            if cache not in paths:
-                paths[cache] = load_clips(train.parse_args(argv), cache, device)[1]
-            settings.append(Setting(name, SETTINGS[name], argv, device, paths[cache]))
+            own = train.parse_args(flags_of(SETTINGS[name], args, str(data), device.type, resident))
+            if own.cache not in paths:
+                paths[own.cache] = build_data(own, device)
+            settings.append(Setting(name, SETTINGS[name], own, paths[own.cache], device, folder))
         print(f"{args.clips} clips made and packed in {time.perf_counter() - clock:.0f} s", flush=True)
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # progress bars
             try:
@@ -302,10 +333,10 @@ def main(argv: list[str] | None = None) -> None:
             finally:
                 allow_huge_pages(True)
         rates = {}
-        for precision in {setting.precision for setting in settings}:
+        for precision in {setting.args.precision for setting in settings}:
             set_precision(precision, device)
             rates[precision] = product_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    flops = flops_per_clip(args.model, args.classes, get_spec("folder").frames, args.image_size, args.audio_shape)
+    flops = flops_per_clip(args.model, args.classes, args.image_size, args.audio_shape)
     about |= {f"matrix product {name} TFLOP/s": f"{rate / 1e12:.3g}" for name, rate in rates.items()}
     about |= {"clips": args.clips, "frame_size": args.frame_size, "image_size": args.image_size,
               "audio_shape": args.audio_shape, "model": args.model, "batch_size": args.batch_size,

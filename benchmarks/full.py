@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import add_shape_flags, flops_per_clip, generate_folder, machine, save
-from dataset.specs import get_spec
+from benchmarks.common import MODALITIES, add_shape_flags, flops_per_clip, generate_folder, machine, save
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
 
@@ -28,11 +27,11 @@ REPO = Path(__file__).resolve().parents[1]
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--clips", type=number(int, 8), default=6698, help="training clips (6698)")
-    p.add_argument("--test_clips", type=number(int, 2), default=744, help="test clips (744)")
+    p.add_argument("--clips", type=number(int, 8), default=6698, help="training clips (default: 6698)")
+    p.add_argument("--test_clips", type=number(int, 2), default=744, help="test clips (default: 744)")
     add_shape_flags(p)
-    p.add_argument("--epochs", type=number(int, 1), default=60, help="warm-up included (60)")
-    p.add_argument("--warmup", type=number(int, 0), default=10, help="joint epochs (10)")
+    p.add_argument("--epochs", type=number(int, 1), default=60, help="epochs with warm-up (default: 60)")
+    p.add_argument("--warmup", type=number(int, 0), default=10, help="joint epochs before Remix (default: 10)")
     p.add_argument("rest", nargs="*", help="after --, flags of train.py")
     return p.parse_args(argv)
 
@@ -54,16 +53,16 @@ def main(argv: list[str] | None = None) -> None:
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         config = json.loads((Path(folder) / "run" / "config.json").read_text())
     about |= config["hardware"]  # of the run, which may have had several processes
-    flops = flops_per_clip(args.model, 6, get_spec("folder").frames, args.image_size, args.audio_shape)
+    flops = flops_per_clip(args.model, 6, args.image_size, args.audio_shape)
     rows = []
     for phase in dict.fromkeys(line["phase"] for line in lines):
         own = [line for line in lines if line["phase"] == phase]
         seconds = {key: sum(line[f"seconds_{key}"] for line in own) for key in ("score", "train", "eval")}
         if phase == "remix":
-            work = sum(line[f"n_{kept}"] * flops[kept]["train"] for line in own for kept in ("audio", "video"))
-            work += len(own) * args.clips * flops["both"]["forward"]
+            work = sum(line[f"n_{m.name}"] * flops[m.name]["train"] for line in own for m in MODALITIES)
+            work += len(own) * args.clips * flops["joint"]["forward"]
         else:
-            work = len(own) * args.clips * flops["both"]["train"]
+            work = len(own) * args.clips * flops["joint"]["train"]
         total = seconds["score"] + seconds["train"]
         rows.append({"phase": phase, "epochs": len(own), **{f"{k} s": f"{v:.1f}" for k, v in seconds.items()},
                      "s/epoch": f"{(total + seconds['eval']) / len(own):.2f}",

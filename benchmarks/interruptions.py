@@ -1,26 +1,27 @@
-"""Kill a run at random moments, resume it, and hold it against the run that was left alone.
+"""Kill a run at random moments, resume it, and compare it with an uninterrupted run.
 
     python -m benchmarks.interruptions [--kills 30] [--terms 10]
 
 A short Remix run on a part of the demo (120 clips, 6 epochs, warm-up 2) is made once undisturbed. Then it is started
-again and again, ended by kill -9 (every fifth one while a checkpoint is being written, half of all with checkpoints
-every 3 steps) or by SIGTERM, and resumed. A moment at which there is nothing to interrupt is drawn again. What must be
-equal: summary.json but for the seconds, weights of last.pth and best.pth bit for bit, metrics.jsonl but for seconds and
-rates, partition.csv. Each run is a process forked from this one, so that PyTorch is not imported a hundred times.
-Writes benchmarks/results/interruptions-<cpu>-<date>.json and .md; exit status 1 if a run came out otherwise.
+again and again, ended by SIGKILL (every fifth one while a checkpoint is being written) or by SIGTERM, and continued by
+`--resume runs/NAME`, which repeats the epoch that was cut off. A moment at which there is nothing to interrupt is drawn
+again. What must be equal: summary.json but for the seconds, weights of last.pth and best.pth bit for bit, metrics.jsonl
+but for seconds and rates, partition.csv. Each run is a process forked from this one, so that PyTorch is not imported a
+hundred times. Writes benchmarks/results/interruptions-<cpu>-<date>.json and .md; exit status 1 if a run differs.
+Needs Linux or macOS.
 """
 
-import argparse
+import contextlib
 import csv
 import json
 import os
-import platform
 import random
 import re
 import shutil
 import signal
 import sys
 import tempfile
+import termios
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,24 +31,26 @@ import torch
 import train
 from benchmarks.common import command
 from benchmarks.saving import new_result
-from dataset.demo import ensure_demo
+from dataset.prepare.demo import ensure_demo
 from dataset.specs import get_spec
-from utils.cli import number
+from utils.checkpoint import load_checkpoint
+from utils.cli import Parser, number
 from utils.errors import INTERRUPTED, UserError, run_main
-from utils.logging import environment
+from utils.run import environment, read_metrics
 
 EPOCHS, WARMUP = 6, 2
 CHANGING = ("seconds", "clips_per_second")
-PHASES = {"train predictions": "scoring", "test predictions": "evaluation", "train": "training"}
+PHASES = {"scoring": "scoring", "train": "training", "test": "evaluation"}  # by the names of progress bars
 
 
 def part_of_demo(folder: Path, train_clips: int = 120, test_clips: int = 40) -> Path:
-    """A training folder of the demo's first clips of every class; pictures and sounds are links to the demo's."""
-    demo = get_spec("demo").root.resolve()
-    ensure_demo(get_spec("demo").root)
+    """A training folder with some of the demo's clips of every class; pictures and sounds are links to the demo's."""
+    spec = get_spec("demo")
+    demo = spec.root.resolve()
+    ensure_demo(spec.root)
     folder.mkdir()
-    for name in ("visual", "audio"):
-        (folder / name).symlink_to(demo / name)
+    for modality in spec.modalities:
+        (folder / modality.folder).symlink_to(demo / modality.folder)
     for name in ("stat.csv", "prepare.json"):
         (folder / name).write_bytes((demo / name).read_bytes())
     for name, count in (("train", train_clips), ("test", test_clips)):
@@ -59,49 +62,76 @@ def part_of_demo(folder: Path, train_clips: int = 120, test_clips: int = 40) -> 
 
 
 class Attempt:
-    """train.py at work in a forked process, its output in a file."""
+    """train.py in a forked process on a terminal of its own, where it shows progress bars. They tell what it does."""
 
-    def __init__(self, words: list[str], log: Path):
-        self.log, self.started = log, time.monotonic()
+    def __init__(self, words: list[str]):
+        self.started, self.output = time.monotonic(), bytearray()
+        self.terminal, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (50, 200))
+        os.set_blocking(self.terminal, False)
         self.pid = os.fork()
         if self.pid == 0:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
+            os.close(self.terminal)
+            os.dup2(theirs, 1)
+            os.dup2(theirs, 2)
             sys.argv = ["train.py", *words]
             try:
                 run_main(train.main)
             except SystemExit as end:
                 sys.stdout.flush()
-                os._exit(end.code)
+                os._exit(end.code if isinstance(end.code, int) else 1)
             finally:
                 os._exit(1)
+        os.close(theirs)
+
+    def read(self) -> None:
+        """Take what is on the terminal, so that the process never waits for a reader."""
+        with contextlib.suppress(OSError):  # nothing there, or the process has ended
+            while part := os.read(self.terminal, 65536):
+                self.output += part
 
     def poll(self) -> int | None:
         """The exit status, or minus the signal; None while it works."""
+        self.read()
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        return os.waitstatus_to_exitcode(status) if pid else None
+        if not pid:
+            return None
+        self.read()
+        os.close(self.terminal)
+        return os.waitstatus_to_exitcode(status)
 
     def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        while (status := self.poll()) is None:
+            time.sleep(0.002)
+        return status
+
+    @property
+    def said(self) -> str:
+        return self.output.decode(errors="replace").replace("\r", "\n")
 
     def phase(self, run: Path) -> str:
         """What it was doing when it ended, by the last progress bar and by unfinished files."""
         if any(run.glob(".tmp-*.pth")):
             return "saving"
-        said = self.log.read_text(errors="replace").replace("\r", "\n")
-        if "curves of all runs" in said:
+        if "curves of all runs" in self.said:
             return "after the summary"
-        bars = re.findall(r"(?:epoch \d+,? )?(train predictions|test predictions|train):", said)
+        bars = re.findall(rf"epoch \d+ ({'|'.join(PHASES)}):", self.said)
         if not bars:
             return "start" if not run.exists() else "before the first step"
-        done = (run / "metrics.jsonl").read_text().count("\n") if (run / "metrics.jsonl").exists() else 0
-        return "pictures" if done == EPOCHS and bars[-1] == "test predictions" else PHASES[bars[-1]]
+        done = len(read_metrics(run)) == EPOCHS
+        return "pictures" if done and bars[-1] == "test" else PHASES[bars[-1]]
 
 
-def disturb(words: list[str], run: Path, log: Path, number: int, kind: str, moment: float) -> dict:
+def found_in(run: Path) -> str:
+    """What a stopped run left to resume from."""
+    if (run / "last.pth").is_file():
+        return f"{load_checkpoint(run / 'last.pth')['epoch'] + 1} epochs"
+    return "no checkpoint" if (run / "config.json").is_file() else "nothing"
+
+
+def disturb(words: list[str], run: Path, number: int, kind: str, moment: float) -> dict:
     """Start, interrupt after `moment` seconds, resume until it is done. Returns what happened."""
-    attempt, saves = Attempt(words, log), 0
+    attempt, saves = Attempt([*words, "--run_name", run.name]), 0
     at_save = kind == "SIGKILL" and number % 5 == 4  # while the (moment-th) checkpoint is being written
     status, seen, due = None, "", False
     while status is None:
@@ -120,16 +150,17 @@ def disturb(words: list[str], run: Path, log: Path, number: int, kind: str, mome
         status = attempt.poll()
     else:
         seconds = time.monotonic() - attempt.started
-    row = {"signal": kind, "save_every": words[-1], "seconds": round(seconds, 2), "status": status,
-           "phase": attempt.phase(run)}  # fmt: skip
-    if kind == "SIGTERM" and status == INTERRUPTED:
-        row["said"] = log.read_text(errors="replace").strip().splitlines()[-1].split(";")[0].split("stopped by ")[-1]
-    row["interrupted"] = due and (kind == "SIGKILL" or status == INTERRUPTED)
+    row = {"signal": kind, "seconds": round(seconds, 2), "status": status, "phase": attempt.phase(run)}
+    row["interrupted"] = due and status == (-signal.SIGKILL if kind == "SIGKILL" else INTERRUPTED)
     if not row["interrupted"]:
         return row  # done before its time came, or, SIGTERM, not begun yet or drawing its pictures: nothing to resume
-    row["had"] = "last.pth" if (run / "last.pth").exists() else "no checkpoint" if run.exists() else "nothing"
-    again = [*words, "--resume"] if run.exists() and any(run.iterdir()) else words
-    row["resumed_status"] = Attempt(again, log).wait()
+    row["had"] = found_in(run)
+    # Killed before config.json there is no run to name: the same command again.
+    again = [*words, "--run_name", run.name, "--resume", "auto"] if row["had"] == "nothing" else ["--resume", str(run)]
+    resumed = Attempt(again)
+    row["resumed_status"] = resumed.wait()
+    if row["resumed_status"]:
+        print(resumed.said[-1000:], file=sys.stderr)
     return row
 
 
@@ -158,27 +189,28 @@ def verdict(row: dict) -> str:
 
 
 def measure(folder: Path, kills: int, terms: int) -> tuple[list[dict], float]:
+    torch.set_num_threads(1)  # a fork copies no threads: the runs must not inherit a pool of them
     data, runs = part_of_demo(folder / "data"), folder / "runs"
     words = ["--train", "--dataset", "demo", "--data_root", str(data), "--log_path", str(runs), "--epochs", str(EPOCHS)]
     words += ["--warmup", str(WARMUP), "--device", "cpu", "--cache", "ram", "--batch_size", "24"]
+    length = 0.0
     for name in ("warm", "whole"):  # the first one makes the pack
-        started = time.monotonic()
-        status = Attempt([*words, "--run_name", name], folder / "log").wait()
-        length = time.monotonic() - started
-        if status:
-            raise UserError(f"the undisturbed run ended with {status}: {(folder / 'log').read_text()[-500:]}")
+        attempt = Attempt([*words, "--run_name", name])
+        if status := attempt.wait():
+            raise UserError(f"the undisturbed run ended with status {status}: {attempt.said[-500:]}")
+        length = time.monotonic() - attempt.started
     wanted, dice, rows = outcome(runs / "whole"), random.Random(0), []
     for number_, kind in enumerate(["SIGKILL"] * kills + ["SIGTERM"] * terms):
-        name = f"run{number_}"
-        flags = [*words, "--run_name", name, "--save_every", "3steps" if number_ % 2 else "1"]
+        run = runs / f"run{number_}"
         while True:  # other programs on the machine stretch and shrink a run
-            row = disturb(flags, runs / name, folder / "log", number_, kind, dice.uniform(0, 1) * length)
+            row = disturb(words, run, number_, kind, dice.uniform(0, 1) * length)
             if row["interrupted"]:
                 break
             length = min(length, max(row["seconds"], 0.9 * length))
-            shutil.rmtree(runs / name, ignore_errors=True)
-        row["different"] = differences(outcome(runs / name), wanted) if row["resumed_status"] == 0 else ["unfinished"]
+            shutil.rmtree(run, ignore_errors=True)
+        row["different"] = differences(outcome(run), wanted) if row["resumed_status"] == 0 else ["unfinished"]
         rows.append(row)
+        shutil.rmtree(run)
         print(f"{number_ + 1:>3}/{kills + terms} {kind} {row['seconds']:>6.2f} s {row['phase']:<22} {row['had']:<14}"
               f"{verdict(row)}", flush=True)  # fmt: skip
     return rows, length
@@ -199,12 +231,11 @@ def write(rows: list[dict], length: float) -> Path:
         "Stopped in: " + ", ".join(f"{phase} {n} ({kind})" for (kind, phase), n in sorted(phases.items())) + ".",
     ]
     lines += ["", f"`{about['command']}`; a run of {length:.1f} s on {about['hardware']['cpu']}, "
-              f"{about['hardware']['threads']} thread(s), Python {platform.python_version()}, PyTorch "
+              f"{about['hardware']['threads']} thread(s), Python {about['versions']['python']}, PyTorch "
               f"{torch.__version__}, commit {about['git_commit']}.", ""]  # fmt: skip
-    lines += ["| # | signal | after, s | in | `--save_every` | exit status | found there | resumed |",
-              "|--:|---|--:|---|---|--:|---|---|"]  # fmt: skip
+    lines += ["| # | signal | after, s | in | exit status | found there | resumed |", "|--:|---|--:|---|--:|---|---|"]
     for i, row in enumerate(rows, 1):
-        cells = [row[name] for name in ("signal", "seconds", "phase", "save_every", "status", "had")]
+        cells = [row[name] for name in ("signal", "seconds", "phase", "status", "had")]
         lines.append("| " + " | ".join(map(str, [i, *cells, verdict(row)])) + " |")
     path.write_text("\n".join(lines) + "\n")
     path.with_suffix(".json").write_text(json.dumps(about | {"run_seconds": length, "rows": rows}, indent=1) + "\n")
@@ -213,9 +244,10 @@ def write(rows: list[dict], length: float) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--kills", type=number(int, 0), default=30, metavar="N", help="runs ended by kill -9 (30)")
-    parser.add_argument("--terms", type=number(int, 0), default=10, metavar="N", help="runs ended by SIGTERM (10)")
+    parser = Parser(description=__doc__.split("\n")[0])
+    runs = number(int, 0)
+    parser.add_argument("--kills", type=runs, default=30, metavar="N", help="runs ended by SIGKILL (default: 30)")
+    parser.add_argument("--terms", type=runs, default=10, metavar="N", help="runs ended by SIGTERM (default: 10)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows, length = measure(Path(folder), args.kills, args.terms)

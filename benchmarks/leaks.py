@@ -7,7 +7,6 @@ checkpoints, log lines and evaluations as these minutes). Writes benchmarks/resu
 exit status 1 if handles or threads grew, or memory by more than 5 % over the second half.
 """
 
-import argparse
 import json
 import os
 import re
@@ -22,9 +21,9 @@ import train
 from benchmarks.common import command
 from benchmarks.interruptions import part_of_demo
 from benchmarks.saving import new_result
-from utils.cli import number
+from utils.cli import Parser, number
 from utils.errors import run_main
-from utils.logging import RunLog, environment
+from utils.run import Run, environment
 
 SAMPLES = 200
 GROWTH = 1.05  # of the mean memory of the last tenth over that of the tenth after the middle
@@ -43,22 +42,15 @@ def usage() -> dict:
 def measure(folder: Path, epochs: int) -> list[dict]:
     rows, begin, every = [], time.monotonic(), max(1, epochs // SAMPLES)
 
-    class Watched(RunLog):
+    class Watched(Run):
         def epoch(self, metrics: dict) -> None:
             super().epoch(metrics)
             if metrics["epoch"] % every == 0 or metrics["epoch"] + 1 == epochs:
                 rows.append({"epoch": metrics["epoch"], "seconds": time.monotonic() - begin} | usage())
 
-    train.RunLog = Watched
-    words = [
-        "--train",
-        "--dataset",
-        "demo",
-        "--data_root",
-        str(part_of_demo(folder / "data", 24, 10)),
-        "--device",
-        "cpu",
-    ]
+    train.Run = Watched
+    data = part_of_demo(folder / "data", 24, 10)
+    words = ["--train", "--dataset", "demo", "--data_root", str(data), "--device", "cpu"]
     words += ["--log_path", str(folder / "runs"), "--run_name", "long", "--epochs", str(epochs), "--cache", "ram"]
     train.main([*words, "--warmup", str(epochs // 4), "--lr_decay_step", str(max(1, epochs // 10))])
     return rows
@@ -85,8 +77,8 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=number(int, 20), default=2000, metavar="N", help="epochs (2000)")
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", type=number(int, 20), default=2000, metavar="N", help="epochs (default: 2000)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), args.epochs)

@@ -3,8 +3,8 @@
     python -m benchmarks.precision                                            # demo, 3 seeds, scored after 2, 4, ... 20
     python -m benchmarks.precision --seeds 0 --after 10,20 -- --dataset CREMAD      # what follows -- goes to train.py
 
-Trains in float32 by train.py itself, stopping and going on; each time the same weights score all training clips twice.
-`margin` is how far apart the two KLs of a clip are (bits, median over all clips, and over those that changed).
+Trains in float32 by train.py itself, in pieces by --resume; each time the same weights score all training clips twice.
+`margin` is how far apart the two lowest KLs of a clip are (bits, median over all clips, and over those that changed).
 """
 
 import argparse
@@ -18,37 +18,34 @@ import torch
 
 import remix
 import train
-from benchmarks.common import load_clips, machine, save
+from benchmarks.common import machine, save
 from benchmarks.scaling import numbers
-from dataset.clips import Clips
-from models import AVClassifier
-from utils.acceleration import set_precision
-from utils.checkpoint import load_checkpoint, load_weights
+from dataset.build import Data, build_data
+from models.inference import predict
 from utils.cli import Parser
 from utils.errors import run_main
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--seeds", default="0,1,2", help="comma separated (0,1,2)")
-    p.add_argument("--after", type=numbers, default=[2, 4, 8, 12, 16, 20], help="epochs (2,4,8,12,16,20)")
+    p.add_argument("--seeds", default="0,1,2", help="seeds (default: 0,1,2)")
+    p.add_argument("--after", type=numbers, default=[2, 4, 8, 12, 16, 20], help="epochs (default: 2,4,8,12,16,20)")
     p.add_argument("rest", nargs="*", help="after --, flags of train.py (--warmup 2)")
     return p.parse_args(argv)
 
 
-def compare(checkpoint: Path, args: argparse.Namespace, classes: list[str], clips: Clips, device: torch.device) -> dict:
-    """Score all training clips in both precisions."""
-    weights, low_is_hard = load_checkpoint(checkpoint)["model"], {}
+def compare(checkpoint: Path, args: argparse.Namespace, data: Data, device: torch.device) -> dict:
+    """Score all training clips with the weights of `checkpoint` in both precisions."""
+    low_is_hard = {}
     for precision in ("fp32", "bf16"):
-        set_precision(precision, device)
-        model = AVClassifier(len(classes), args.model, args.fusion_method, precision == "bf16")
-        load_weights(model, weights, checkpoint)
-        model = model.to(device, memory_format=torch.channels_last)
-        logits = train.predict(model, clips, "both", 4 * args.batch_size, "score")
-        low_is_hard[precision] = remix.difficulty(logits["audio"], logits["video"]).cpu()
+        own = argparse.Namespace(**vars(args) | {"precision": precision, "checkpoint": str(checkpoint)})
+        model = train.make_model(own, data, device)
+        logits = predict(model, data.clips["train"], data.spec.names, 4 * args.batch_size, "score")
+        low_is_hard[precision] = remix.difficulty([logits[name] for name in data.spec.names]).cpu()  # (N, M)
     kept = {precision: remix.decouple(values) for precision, values in low_is_hard.items()}
-    changed = kept["fp32"] != kept["bf16"]
-    margin = (low_is_hard["fp32"][:, 0] - low_is_hard["fp32"][:, 1]).abs()
+    changed = (kept["fp32"] != kept["bf16"]).any(dim=1)
+    lowest = low_is_hard["fp32"].sort(dim=1).values
+    margin = lowest[:, 1] - lowest[:, 0]
     return {
         "changed": int(changed.sum()),
         "clips": len(changed),
@@ -64,18 +61,17 @@ def main(argv: list[str] | None = None) -> None:
     rows, device = [], torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     about = machine(device)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        flags = ["--train", *rest, "--precision", "fp32", "--log_path", folder]
+        flags = ["--train", *rest, "--precision", "fp32", "--log_path", folder,
+                 "--cache", "device" if device.type == "cuda" else "ram"]  # fmt: skip
         args = train.parse_args([*flags, "--epochs", str(ours.after[-1])])
-        classes, clips = load_clips(args, "device" if device.type == "cuda" else "ram", device)
+        data = build_data(args, device)
         for seed in ours.seeds.split(","):
             run = Path(folder) / f"seed{seed}"
             for epochs in ours.after:
-                go_on = ["--resume"] if run.exists() else []
                 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                     train.main([*flags, "--random_seed", seed, "--run_name", run.name, "--epochs", str(epochs),
-                                *go_on])  # fmt: skip
-                rows.append({"seed": seed, "after epochs": epochs, **compare(run / "last.pth", args, classes,
-                             clips["train"], device)})  # fmt: skip
+                                "--resume", "auto"])  # fmt: skip
+                rows.append({"seed": seed, "after epochs": epochs, **compare(run / "last.pth", args, data, device)})
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     shares = [row["changed"] / row["clips"] for row in rows]
     summary = [{"median share": f"{statistics.median(shares):.3%}", "highest": f"{max(shares):.3%}",

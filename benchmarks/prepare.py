@@ -6,14 +6,11 @@ Times the real engine (dataset/prepare/engine.py) with 1 worker and with one per
 finished folder. Prints machine and versions; writes benchmarks/results/prepare-<cpu>-<date>.json and .csv.
 """
 
-import argparse
 import csv
 import json
 import os
-import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from importlib import metadata
@@ -24,7 +21,8 @@ from benchmarks.saving import new_result
 from dataset.prepare import engine
 from dataset.prepare.engine import Clip, prepare_clips
 from dataset.specs import AUDIO_RECIPES, get_spec
-from utils.errors import UserError, run_main
+from utils.cli import Parser, number
+from utils.errors import run_main
 
 MODELS = 6  # different videos; the other clips are copies of them, for encoding takes ten times as long as preparing
 PACKAGES = ("numpy", "opencv-python-headless", "librosa", "soundfile", "av", "torch", "torchaudio")
@@ -97,42 +95,29 @@ def measure(clips: list[Clip], folder: Path, workers: tuple[int, ...], repeats: 
     return rows
 
 
-def cpu_name() -> str:
-    """The processor as the system calls it."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def machine() -> dict:
     """What the numbers depend on."""
-    versions = {}
+    import torch  # late: every worker imports this module, and PyTorch takes seconds
+
+    from utils.run import environment
+
+    found, versions = environment(torch.device("cpu"), 1), {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
     load = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "load_before": load,
-        "python": sys.version.split()[0],
-        **versions,
-    }
+    return {"cpu": found["hardware"]["cpu"], "cores": found["hardware"]["cores"], "load_before": load,
+            "commit": found["git_commit"], "python": found["versions"]["python"], **versions}  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--clips", type=int, default=60, help="default: 60")
-    parser.add_argument("--repeats", type=int, default=3, help="the median is reported; default: 3")
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--clips", type=number(int, 32, 1440), default=60, metavar="N", help="clips (default: 60)")
+    parser.add_argument("--repeats", type=number(int, 1), default=3, metavar="N",
+                        help="repeats, of which the median is reported (default: 3)")  # fmt: skip
     args = parser.parse_args()
-    if not 32 <= args.clips <= 1440 or args.repeats < 1:
-        raise UserError("--clips must be 32 to 1440, --repeats at least 1")
     about = machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     total = sum(get_spec("CREMAD").counts)

@@ -3,9 +3,7 @@
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
-import soundfile
 
 SENTENCES = ("IEO", "TIE", "IOM", "IWW", "TAI", "MTI", "IWL", "ITH", "DFA", "ITS", "TSI", "WSI")
 EMOTIONS = ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD")
@@ -41,6 +39,8 @@ def tone(seconds: float, rate: int, channels: int = 1, seed: int = 0) -> np.ndar
 
 def write_wav(path: Path, seconds: float = 2.5, rate: int = 16_000, channels: int = 1, seed: int = 0) -> Path:
     """A 16-bit WAV."""
+    import soundfile  # late: offline packages, which training does not need
+
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, tone(seconds, rate, channels, seed), rate, subtype="PCM_16")
     return path
@@ -56,6 +56,8 @@ def write_video(
     seed: int = 0,
 ) -> Path:
     """A video as the name ends: .flv is FLV1 as in CREMA-D, .mp4 is MPEG-4; with `sound` (n, channels) an AAC track."""
+    import av
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("flv1" if path.suffix == ".flv" else "mpeg4", rate=rate)

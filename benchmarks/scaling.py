@@ -42,14 +42,26 @@ def numbers(text: str) -> list[int]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    p.add_argument("--clips", type=numbers, default=[500, 1000, 2000, 4000, 8000], help="(500,1000,2000,4000,8000)")
-    p.add_argument("--classes", type=numbers, default=[6, 31, 100, 300], help="with as many clips each (6,31,100,300)")
-    p.add_argument("--class_clips", type=number(int, 8), default=1000, help="clips of the runs over classes (1000)")
+    p.add_argument(
+        "--clips",
+        type=numbers,
+        default=[500, 1000, 2000, 4000, 8000],
+        help="training clips of each run (default: 500,1000,2000,4000,8000)",
+    )
+    p.add_argument(
+        "--classes",
+        type=numbers,
+        default=[6, 31, 100, 300],
+        help="classes of each run over classes (default: 6,31,100,300)",
+    )
+    p.add_argument(
+        "--class_clips", type=number(int, 8), default=1000, help="clips of the runs over classes (default: 1000)"
+    )
     add_shape_flags(p, SHAPE)
-    p.add_argument("--batch_size", type=number(int, 2), default=64, help="clips a step (64)")
-    p.add_argument("--epochs", type=number(int, 3), default=11, help="of each run (11)")
-    p.add_argument("--warmup", type=number(int, 2), default=6, help="of them joint, the first not counted (6)")
-    p.add_argument("--workers", type=number(int, 0), default=2, help="processes that read files (2)")
+    p.add_argument("--batch_size", type=number(int, 2), default=64, help="clips per step (default: 64)")
+    p.add_argument("--epochs", type=number(int, 3), default=11, help="epochs of each run (default: 11)")
+    p.add_argument("--warmup", type=number(int, 2), default=6, help="joint epochs, the first not counted (default: 6)")
+    p.add_argument("--workers", type=number(int, 0), default=2, help="processes that read files (default: 2)")
     args = p.parse_args(argv)
     if args.warmup >= args.epochs:
         raise UserError(f"--warmup {args.warmup}: must be less than --epochs {args.epochs}")

@@ -1,9 +1,15 @@
 """Tiny training folders for tests, made in a second, and runs on them."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+REPO = Path(__file__).resolve().parents[1]
 
 # A run on such a folder: seconds on one core.
 TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
@@ -47,3 +53,15 @@ def run(data: Path, runs: Path, name: str, *flags: str) -> Path:
 
     train.main([*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name, *flags])
     return runs / name
+
+
+def in_two_processes(folder: Path, *commands: list[str]) -> list[tuple[list[int], str, str]]:
+    """Run each command as two processes of one group; exit statuses, standard output and error of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(REPO / "tests" / "pairs.py"), str(folder), json.dumps(commands)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    statuses = json.loads(done.stdout.splitlines()[-1])
+    return [(status, *((folder / f"{i}.{end}").read_text() for end in ("out", "err")))
+            for i, status in enumerate(statuses)]  # fmt: skip

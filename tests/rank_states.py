@@ -11,11 +11,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
+from models.checkpoint import model_weights
 from utils import distributed
 
 folder, argv = Path(sys.argv[1]), sys.argv[2:]
 torch.compile = functools.partial(torch.compile, backend="eager")
-networks, make, stop = [], train.AVClassifier, distributed.stop
+networks, make, stop = [], train.build_model, distributed.stop
 
 
 def make_and_remember(*arguments):
@@ -24,9 +25,9 @@ def make_and_remember(*arguments):
 
 
 def write_and_stop():
-    torch.save(networks[0].state_dict(), folder / f"rank{distributed.rank()}.pth")
+    torch.save(model_weights(networks[0]), folder / f"rank{distributed.rank()}.pth")
     stop()
 
 
-train.AVClassifier, distributed.stop = make_and_remember, write_and_stop
+train.build_model, distributed.stop = make_and_remember, write_and_stop
 train.main(argv)

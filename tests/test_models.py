@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import AUDIO, SHAPES, TEXT, VIDEO, network
 from torch import nn
 from torchvision.models import resnet18
 
-from models import FUSIONS, AVClassifier
+from dataset.specs import Modality
+from models import FUSIONS, SLICED, MultimodalClassifier, build_model
+from models.checkpoint import load_weights, model_weights
+from utils.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -45,44 +49,34 @@ def official_shapes(classes: int) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("classes", [6, 31])
-def test_state_dict_is_the_official_one(classes):
-    model = AVClassifier(classes)
-    assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == official_shapes(classes)
-    assert sum(p.numel() for p in model.audio_net.parameters()) == 11_170_240
-    assert sum(p.numel() for p in model.visual_net.parameters()) == 11_176_512
+def test_a_checkpoint_has_the_official_names(classes):
+    model = network(classes, "resnet18")
+    assert {name: tuple(value.shape) for name, value in model_weights(model).items()} == official_shapes(classes)
+    assert sum(p.numel() for p in model.encoders["audio"].parameters()) == 11_170_240
+    assert sum(p.numel() for p in model.encoders["video"].parameters()) == 11_176_512
 
 
-def test_video_trunk_computes_torchvisions_resnet18():
-    """In training, in evaluation, and where evaluation needs no gradient and BatchNorm goes into the convolutions."""
+def test_video_encoder_computes_torchvisions_resnet18():
+    """In training and in evaluation."""
     torch.manual_seed(0)
-    trunk = AVClassifier(6).visual_net.double()
-    for module in trunk.modules():
+    encoder = network(6, "resnet18").encoders["video"].double()
+    for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2.0)
     reference = resnet18(weights=None).double()
-    reference.load_state_dict(trunk.state_dict(), strict=False)
-    reference.avgpool = reference.fc = nn.Identity()
+    reference.load_state_dict(encoder.state_dict(), strict=False)
+    reference.fc = nn.Identity()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    torch.testing.assert_close(trunk(x).flatten(1), reference(x))
-    trunk.eval(), reference.eval()
-    torch.testing.assert_close(trunk(x).flatten(1), reference(x))
-
-    ran = []
-    for module in trunk.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.register_forward_hook(lambda *_: ran.append(1))
-    with torch.inference_mode():
-        torch.testing.assert_close(trunk(x).flatten(1), reference(x))
-        assert not ran
-    trunk(x)
-    assert len(ran) == 20
+    torch.testing.assert_close(encoder(x), reference(x))
+    encoder.eval(), reference.eval()
+    torch.testing.assert_close(encoder(x), reference(x))
 
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = AVClassifier(6)
-    for net in (model.audio_net, model.visual_net):
+    model = network(6, "resnet18")
+    for net in model.encoders.values():
         for name, module in net.named_modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = module.out_channels * module.kernel_size[0] ** 2
@@ -98,69 +92,86 @@ def test_initialisation():
     assert model.head.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
-def small(fusion: str = "concat", seed: int = 0) -> AVClassifier:
+def small(fusion: str = "concat", seed: int = 0, three: bool = False) -> MultimodalClassifier:
     torch.manual_seed(seed)
-    return AVClassifier(4, "resnet18_thin", fusion)
+    return network(4, fusion=fusion, three=three)
 
 
-def inputs(batch: int = 3):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, 1, 33, 20, generator=generator), torch.randn(batch, 2, 3, 32, 32, generator=generator)
+def inputs(batch: int = 3, three: bool = False) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    shapes = {"audio": (1, 33, 20), "video": (2, 3, 32, 32)} | ({"text": (7,)} if three else {})
+    return {name: torch.randn(batch, *shape, generator=rng) for name, shape in shapes.items()}
 
 
-def test_frames_share_the_trunk_and_are_averaged_after_it():
+def only(given: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in given.items() if name in names}
+
+
+def test_official_checkpoints_load_back_with_their_names_and_three_modalities_have_names_of_their_own():
+    ours, other, three = small(), small(seed=1), small(three=True)
+    weights = {f"module.{name}": value for name, value in model_weights(ours).items()}  # as DataParallel saves
+    load_weights(other, weights, "official.pth")
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in ours.state_dict().items())
+    parts = {name.rpartition(".")[0].split(".layer")[0] for name in model_weights(three)}
+    assert {"audio_net", "visual_net", "head_audio", "head_video", "head", "encoders.text.1", "heads.text"} <= parts
+    load_weights(other := small(seed=1, three=True), model_weights(three), "three.pth")
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in three.state_dict().items())
+    with pytest.raises(UserError, match=r"three\.pth: does not fit.*unknown.*\(encoders\.text"):
+        load_weights(ours, model_weights(three), "three.pth")
+
+
+def test_frames_share_the_encoder_and_are_averaged_after_it():
     model = small().eval()
-    audio, video = inputs()
-    frames = [model.visual_net(video[:, t]).mean(dim=(2, 3)) for t in range(2)]
-    torch.testing.assert_close(model(audio, video).video_features, (frames[0] + frames[1]) / 2)
+    given = inputs()
+    frames = [model.encoders["video"](given["video"][:, t]) for t in range(2)]
+    torch.testing.assert_close(model(given, model.names).features["video"], (frames[0] + frames[1]) / 2)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("kept", ["audio", "video"])
+CASES = [(fusion, fed, False) for fusion in FUSIONS for fed in (("audio",), ("video",))]
+CASES += [(fusion, fed, True) for fusion in SLICED for fed in (("audio",), ("text",), ("audio", "text"))]
+
+
+@pytest.mark.parametrize(("fusion", "fed", "three"), CASES)
 @pytest.mark.parametrize("masked_runs", [False, True])
-def test_masked_modality_contributes_nothing(fusion, kept, masked_runs):
-    model = small(fusion).train()
-    audio, video = inputs()
-    other = torch.randn_like(video if kept == "audio" else audio)
+def test_masked_modalities_contribute_nothing(fusion, fed, three, masked_runs):
+    model = small(fusion, three=three).train()
+    given = inputs(three=three)
+    masked = [name for name in model.names if name not in fed]
     outputs, gradients = [], []
-    for masked in (video if kept == "audio" else audio, other):
+    for x in (given, given | {name: torch.randn_like(given[name]) for name in masked}):
         model.zero_grad()
-        given = (audio, masked) if kept == "audio" else (masked, video)
-        if not masked_runs:
-            given = (audio, None) if kept == "audio" else (None, video)
-        output = model(*given, kept)
+        output = model(x if masked_runs else only(x, *fed), fed)
         output.joint.square().sum().backward()
         outputs.append(output)
-        net = model.visual_net if kept == "audio" else model.audio_net
-        gradients.append([p.grad for p in net.parameters()])
+        gradients.append([p.grad for name in masked for p in model.encoders[name].parameters()])
     torch.testing.assert_close(outputs[0].joint, outputs[1].joint, rtol=0, atol=0)
-    assert (outputs[0].video if kept == "audio" else outputs[0].audio) is None
-    masked_features = outputs[0].video_features if kept == "audio" else outputs[0].audio_features
-    assert torch.all(masked_features == 0)
+    assert tuple(outputs[0].logits) == fed and tuple(outputs[0].features) == model.names
+    assert all(torch.all(outputs[0].features[name] == 0) for name in masked)
+    assert all(outputs[0].features[name].any() for name in fed)
     for grads in gradients:
         # official: the encoder runs and its gradients are zeros; ours: it does not run and has none
         assert all((g is not None and torch.all(g == 0)) if masked_runs else g is None for g in grads)
 
 
-@pytest.mark.parametrize("kept", ["audio", "video"])
-def test_masking_the_concat_head_equals_its_half_of_the_weights(kept):
-    model = small().eval()
-    audio, video = inputs()
-    both = model(audio, video)
-    features = both.audio_features if kept == "audio" else both.video_features
-    width = features.shape[1]
-    half = model.head.weight[:, :width] if kept == "audio" else model.head.weight[:, width:]
-    expected = features @ half.T + model.head.bias
-    masked = model(audio if kept == "audio" else None, video if kept == "video" else None, kept)
+@pytest.mark.parametrize(("fed", "three"), [("audio", False), ("video", False), ("audio", True), ("text", True)])
+def test_masking_the_concat_head_equals_its_part_of_the_weights(fed, three):
+    model = small(three=three).eval()
+    given = inputs(three=three)
+    whole = model(given, model.names)
+    start = 128 * model.names.index(fed)
+    expected = whole.features[fed] @ model.head.weight[:, start : start + 128].T + model.head.bias
+    masked = model(only(given, fed), (fed,))
     torch.testing.assert_close(masked.joint, expected)
-    torch.testing.assert_close(masked.audio if kept == "audio" else masked.video,
-                               both.audio if kept == "audio" else both.video)  # fmt: skip
+    torch.testing.assert_close(masked.logits[fed], whole.logits[fed])
+    slices = model.head.slices(whole.features)
+    torch.testing.assert_close(slices[fed], expected - model.head.bias + model.head.bias / len(model.names))
+    torch.testing.assert_close(sum(slices.values()), whole.joint)
 
 
 def test_fusion_heads_follow_their_definitions():
     torch.manual_seed(0)
-    a, v = torch.randn(5, 8), torch.randn(5, 8)
-    heads = {name: fusion(8, 3) for name, fusion in FUSIONS.items()}
+    a, v, t = torch.randn(5, 8), torch.randn(5, 8), torch.randn(5, 6)
+    heads = {name: fusion({"audio": 8, "video": 8}, 3) for name, fusion in FUSIONS.items()}
 
     def linear(layer, x):
         return x @ layer.weight.T + layer.bias
@@ -170,44 +181,75 @@ def test_fusion_heads_follow_their_definitions():
     gate = 1 / (1 + torch.exp(-linear(gated.fc_x, a)))
     expected = {
         "concat": linear(heads["concat"], torch.cat([a, v], 1)),
-        "sum": linear(summed.fc_x, a) + linear(summed.fc_y, v),
+        "sum": linear(summed.maps["audio"], a) + linear(summed.maps["video"], v),
         "film": linear(film.fc_out, gamma * v + beta),
         "gated": linear(gated.fc_out, gate * linear(gated.fc_y, v)),
     }
     for name, head in heads.items():
-        torch.testing.assert_close(head(a, v), expected[name])
+        torch.testing.assert_close(head({"audio": a, "video": v}, ("audio", "video")), expected[name])
+    three = {"audio": a, "video": v, "text": t}
+    concat, summed = (FUSIONS[name]({name: z.shape[1] for name, z in three.items()}, 3) for name in SLICED)
+    torch.testing.assert_close(concat(three), linear(concat, torch.cat([a, v, t], 1)))
+    torch.testing.assert_close(summed(three), sum(linear(summed.maps[name], z) for name, z in three.items()))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_masked_audio_does_not_silence_video(fusion):
-    """The kept video must move the joint logits about as much as it does beside an average audio."""
+    """The fed video must move the joint logits about as much as it does beside an average audio."""
     torch.manual_seed(0)
-    head = FUSIONS[fusion](64, 5)
+    head = FUSIONS[fusion]({"audio": 64, "video": 64}, 5)
     v, a = torch.randn(200, 64), torch.randn(200, 64)
-    alone = head(torch.zeros_like(a), v, "video").std(dim=0).mean()
-    beside = head(a[:1].expand_as(a), v, "both").std(dim=0).mean()
+    alone = head({"audio": torch.zeros_like(a), "video": v}, ("video",)).std(dim=0).mean()
+    beside = head({"audio": a[:1].expand_as(a), "video": v}, ("audio", "video")).std(dim=0).mean()
     assert alone > 0.5 * beside
 
 
+@pytest.mark.parametrize("three", [False, True])
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("kept", ["both", "audio", "video"])
-def test_every_fusion_trains_the_kept_encoders(fusion, kept):
-    model = small(fusion).train()
-    audio, video = inputs()
-    output = model(audio if kept != "video" else None, video if kept != "audio" else None, kept)
-    output.joint.logsumexp(1).sum().backward()
-    for name, net in (("audio", model.audio_net), ("video", model.visual_net)):
-        moved = any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
-        assert moved == (kept in ("both", name))
+def test_every_fusion_trains_the_fed_encoders(fusion, three):
+    if three and fusion not in SLICED:
+        with pytest.raises(UserError, match=f"--fusion_method {fusion}: defined for the modalities audio and video"):
+            small(fusion, three=True)
+        return
+    model = small(fusion, three=three).train()
+    given = inputs(three=three)
+    for fed in (model.names, *((name,) for name in model.names)):
+        model.zero_grad()
+        model(only(given, *fed), fed).joint.logsumexp(1).sum().backward()
+        for name, encoder in model.encoders.items():
+            moved = any(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
+            assert moved == (name in fed)
 
 
-def test_a_thin_trunk_leaves_the_heap_whole():
+@pytest.mark.parametrize(("modality", "shape", "message"), [
+    (Modality("text", "array", "text", encoder="bert"), (7,), "encoder bert of text: unknown; allowed: resnet18, "),
+    (Modality("text", "array", "text", encoder="resnet18"), (7,), "takes images, the clips have arrays of shape"),
+    (Modality("text", "array", "text", encoder="mlp"), (7, 7), "takes vectors, the clips have arrays of shape"),
+    (Modality("text", "array", "text"), (2, 7, 7), r"text: takes vectors, the clips have arrays of shape \(2, 7, 7\)"),
+    (Modality("text", "frames", "text", encoder="mlp"), (), "mlp of text: takes vectors, the clips have frames"),
+])  # fmt: skip
+def test_an_encoder_that_does_not_fit_its_input_is_refused_in_one_line(modality, shape, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_model((AUDIO, modality), SHAPES | {"text": shape}, 3)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_modality_s_own_encoder_goes_before_the_runs():
+    own = Modality("video", "frames", "visual", encoder="resnet18_thin")
+    model = build_model((AUDIO, own, TEXT), SHAPES, 3, "resnet18")
+    assert model.widths == {"audio": 512, "video": 128, "text": 128} and model.head.weight.shape == (3, 768)
+    assert model.encoders["audio"].conv1.weight.shape == (64, 1, 7, 7)
+    assert model.encoders["video"].conv1.weight.shape == (16, 3, 7, 7)
+    assert build_model((VIDEO, AUDIO), SHAPES, 3).names == ("video", "audio")  # the dataset's order
+
+
+def test_a_thin_encoder_leaves_the_heap_whole():
     """With two threads, 6 maps of 16 x 12: where oneDNN's strided convolution of 8 channels wrote past its buffer."""
     script = """
 import torch
 from models.encoders import ENCODERS
 torch.set_num_threads(2)
-trunk = ENCODERS["resnet18_thin"][0](1).to(memory_format=torch.channels_last).train()
+trunk = ENCODERS["resnet18_thin"].make(1).to(memory_format=torch.channels_last).train()
 for batch in [*range(2, 9)] * 4:
     trunk(torch.randn(batch, 1, 64, 48)).sum().backward()
 """

@@ -5,25 +5,27 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+import rank_gradients
 import torch
-from helpers import TINY, make_folder, run
+from helpers import REPO, TINY, in_two_processes, make_folder, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import remix
 import train
+from dataset.build import load_parts
 from dataset.clips import Feed, make_clips
 from dataset.folder import load_folder
-from dataset.prepare import actor_split
-from dataset.specs import SPECS, get_spec
-from models import AVClassifier
+from dataset.prepare.lists import actor_split
+from dataset.specs import SPECS, audio, get_spec, video
+from models import build_model
+from models.batchnorm import reestimate
+from models.checkpoint import model_weights
+from utils import distributed
 from utils.errors import UserError
 from utils.seeding import epoch_generator
-
-REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,19 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def network(seed=0):
+    """The network of `TINY` runs with the weights that `seed` draws."""
+    torch.manual_seed(seed)
+    return build_model(get_spec("folder").modalities, {"audio": (33, 20)}, 3, "resnet18_thin")
+
+
+def clips_of(data, part="train"):
+    """A part of the folder as a run with the flags of `TINY` has it."""
+    folder = load_folder(data, get_spec("folder"))
+    feed = Feed(folder.spec.modalities, image_size=32, device=torch.device("cpu"), cache="ram")
+    return make_clips(folder.root, part, folder.parts[part], folder.shapes, feed)
+
+
 def test_remix_run_folder(remix_run):
     folder, _ = remix_run
     lines = metrics(folder)
@@ -57,12 +72,15 @@ def test_remix_run_folder(remix_run):
     clips = json.loads((folder / "config.json").read_text())["data"]["clips"]
     assert clips["train"] + clips["val"] == 34 and clips["test"] == 15 and clips["val"] >= 3
     for line in lines:
-        for key in ("lr", "train_loss", "test_acc", "test_acc_audio", "test_acc_video", "val_acc", "val_acc_audio",
+        for key in ("lr", "train_loss", "train_ce_joint", "train_acc_joint", "test_loss", "val_loss", "test_acc",
+                    "test_acc_audio", "test_acc_video", "val_acc", "val_acc_audio",
                     "val_acc_video", "seconds_score", "seconds_train", "seconds_eval", "clips_per_second"):  # fmt: skip
             assert isinstance(line[key], float), key
         assert 0 <= line["test_acc"] <= 1 and (line["test_acc"] * 15) == pytest.approx(round(line["test_acc"] * 15))
         if line["phase"] == "remix":
             assert line["n_audio"] + line["n_video"] == clips["train"]
+            for name in ("audio", "video"):
+                assert all((line[f"train_{key}_{name}"] is None) == (line[f"n_{name}"] == 0) for key in ("ce", "acc"))
         else:
             assert line["n_audio"] is None and line["n_video"] is None
 
@@ -92,9 +110,11 @@ def test_remix_run_folder(remix_run):
 
 def test_config_names_every_flag_and_what_it_ran_on(remix_run):
     config = json.loads((remix_run[0] / "config.json").read_text())
-    for name in vars(train.parse_args(["--train"])):
+    for name in train.make_parser().names():
         assert name in config
     assert config["epochs"] == 4 and config["learning_rate"] == 1e-3 and config["masked_encoder"] == "skip"
+    assert config["balance"] == "none" and config["balance_options"] == {} and config["resume"] is None
+    assert config["data"]["modalities"] == ["audio", "video"] and config["data"]["classes"] == ["a", "b", "c"]
     assert config["from_preset"]["alpha"] == 0.5 and "epochs" not in config["from_preset"]
     assert config["versions"]["torch"] == torch.__version__.split("+")[0]
     assert config["hardware"]["device"] == "cpu"
@@ -104,7 +124,8 @@ def test_tensorboard_tags(remix_run):
     events = EventAccumulator(str(remix_run[0]), size_guidance={"histograms": 0}).Reload()
     tags = events.Tags()
     for tag in ("loss/train", "accuracy/multimodal", "accuracy/audio", "accuracy/video", "remix/n_audio",
-                "remix/n_video", "lr", "speed/clips_per_second"):  # fmt: skip
+                "remix/n_video", "lr", "speed/clips_per_second",
+                "loss/ce_joint", "loss/ce_audio", "train_accuracy/video"):  # fmt: skip
         assert tag in tags["scalars"], tag
     assert {"remix/kl_audio", "remix/kl_video"} <= set(tags["histograms"])
     assert "confusion" in tags["images"]
@@ -117,9 +138,10 @@ def test_tensorboard_tags(remix_run):
 
 def test_checkpoints_load_safely_and_evaluate_to_the_same_numbers(remix_run, data, capsys):
     folder, _ = remix_run
-    for name in ("last.pth", "best.pth"):
-        state = torch.load(folder / name, weights_only=True)
-        assert {"model", "optimizer", "scheduler", "epoch", "rng", "config"} <= set(state)
+    last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pth", "best.pth"))
+    assert {"model", "optimizer", "scheduler", "epoch", "rng", "config", "classes", "format"} <= set(last)
+    assert set(best) == {"model", "epoch", "config", "classes"}  # weights to use, nothing to train on with
+    assert (folder / "best.pth").stat().st_size < 0.5 * (folder / "last.pth").stat().st_size
     train.main([*TINY, "--data_root", str(data), "--checkpoint", str(folder / "last.pth")])
     shown = capsys.readouterr().out.splitlines()[-1].split()[1:]
     last = metrics(folder)[-1]
@@ -144,6 +166,60 @@ def test_baseline_is_the_warm_up_that_never_ends(data, runs):
         assert (a["phase"], a["train_loss"], a["test_acc"]) == (b["phase"], b["train_loss"], b["test_acc"])
 
 
+def np_cross_entropy(logits, labels):
+    """(N,) from logits (N, C)."""
+    top = logits.max(1)
+    return top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(labels)), labels]
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 5)])
+def test_training_numbers_are_plain_means_over_the_clips_that_a_head_was_fed(data, sizes):
+    """Unweighted, whatever the weights of the losses; of one batch, and of batches of different size."""
+    flags = ("--alpha", "0.3", "--beta", "2", "--gamma1", "0.7", "--gamma2", "3")
+    args = train.parse_args([*TINY, "--train", "--optimizer", "sgd", "--learning_rate", "0.01", *flags])
+    clips = clips_of(data)
+    part = torch.randperm(34, generator=torch.Generator().manual_seed(3))[: sum(sizes)].split(sizes)
+    weights = {("audio", "video"): {"joint": 1, "audio": 0.3, "video": 2}, ("audio",): {"joint": 1, "audio": 3}}
+    for fed, own in weights.items():
+        model, seen = network(), []
+        model.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output))
+        plan = [remix.Batch(indices, fed) for indices in part]
+        found = train.train_epoch(model, clips, plan, train.make_optimizer(model, args), 0, args)
+        labels = clips.labels[torch.cat(part)].numpy()
+        heads = {"joint": [output.joint for output in seen]} | {n: [o.logits[n] for o in seen] for n in fed}
+        logits = {head: torch.cat(rows).detach().double().numpy() for head, rows in heads.items()}
+        entropies = {head: np_cross_entropy(rows, labels).mean() for head, rows in logits.items()}
+        expected = {f"train_ce_{head}": value for head, value in entropies.items()}
+        expected |= {f"train_acc_{head}": (rows.argmax(1) == labels).mean() for head, rows in logits.items()}
+        # Each batch counts by its clips in the loss too, which is the weighted one.
+        expected["train_loss"] = sum(own[head] * value for head, value in entropies.items())
+        if "video" not in fed:
+            expected |= {"train_ce_video": None, "train_acc_video": None}
+        assert found == {name: value if value is None else pytest.approx(value, rel=1e-5)
+                         for name, value in expected.items()}  # fmt: skip
+
+
+def test_heads_that_no_loss_reaches_have_no_numbers(data, runs, capsys):
+    """They stay as they were drawn: an accuracy of theirs would be of chance."""
+    folder = run(data, runs, "headless", "--method", "baseline", "--epochs", "1", "--alpha", "0", "--beta", "0")
+    out = capsys.readouterr().out.splitlines()
+    (line,) = metrics(folder)
+    for name in ("audio", "video"):
+        assert [line[f"{key}_{name}"] for key in ("train_ce", "train_acc", "test_acc")] == [None] * 3
+    assert isinstance(line["train_ce_joint"], float) and isinstance(line["test_acc"], float)
+    assert json.loads((folder / "summary.json").read_text())["test_acc_audio"] is None
+    (row,) = [line for line in out if line.startswith("last epoch")]
+    assert row.split()[3:5] == ["–", "–"]
+    (row,) = [line for line in out if line.startswith("epoch   1/1")]
+    assert row.count("audio –") == row.count("video –") == row.count("/–/–") == 1
+    train.main(["--checkpoint", str(folder / "best.pth"), "--device", "cpu"])
+    assert capsys.readouterr().out.splitlines()[-1].split()[2:4] == ["–", "–"]
+    # One of two: its neighbour has numbers.
+    (line,) = metrics(run(data, runs, "one headed", "--method", "baseline", "--epochs", "1", "--alpha", "0"))
+    assert line["test_acc_audio"] is line["train_acc_audio"] is line["train_ce_audio"] is None
+    assert all(isinstance(line[f"{key}_video"], float) for key in ("test_acc", "train_acc", "train_ce"))
+
+
 @pytest.mark.parametrize("method", ["audio", "video"])
 def test_one_modality_alone(data, runs, method):
     folder = run(data, runs, method, "--method", method, "--epochs", "2")
@@ -152,8 +228,7 @@ def test_one_modality_alone(data, runs, method):
         assert line["phase"] == "joint" and line[f"test_acc_{other}"] is None
         assert 0 <= line[f"test_acc_{method}"] <= 1
     weights = torch.load(folder / "last.pth", weights_only=True)["model"]
-    torch.manual_seed(42)
-    fresh = train.AVClassifier(3, "resnet18_thin").state_dict()
+    fresh = model_weights(network(42))
     net = {"audio": "audio_net", "video": "visual_net"}
     assert all(torch.equal(weights[k], fresh[k]) for k in fresh if k.startswith(net[other]))
     assert not all(torch.equal(weights[k], fresh[k]) for k in fresh if k.startswith(net[method]))
@@ -195,7 +270,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(data, tmp_path, capsys):
         assert out[0] == f"folder, {data}: 15 test clips"
         last = metrics(folder)[-1]
         expected = [last[key] for key in ("test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro")]
-        shown = [None if cell == "-" else float(cell) for cell in out[-1].split()[1:]]
+        shown = [None if cell == "–" else float(cell) for cell in out[-1].split()[1:]]
         assert shown == [None if value is None else pytest.approx(value, abs=5e-5) for value in expected]
         for name, value in (
             ("method", "audio"),
@@ -203,10 +278,10 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(data, tmp_path, capsys):
             ("fusion_method", "film"),
             ("model", "resnet18"),
         ):
-            with pytest.raises(UserError, match=rf"--{name} {value}: .*was trained with --{name} .*leave it out"):
+            with pytest.raises(UserError, match=rf"--{name} {value}: .*trained with --{name} .*; leave the flag out"):
                 train.main(["--checkpoint", str(folder / "last.pth"), f"--{name}", value])
     other = make_folder(tmp_path / "other", classes=("x", "y", "z"))
-    with pytest.raises(UserError, match=r"its classes \(x, y, z\) are not .*last.pth's \(a, b, c\)"):
+    with pytest.raises(UserError, match=r"its classes \(x, y, z\) are not those of .*last.pth \(a, b, c\)"):
         train.main(["--checkpoint", str(folder / "last.pth"), "--data_root", str(other)])
 
 
@@ -221,31 +296,80 @@ def test_evaluation_counts_the_test_clips_that_are_left_out(data, remix_run, tmp
     with pytest.raises(UserError, match=r"1 problem.*test_0003.*--allow_missing"):
         train.main(words)
     train.main([*words, "--allow_missing"])
-    assert capsys.readouterr().out.splitlines()[0] == f"folder, {other}: 8 test clips, 1 broken ones left out"
+    assert (
+        capsys.readouterr().out.splitlines()[0] == f"folder, {other}: 8 test clips, 1 clips with missing files left out"
+    )
 
 
 def test_a_run_is_not_made_shorter_by_resuming_it(data, tmp_path):
     flags = ("--method", "audio", "--epochs")
     folder = run(data, tmp_path, "r", *flags, "2")
     before = (folder / "summary.json").read_bytes()
-    with pytest.raises(UserError, match=r"--epochs 1: the run has done 2; type --epochs 2"):
+    with pytest.raises(UserError, match=r"--epochs 1: the run has done 2; use --epochs 2 or more"):
         run(data, tmp_path, "r", *flags, "1", "--resume")
     assert (folder / "summary.json").read_bytes() == before
 
 
 def test_all_epochs_of_warm_up_is_told(data, tmp_path, capsys):
     run(data, tmp_path, "r", "--epochs", "1", "--warmup", "1")
-    assert "warning: all 1 epochs are warm-up: no epoch of Remix" in capsys.readouterr().out
+    assert "warning: all 1 epochs are warm-up, so Remix never starts" in capsys.readouterr().out
 
 
-def test_a_mistake_on_several_processes_is_one_line(data, runs, remix_run):
-    """That the run is there is rank 0's to see; the other ends without a word."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY]
-    command += ["--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", "remix"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=200)
-    lines = done.stderr.splitlines()
-    assert sum(line.startswith("error: ") for line in lines) == sum("exists already" in line for line in lines) == 1
-    assert done.returncode and not any(line.startswith("[rank") for line in lines), done.stderr
+@pytest.fixture(scope="module")
+def pairs(data, runs, remix_run, tmp_path_factory):
+    """What several programs said and did, each as two processes."""
+    few = make_folder(tmp_path_factory.mktemp("few"), train=18, test=1)
+    sound = make_folder(tmp_path_factory.mktemp("whole batches"))  # 24 clips in batches of 8, for one process and two
+    out = tmp_path_factory.mktemp("pairs")
+    command = ["train.py", *TINY, "--device", "cpu", "--log_path", str(runs), "--data_root"]
+    commands = {
+        "existing": [*command, str(data), "--train", "--run_name", "remix"],
+        "small batch": [*command, str(data), "--train", "--run_name", "small", "--batch_size", "3"],
+        "few": [*command, str(few), "--train", "--run_name", "few", "--epochs", "2", "--warmup", "1", "--diagnose"],
+        "evaluate": [*command, str(few), "--checkpoint", str(runs / "few" / "last.pth")],
+        "gradients": ["tests/rank_gradients.py", str(out), *gradient_flags(sound)],
+    }
+    return dict(zip(commands, in_two_processes(out, *commands.values()), strict=True)) | {"data": sound, "out": out}
+
+
+def gradient_flags(data) -> list[str]:
+    return [*TINY, "--train", "--device", "cpu", "--data_root", str(data), "--warmup", "0", "--optimizer", "sgd",
+            "--learning_rate", "0.01"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "said"), [
+    ("existing", "this run exists already"),  # rank 0's to see; the other ends without a word
+    ("small batch", "--batch_size 3: BatchNorm needs 2 clips per process; use 4 or more"),
+])  # fmt: skip
+def test_a_mistake_on_several_processes_is_one_line(pairs, runs, case, said):
+    status, _, err = pairs[case]
+    assert status == [2, 2] and err.count("\n") == 1 and err.startswith("error: ") and said in err, err
+    assert not (runs / "small").exists()
+
+
+def test_two_processes_equal_one(pairs):
+    """Gradients and BatchNorm statistics of joint and homogeneous batches, step by step, and the partition after them.
+
+    In float64, so that nothing but the order of sums differs.
+    """
+    assert pairs["gradients"][0] == [0, 0], pairs["gradients"][2]
+    one = rank_gradients.states(gradient_flags(pairs["data"]))
+    assert [sum(g is None for g in step["gradients"].values()) > 0 for step in one["steps"][:3]] == [False, True, True]
+    for rank in (0, 1):
+        two = torch.load(pairs["out"] / f"rank{rank}.pth", weights_only=True)
+        for i, (a, b) in enumerate(zip(one["steps"], two["steps"], strict=True)):
+            for kind in ("gradients", "buffers"):
+                assert a[kind].keys() == b[kind].keys()
+                for name, value in a[kind].items():
+                    assert (value is None) == (b[kind][name] is None), (i, name)
+                    if value is not None:
+                        error = (value - b[kind][name]).double().norm() / value.double().norm().clamp(min=1e-12)
+                        assert error < 1e-6, (i, name, error)
+        assert two["numbers"] == pytest.approx(one["numbers"], rel=1e-6)
+        assert torch.equal(one["keep"], two["keep"]) and one["counts"] == two["counts"]
+        assert 0 < one["counts"]["n_audio"] < 24  # a partition that tells something
+        for name, bits in one["kl"].items():
+            torch.testing.assert_close(bits, two["kl"][name], rtol=1e-4, atol=1e-6)
 
 
 def test_an_existing_run_is_not_overwritten(data, runs, remix_run):
@@ -277,6 +401,17 @@ def test_a_missing_clip_stops_the_run_unless_allowed(tmp_path):
     assert json.loads((folder / "summary.json").read_text())["missing"] == 1
 
 
+def test_the_validation_part_is_the_same_for_every_seed(data):
+    """So that a spread over seeds is of training alone, and every seed's numbers are of the same clips."""
+    words = ["--train", "--dataset", "folder", "--data_root", str(data), "--val_fraction", "0.2", "--random_seed"]
+    found = [load_parts(train.parse_args([*words, seed]))[1] for seed in ("0", "1", "42", "4294967295")]
+    assert len(found[0]["val"].clips) == 6  # two of the 12, 11 and 11 clips of each class
+    for parts in found[1:]:
+        for name in ("train", "val", "test"):
+            assert parts[name].clips == found[0][name].clips
+            assert parts[name].labels.tolist() == found[0][name].labels.tolist()
+
+
 @pytest.mark.parametrize("split", ["actor", "official"])
 def test_validation_is_cut_by_actor_where_the_split_is_by_actor(tmp_path, split):
     data = make_folder(tmp_path / "data", train=60, test=6)
@@ -291,7 +426,7 @@ def test_validation_is_cut_by_actor_where_the_split_is_by_actor(tmp_path, split)
             file.write(f"{new},{label}\n")
     (data / "split.json").write_text(json.dumps({"name": split}))
     flags = ["--train", "--dataset", "folder", "--data_root", str(data), "--val_fraction", "0.2"]
-    folder, parts = train.load_parts(train.parse_args(flags))
+    folder, parts = load_parts(train.parse_args(flags))
     actors = {name: {clip.split("_")[0] for clip in parts[name].clips} for name in ("train", "val")}
     assert len(parts["train"].clips) + len(parts["val"].clips) == 60 and folder.split == {"name": split}
     assert bool(actors["train"] & actors["val"]) == (split == "official")
@@ -301,7 +436,8 @@ def test_the_actor_split_needs_no_new_preparation(tmp_path, monkeypatch):
     """--split actor cuts a folder of the published lists as `prepare --split actor` would."""
     rows = [(f"{1001 + i % 12}_S{i // 12:02d}_{('ANG', 'SAD')[i // 3 % 2]}_XX", ("ANG", "SAD")[i // 3 % 2])
             for i in range(96)]  # fmt: skip
-    spec = replace(get_spec("CREMAD"), classes=("ANG", "SAD"), audio_recipe=None, counts=None, train_class_counts=None)
+    spec = replace(get_spec("CREMAD"), classes=("ANG", "SAD"), modalities=(audio(None), video(frames=2)), counts=None,
+                   train_class_counts=None)  # fmt: skip
     monkeypatch.setitem(SPECS, "CREMAD", spec)
     data = make_folder(tmp_path / "data", train=80, test=16, classes=("ANG", "SAD"))
     for i, (clip, _) in enumerate(rows):
@@ -311,11 +447,11 @@ def test_the_actor_split_needs_no_new_preparation(tmp_path, monkeypatch):
     for name, part in (("train", rows[:80]), ("test", rows[80:])):
         (data / f"{name}.csv").write_text("".join(f"{clip},{label}\n" for clip, label in part))
     words = ["--train", "--dataset", "CREMAD", "--data_root", str(data)]
-    _, official = train.load_parts(train.parse_args([*words, "--split", "official"]))
+    _, official = load_parts(train.parse_args([*words, "--split", "official"]))
     assert official["test"].clips == [clip for clip, _ in rows[80:]]
     wanted = actor_split(rows, spec).parts
     for more in ([], ["--val_fraction", "0.2"]):
-        folder, parts = train.load_parts(train.parse_args([*words, "--split", "actor", *more]))
+        folder, parts = load_parts(train.parse_args([*words, "--split", "actor", *more]))
         assert folder.split["name"] == "actor"
         found = {name: {(clip, folder.classes[y]) for clip, y in zip(part.clips, part.labels, strict=True)}
                  for name, part in parts.items()}  # fmt: skip
@@ -324,73 +460,43 @@ def test_the_actor_split_needs_no_new_preparation(tmp_path, monkeypatch):
         actors = [{clip[:4] for clip, _ in part} for part in found.values()]
         assert sum(map(len, actors)) == 12, "an actor is in two parts"
         assert all(path.parent.name == clip for part in parts.values()
-                   for clip, (path, *_) in zip(part.clips, part.frames, strict=True))  # fmt: skip
+                   for clip, (path, *_) in zip(part.clips, part.files["video"], strict=True))  # fmt: skip
     (data / "val.csv").write_text("".join(f"{clip},{label}\n" for clip, label in rows[70:80]))
     (data / "train.csv").write_text("".join(f"{clip},{label}\n" for clip, label in rows[:70]))
     with pytest.raises(UserError, match=r"--split actor: .*val\.csv.*--val_fraction"):
-        train.load_parts(train.parse_args([*words, "--split", "actor"]))
+        load_parts(train.parse_args([*words, "--split", "actor"]))
     (data / "val.csv").unlink()
     (data / "split.json").write_text(json.dumps({"name": "actor"}))
     with pytest.raises(UserError, match=r"--split official: .*has the actor split"):
-        train.load_parts(train.parse_args([*words, "--split", "official"]))
+        load_parts(train.parse_args([*words, "--split", "official"]))
     with pytest.raises(UserError, match=r"--split actor: the clip ids of demo name no actors"):
         train.parse_args(["--train", "--split", "actor"])
-
-
-def test_two_processes_equal_one(data, runs):
-    """The same weights give the same partition and metrics; ranks end with the same parameters (one file, rank 0's)."""
-    one = run(data, runs, "one", "--epochs", "1", "--warmup", "0", "--learning_rate", "1e-12")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY]
-    command += ["--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", "two"]
-    command += ["--epochs", "1", "--warmup", "0", "--learning_rate", "1e-12"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [(runs / name / "partition.csv").read_text().splitlines() for name in ("one", "two")]
-    assert len(rows[0]) == 35
-    assert rows[0][0] == rows[1][0] == "clip,label,kl_audio,kl_video,kept"
-    for a, b in zip(*(lines[1:] for lines in rows), strict=True):
-        a, b = a.split(","), b.split(",")
-        assert a[:2] == b[:2] and a[4] == b[4]
-        assert [float(x) for x in a[2:4]] == pytest.approx([float(x) for x in b[2:4]], rel=1e-4, abs=1e-6)
-    a, b = metrics(one)[0], metrics(runs / "two")[0]
-    assert (a["n_audio"], a["n_video"]) == (b["n_audio"], b["n_video"])
-    assert a["seconds_train"] > 0 and b["seconds_train"] > 0
 
 
 def test_sgd_takes_the_steps_of_pytorch_s_plain_one_whatever_comes_first(data):
     """An encoder's first batch may be the second modality's: its momentum starts there."""
     args = train.parse_args([*TINY, "--train", "--optimizer", "sgd", "--learning_rate", "0.01"])
-    folder = load_folder(data, get_spec("folder"))
-    feed = Feed(frames=2, image_size=32, device=torch.device("cpu"), cache="ram", workers=0)
-    clips = make_clips(folder.root, "train", folder.parts["train"], folder.audio_shape, feed)
-    weights = []
+    clips, weights = clips_of(data), []
     for plain in (False, True):
-        torch.manual_seed(0)
-        model = AVClassifier(3, "resnet18_thin")
+        model = network()
         optimizer = train.make_optimizer(model, args)
         if plain:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4, foreach=False)
-        for epoch, kept in enumerate(("audio", "video", "both")):
-            train.train_epoch(model, clips, remix.batches_of(16, 8, kept, None), optimizer, epoch, args)
+        for epoch, fed in enumerate((("audio",), ("video",), ("audio", "video"))):
+            train.train_epoch(model, clips, remix.batches_of(16, 8, fed, None), optimizer, epoch, args)
         weights.append(model.state_dict())
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_fewer_test_clips_than_processes(tmp_path):
+def test_fewer_test_clips_than_processes(pairs, runs):
     """One process has none of its own; it trains and evaluates all the same, and one table is printed."""
-    data = make_folder(tmp_path / "data", train=18, test=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY]
-    where = ["--data_root", str(data), "--log_path", str(tmp_path)]
-    for more in (
-        ["--train", "--run_name", "two", "--epochs", "2", "--warmup", "1", "--diagnose"],
-        ["--checkpoint", str(tmp_path / "two" / "last.pth")],
-    ):
-        done = subprocess.run([*command, *where, *more], cwd=REPO, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-2000:]
-        tables = [line for line in done.stdout.splitlines() if line.split()[:2] == ["multimodal", "audio"]]
-        assert len(tables) == 1, done.stdout
-    assert metrics(tmp_path / "two")[-1]["test_acc"] in (0, 1)
+    for case in ("few", "evaluate"):
+        status, out, err = pairs[case]
+        assert status == [0, 0], err
+        tables = [line for line in out.splitlines() if line.split()[:2] == ["multimodal", "audio"]]
+        assert len(tables) == 1, out
+    assert metrics(runs / "few")[-1]["test_acc"] in (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -404,10 +510,11 @@ def test_each_process_of_torchrun_takes_the_gpu_it_is_given(flags, rank, gpu, mo
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(rank + 1))
     monkeypatch.setenv("WORLD_SIZE", "1")  # no group to join
     args = train.parse_args(["--train", *flags])
-    assert train.choose_device(args, typed=True) == torch.device("cuda", gpu) and taken == [torch.device("cuda", gpu)]
+    device = torch.device("cuda", gpu)
+    assert distributed.start(args.device, args.gpu_ids, relaunch=True) == device and taken == [device]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     with pytest.raises(UserError, match=r"5 processes for .*--nproc_per_node"):
-        train.choose_device(args, typed=True)
+        distributed.start(args.device, args.gpu_ids, relaunch=True)
 
 
 def test_several_gpus_start_torchrun_only_where_train_py_was_typed(monkeypatch):
@@ -415,16 +522,32 @@ def test_several_gpus_start_torchrun_only_where_train_py_was_typed(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(train.os, "execv", lambda program, words: started.append(words))
-    args = train.parse_args(["--train"])
-    assert train.choose_device(args, typed=False) == torch.device("cuda", 0) and not started
+    monkeypatch.setattr(distributed.os, "execv", lambda program, words: started.append(words))
+    assert distributed.start("auto", None, relaunch=True) == torch.device("cuda", 0) and not started
+    assert distributed.start("auto", "1,0", relaunch=False) == torch.device("cuda", 1) and not started
     monkeypatch.setattr(sys, "argv", ["train.py", "--train"])
-    train.choose_device(args, typed=True)
+    distributed.start("auto", "0,1", relaunch=True)
     assert started[0][-3:] == ["--nproc_per_node=2", "train.py", "--train"]
 
 
+def test_only_the_command_itself_may_start_torchrun(monkeypatch):
+    """`main` called from Python keeps to its process."""
+    asked = []
+
+    def start(*_, relaunch):
+        asked.append(relaunch)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(distributed, "start", start)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--train"])
+    for argv in (None, ["--train"]):
+        with pytest.raises(UserError, match="far enough"):
+            train.main(argv)
+    assert asked == [True, False]
+
+
 @pytest.mark.parametrize(("flags", "message"), [
-    ([], "type --train"),
+    ([], "nothing to do: use --train"),
     (["--train", "--epochs", "0"], "--epochs.*at least 1"),
     (["--train", "--epochs", "ten"], "--epochs.*not a whole number"),
     (["--train", "--batch_size", "1"], "--batch_size.*at least 2"),
@@ -438,6 +561,8 @@ def test_several_gpus_start_torchrun_only_where_train_py_was_typed(monkeypatch):
     (["--train", "--resume"], "--resume.*--run_name"),
     (["--train", "--device", "cuda"], "no CUDA device"),
     (["--train", "--unknown", "1"], "unrecognized arguments: --unknown"),
+    (["--train", "--resume", "auto"], "--resume: name the run.*--run_name"),
+    (["--resume", "/nowhere/run"], "--resume /nowhere/run: no run.*config.json"),
     (["--checkpoint", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
     (["--train", "--dataset", "folder", "--data_root", "/nowhere"], "/nowhere"),
     (["--train", "--run_name", "../x"], "--run_name ../x"),
@@ -468,31 +593,51 @@ def test_the_official_command_is_understood():
 
 
 def test_refreshed_batchnorm_statistics_are_those_of_the_training_clips(data):
-    folder = load_folder(data, get_spec("folder"))
-    feed = Feed(frames=2, image_size=32, device=torch.device("cpu"), cache="ram", workers=0)
-    clips = make_clips(folder.root, "train", folder.parts["train"], folder.audio_shape, feed)
-    torch.manual_seed(0)
-    model = AVClassifier(3, "resnet18_thin")
+    clips, model = clips_of(data), network()
     weights = {name: value.clone() for name, value in model.named_parameters()}
-    args = train.parse_args(["--train", "--dataset", "folder", "--batch_size", "11"])
-    train.refresh_batchnorm(model, clips, "both", args, 3)
+    reestimate(model, clips, ("audio", "video"), batch_size=11, seed=42, epoch=3)
 
-    order = torch.randperm(34, generator=epoch_generator(args.random_seed, 3, "batchnorm"))
+    order = torch.randperm(34, generator=epoch_generator(42, 3, "batchnorm"))
     order = order[:33].split(11)  # the 34th would be alone
-    whole = next(clips.epoch([remix.Batch(torch.arange(34), "both")]))
-    for inputs, net in ((whole.audio, model.audio_net), (whole.video.flatten(0, 1), model.visual_net)):
+    whole = next(clips.epoch([remix.Batch(torch.arange(34), ("audio", "video"))]))
+    images = {"audio": whole.inputs["audio"], "video": whole.inputs["video"].flatten(0, 1)}
+    for inputs, net in ((images[name], model.encoders[name]) for name in images):
         per_clip = len(inputs) // 34
         maps = net.conv1(inputs).detach().unflatten(0, (34, per_clip)).numpy().astype("float64")
-        parts = [np.moveaxis(maps[part.numpy()], 2, 0).reshape(8, -1) for part in order]  # (channels, values)
+        parts = [
+            np.moveaxis(maps[part.numpy()], 2, 0).reshape(maps.shape[2], -1) for part in order
+        ]  # (channels, values)
         np.testing.assert_allclose(net.bn1.running_mean, np.mean([p.mean(1) for p in parts], 0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(net.bn1.running_var, np.mean([p.var(1, ddof=1) for p in parts], 0), rtol=1e-4)
     assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
     assert {m.momentum for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
 
 
+@pytest.mark.parametrize("statistics", ["refreshed", "running"])
+def test_without_warm_up_batchnorm_is_estimated_before_the_first_scoring(data, runs, monkeypatch, statistics):
+    """The network is as it was drawn: its running statistics are those of nothing, 0 and 1."""
+    seen, predict = [], train.predict
+
+    def scored(model, clips, fed, size, name, check):
+        buffers = {key: value.clone() for key, value in model.named_buffers()}
+        seen.append((name, buffers, {key: value.clone() for key, value in model.named_parameters()}))
+        return predict(model, clips, fed, size, name, check)
+
+    monkeypatch.setattr(train, "predict", scored)
+    run(data, runs, f"bn {statistics}", "--epochs", "1", "--warmup", "0", "--batchnorm", statistics)
+    name, buffers, weights = seen[0]
+    fresh = network(42)
+    assert name == "epoch 1 scoring" and all(torch.equal(weights[key], p) for key, p in fresh.named_parameters())
+    if statistics == "refreshed":
+        reestimate(fresh, clips_of(data), ("audio", "video"), batch_size=8, seed=42, epoch=0)
+    assert all(torch.equal(buffers[key], value) for key, value in fresh.named_buffers())
+    means = [value for key, value in buffers.items() if key.endswith("running_mean")]
+    assert means and all(value.any() == (statistics == "refreshed") for value in means)
+
+
 def test_running_batchnorm_statistics_are_left_alone_where_asked(data, runs, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "refresh_batchnorm", lambda *args: asked.append(args))
+    monkeypatch.setattr(train, "reestimate", lambda *args: asked.append(args))
     for flags in (["--batchnorm", "running"], ["--preset", "official"]):
         run(data, runs, f"bn{len(flags[1])}", "--epochs", "2", "--warmup", "1", *flags)
     assert asked == []

@@ -25,7 +25,8 @@ def make(args) -> int:
     index = index_raw(raw, leave_out=out)
     split = _split(args, spec, index, out)
     clips = find_clips(index, spec, [clip for rows in split.parts.values() for clip, _ in rows])
-    recipe = AUDIO_RECIPES[args.audio_recipe or spec.modality(AUDIO).recipe or "fbank"]
+    found = spec.modality(AUDIO).recipe or AUDIO_RECIPES["fbank"]
+    recipe = AUDIO_RECIPES[args.audio_recipe] if args.audio_recipe else found
     summary = prepare_clips(clips, out, recipe, args.workers, stored_frames=spec.modality(VIDEO).stored_frames)
     write_lists(out, split.classes, split.parts, split.record)
     _write_skipped(out / "skipped.csv", summary.skipped)
