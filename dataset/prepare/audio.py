@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from dataset.prepare import decode
-from dataset.prepare.decode import NO_TRACK
 from dataset.specs import AUDIO_RECIPES, AudioRecipe
 from utils.errors import UserError
 
@@ -55,7 +54,7 @@ def load_wave(
     return wave, found
 
 
-def _read_pcm16(path: Path, start: float | None, end: float | None) -> tuple[np.ndarray, int] | None:
+def _read_pcm16(path: Path, start: float | None = None, end: float | None = None) -> tuple[np.ndarray, int] | None:
     """(wave (n, channels), rate) of a 16-bit WAV with Python alone, None for every other file, whatever its name."""
     import wave
 
@@ -66,12 +65,15 @@ def _read_pcm16(path: Path, start: float | None, end: float | None) -> tuple[np.
                 return None
             _check_rate(path, rate)
             cut = _Cut(path, rate, start, end)
-            file.setpos(min(cut.first, file.getnframes()))
-            data = file.readframes(min(cut.last, cut.first + MAX_SECONDS * rate + 1) - cut.first)
+            first = min(cut.first, file.getnframes())
+            file.setpos(first)
+            data = file.readframes(min(cut.last - cut.first, MAX_SECONDS * rate + 1))
     except (wave.Error, EOFError, OSError):
         return None
     samples = np.frombuffer(data[: len(data) // (2 * channels) * 2 * channels], dtype="<i2").reshape(-1, channels)
-    cut.check(len(samples), cut.first + len(samples))
+    if file.getnframes() == 0:
+        return None
+    cut.check(len(samples), first + len(samples))
     return samples.astype(np.float32) / 32_768, rate
 
 
@@ -84,7 +86,7 @@ def _read_track(path: Path, start: float | None, end: float | None) -> tuple[np.
             if cut is None:
                 _check_rate(path, rate)
                 cut = _Cut(path, rate, start, end)
-                position = 0 if start is None else round(time * rate)  # where the first sample lies in the file
+                position = round(time * rate) if start or end else 0  # where the first sample lies in the file
             if position >= cut.last:
                 break
             kept = chunk[max(0, cut.first - position) : cut.last - position]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dataset.inspect import Problem, Report, inspect_folder
 from dataset.prepare.check import print_problems
-from dataset.prepare.engine import Summary, prepare_clips
+from dataset.prepare.engine import Options, Summary, prepare_clips
 from dataset.prepare.lists import actor_split, write_csv, write_lists
 from dataset.prepare.published import SUMS, Split, published_split
 from dataset.prepare.raw import CREMAD_CLIPS, Index, cremad_rows, find_clips, index_raw
@@ -27,7 +27,8 @@ def make(args) -> int:
     clips = find_clips(index, spec, [clip for rows in split.parts.values() for clip, _ in rows])
     found = spec.modality(AUDIO).recipe or AUDIO_RECIPES["fbank"]
     recipe = AUDIO_RECIPES[args.audio_recipe] if args.audio_recipe else found
-    summary = prepare_clips(clips, out, recipe, args.workers, stored_frames=spec.modality(VIDEO).stored_frames)
+    stored = spec.modality(VIDEO).stored_frames
+    summary = prepare_clips(clips, out, Options(stored_frames=stored, audio=recipe, workers=args.workers))
     write_lists(out, split.classes, split.parts, split.record)
     _write_skipped(out / "skipped.csv", summary.skipped)
     _print_summary(spec, out, split, summary)
