@@ -19,7 +19,7 @@ from benchmarks.raw_samples import EMOTIONS, cremad_names, tone, write_video, wr
 from dataset.folder import load_folder
 from dataset.prepare import audio, engine, video
 from dataset.prepare.__main__ import main
-from dataset.prepare.engine import Clip, Settings, prepare_clips
+from dataset.prepare.engine import Clip, Options, prepare_clips
 from dataset.prepare.lists import write_lists
 from dataset.specs import AUDIO_RECIPES, get_spec
 from utils.errors import UserError
@@ -29,6 +29,19 @@ POINTER = ROOT.parent / "shared" / "data" / "cremad" / "lfs_pointer_example.flv"
 POINTER_TEXT = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"1" * 64 + b"\nsize 265922\n"
 SIZE = (96, 64)
 LOGSTFT = AUDIO_RECIPES["logstft"]
+
+
+POOLED = engine._pooled
+
+
+@pytest.fixture(autouse=True)
+def without_processes(monkeypatch):
+    """Make clips in this process, for speed and so that patches reach them; some tests undo it."""
+    monkeypatch.setattr(
+        engine,
+        "_pooled",
+        lambda clips, out, options, _: ((clip, engine.make_clip(clip, out, options)) for clip in clips),
+    )
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -312,6 +325,10 @@ def test_frames_and_spectrograms_are_taken_over(tmp_path, monkeypatch, capsys):
 # What the engine promises ---------------------------------------------------------------------------------------------
 
 
+def options(recipe=LOGSTFT, **changes) -> Options:
+    return Options(audio=recipe, workers=engine.IN_THIS_PROCESS, **changes)
+
+
 def clips_of(raw: Path, names: list[str]) -> list[Clip]:
     return [Clip(name, raw / "VideoFlash" / f"{name}.flv", raw / "AudioWAV" / f"{name}.wav") for name in names]
 
@@ -319,43 +336,43 @@ def clips_of(raw: Path, names: list[str]) -> list[Clip]:
 def test_a_changed_source_or_recipe_is_made_again(tmp_path):
     names = make_cremad(tmp_path / "raw", 4)
     clips, out = clips_of(tmp_path / "raw", names), tmp_path / "out"
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (4, 0)
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (0, 4)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (4, 0)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (0, 4)
     write_wav(clips[0].audio, 2, seed=99)
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (1, 3)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (1, 3)
     frame = out / "visual" / names[1] / "frame_00001.jpg"
     frame.write_bytes(frame.read_bytes()[:-7])
     (out / "audio" / f"{names[2]}.npy").unlink()
     (out / "visual" / names[3] / "frame_00002.jpg").unlink()
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (3, 1)
-    assert prepare_clips(clips, out, AUDIO_RECIPES["fbank"], quiet=True)[:2] == (4, 0)
-    assert prepare_clips(clips, out, AUDIO_RECIPES["fbank"], quiet=True, stored_frames=1)[:2] == (4, 0)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (3, 1)
+    assert prepare_clips(clips, out, options(AUDIO_RECIPES["fbank"]), quiet=True)[:2] == (4, 0)
+    assert prepare_clips(clips, out, options(AUDIO_RECIPES["fbank"], stored_frames=1), quiet=True)[:2] == (4, 0)
     clips[3].video.write_bytes(POINTER_TEXT)
-    summary = prepare_clips(clips, out, AUDIO_RECIPES["fbank"], quiet=True, stored_frames=1)
+    summary = prepare_clips(clips, out, options(AUDIO_RECIPES["fbank"], stored_frames=1), quiet=True)
     assert summary[:2] == (0, 3) and summary.skipped[0].kind == "lfs_pointer"
     assert not (out / "visual" / names[3]).exists(), "files of another source would pass for this one's"
     clips[2].video.unlink()
-    assert prepare_clips(clips[:3], out, AUDIO_RECIPES["fbank"], quiet=True, stored_frames=1)[:2] == (0, 3)
+    assert prepare_clips(clips[:3], out, options(AUDIO_RECIPES["fbank"], stored_frames=1), quiet=True)[:2] == (0, 3)
 
 
 def test_leftovers_of_a_kill_are_removed_and_cut_records_not_trusted(tmp_path):
     names = make_cremad(tmp_path / "raw", 4)
     clips, out = clips_of(tmp_path / "raw", names), tmp_path / "out"
-    prepare_clips(clips, out, LOGSTFT, quiet=True)
+    prepare_clips(clips, out, options(LOGSTFT), quiet=True)
     whole = contents(out)
     journal = out / ".prepare" / "clips.jsonl"
     journal.write_bytes(journal.read_bytes()[:-30])
     (out / "visual" / ".tmp-abc").mkdir()
     (out / "visual" / ".tmp-abc" / "frame_00001.jpg").write_bytes(b"half")
     (out / "audio" / ".tmp-abc.npy").write_bytes(b"half")
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (1, 3)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (1, 3)
     assert contents(out) == whole
 
 
 def test_two_runs_in_one_folder(tmp_path):
     names = make_cremad(tmp_path / "raw", 1)
     with engine._locked(tmp_path / "out"), pytest.raises(UserError, match="another preparation is at work"):
-        prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", LOGSTFT, quiet=True)
+        prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", options(LOGSTFT), quiet=True)
 
 
 def test_a_surprise_in_one_clip_is_a_fault_of_that_clip(tmp_path, monkeypatch):
@@ -369,7 +386,7 @@ def test_a_surprise_in_one_clip_is_a_fault_of_that_clip(tmp_path, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(audio, "spectrogram", surprise)
-    summary = prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", LOGSTFT, quiet=True)
+    summary = prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", options(LOGSTFT), quiet=True)
     assert summary[:2] == (2, 0) and summary.skipped[0].reason == "ZeroDivisionError: odd file"
 
 
@@ -381,15 +398,15 @@ def test_a_full_disk_stops_with_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", LOGSTFT, quiet=True)
+        prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", options(LOGSTFT), quiet=True)
 
 
 def test_unsafe_or_repeated_names(tmp_path):
     clip = Clip("../x", tmp_path / "a.flv", tmp_path / "a.wav")
     with pytest.raises(UserError, match="clip id"):
-        prepare_clips([clip], tmp_path / "out", LOGSTFT, quiet=True)
+        prepare_clips([clip], tmp_path / "out", options(LOGSTFT), quiet=True)
     with pytest.raises(UserError, match="listed twice"):
-        prepare_clips([clip._replace(name="a")] * 2, tmp_path / "out", LOGSTFT, quiet=True)
+        prepare_clips([clip._replace(name="a")] * 2, tmp_path / "out", options(LOGSTFT), quiet=True)
 
 
 def die():
@@ -407,7 +424,7 @@ def test_a_clip_that_kills_its_process_is_named_and_the_others_are_made(tmp_path
     names = make_cremad(tmp_path / "raw", 12)
     clips = clips_of(tmp_path / "raw", names)
     clips[4] = clips[4]._replace(video=Deadly())
-    outcomes = dict(engine._pooled(clips, tmp_path / "out", Settings("logstft", "mean", None), 2))
+    outcomes = dict(POOLED(clips, tmp_path / "out", options(), 2))
     assert len(outcomes) == 12
     faults = {clip.name: outcome.fault for clip, outcome in outcomes.items() if outcome.fault}
     assert list(faults) == [names[4]] and "crashed" in faults[names[4]].reason

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.raw_samples import write_video
 from dataset.prepare import video
-from dataset.prepare.video import Extracted, breaks_off, extract_frames, packet_fault
+from dataset.prepare.video import Choice, Extracted, breaks_off, extract_frames, packet_fault
 from utils.errors import UserError
 
 
@@ -49,7 +49,7 @@ def test_flv_is_flv1(tmp_path):
 
 def test_no_more_frames_than_asked_for(tmp_path):
     path = write_video(tmp_path / "a.mp4", 4, 10, (64, 48))
-    assert extract_frames(path, tmp_path / "out", most=3).kept == 3
+    assert extract_frames(path, tmp_path / "out", Choice(most=3)).kept == 3
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 

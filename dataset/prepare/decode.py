@@ -1,0 +1,104 @@
+"""One decoder for frames and sound: PyAV, which brings its own FFmpeg.
+
+Streams are found by their kind, not by their number: real CREMA-D files begin with a data stream. Times are in seconds
+from the beginning of the file, as `ffmpeg -ss` counts them. PyAV is imported only where a file is opened.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.errors import UserError
+
+SEEK, EARLY = 20.0, 5.0  # seconds: a start later than the first is sought in the file, the second before it
+SLACK = 0.002  # seconds; Matroska and Flash round time stamps to 1 ms
+NO_PICTURE, NO_TRACK = "no video track", "no audio track"
+
+_watcher: Callable[[], None] | None = None
+
+
+def watch(callback: Callable[[], None] | None) -> None:
+    """Have `callback` called for every packet read from now on: the sign that a decoder is still at work."""
+    global _watcher
+    _watcher = callback
+
+
+@contextmanager
+def opened(path: Path | str, what: str) -> Iterator:
+    """The PyAV container of `path`. Raises `UserError` ("no readable `what`") for what FFmpeg cannot read."""
+    try:
+        import av
+    except ImportError:
+        raise UserError(f"{path}: PyAV is needed to read it; pip install av") from None
+    try:
+        # An absolute path: FFmpeg takes "name:..." for a protocol. Titles in Latin-1 are no reason to lose a clip.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+            yield container
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+        raise UserError(f"{path}: no readable {what} ({short(error)}); get the file again") from None
+
+
+def short(error: BaseException) -> str:
+    """What went wrong in a few words, without the path: the line names it already."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:120]
+
+
+def find_stream(container, path: Path | str, kind: str):
+    """The first stream of `kind` ("video" or "audio") that can be decoded; cover pictures do not count.
+
+    Raises `UserError` where there is none (`NO_PICTURE`, `NO_TRACK`) or where FFmpeg has no decoder for it.
+    """
+    from av.stream import Disposition
+
+    found = [s for s in container.streams if s.type == kind and not s.disposition & Disposition.attached_pic]
+    for stream in found:
+        if stream.codec_context is not None:  # None: no decoder for its codec
+            return stream
+    if found:
+        raise UserError(f"{path}: no decoder for its {kind} track; convert it with ffmpeg")
+    raise UserError(f"{path}: {NO_PICTURE if kind == 'video' else NO_TRACK}")
+
+
+def decoded(container, stream, path: Path | str, start: float = 0.0) -> Iterator:
+    """Every frame of `stream`; a late `start` is sought, so that the first frame may lie up to `start` in.
+
+    Damaged packets are passed over as players do, for the packets around them are good. Raises `UserError` where
+    nothing at all can be decoded of what is there, or most packets are damaged.
+    """
+    import av
+
+    good, bad, why = 0, 0, ""
+    if start > SEEK:
+        seek(container, stream, start - EARLY)
+    for packet in container.demux(stream):
+        if _watcher is not None:
+            _watcher()
+        try:
+            frames = packet.decode()
+        except av.FFmpegError as error:
+            if isinstance(error, av.EOFError):
+                break
+            bad, why = bad + 1, short(error)
+            continue
+        good += bool(frames)
+        yield from frames
+    if bad > good:
+        raise UserError(f"{path}: {bad} of {bad + good} packets cannot be decoded ({why}); get the file again")
+
+
+def seek(container, stream, time: float) -> None:
+    """Go to the key frame at or before `time`, or stay at the beginning where the file cannot be sought in."""
+    import av
+
+    try:
+        container.seek(math.floor((time + beginning(container)) / stream.time_base), stream=stream)
+    except (av.FFmpegError, OSError):
+        container.seek(0, any_frame=True)
+
+
+def beginning(container) -> float:
+    """The time stamp, in seconds, at which the file begins."""
+    return (container.start_time or 0) / 1_000_000
