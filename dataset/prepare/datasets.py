@@ -387,7 +387,15 @@ def grid(args, raw: Path, out: Path) -> Job:
             try:
                 words[key] = aligned_word(path, args.role)
             except UserError as error:
-                faults.append(Problem("bad_alignment", path.stem, str(path), str(error).removeprefix(f"{path}: "), ""))
+                faults.append(
+                    Problem(
+                        "bad_alignment",
+                        "_".join(filter(None, key)),
+                        str(path),
+                        str(error).removeprefix(f"{path}: "),
+                        "",
+                    )
+                )
     for path in listed:
         words |= listed_words(path, args.role, speaker_of(path.relative_to(raw)))
     if not words:

@@ -31,7 +31,7 @@ def aligned_word(path: Path, role: str) -> tuple[str, float, float]:
         elif fields:
             raise UserError(f"{path}: {line[:80]!r} is not start end word")
     if len(words) != len(ROLES):
-        raise UserError(f"{path}: {len(words)} words; a sentence of GRID has {len(ROLES)}")
+        raise UserError(f"{path}: words in it: {len(words)}; a sentence of GRID has {len(ROLES)}")
     return words[ROLES.index(role)]
 
 
