@@ -50,8 +50,10 @@ class Parser(argparse.ArgumentParser):
     def _unknown(self, words: list[str]) -> str:
         flags = [word for word in words if word.startswith("-")]
         name = (flags or words)[0].lstrip("-").partition("=")[0]
-        near = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, sorted(self.names()))), None)
-        suggestion = f"; did you mean --{near}?" if near in self.names() else ""
+        names = sorted(self.names())
+        longer = [flag for flag in names if flag.startswith(name)] if len(name) > 2 else []
+        near = OTHER_NAMES.get(name) or next(iter(longer + difflib.get_close_matches(name, names)), None)
+        suggestion = f"; did you mean --{near}?" if near in names else ""
         return f"unrecognized arguments: {' '.join(words)}{suggestion}"
 
     def error(self, message: str) -> Any:

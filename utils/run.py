@@ -196,6 +196,11 @@ def take_flags_of_run(args: Namespace, typed: dict) -> None:
     args.from_preset = {name: config[name] for name in config.get("from_preset", {}) if name not in typed}
 
 
+def continues(args: Namespace) -> bool:
+    """Whether the run is resumed from its own last.pth, so that `--checkpoint`, where it started from, is not read."""
+    return bool(args.resume) and (Path(args.log_path) / args.run_name / "last.pth").is_file()
+
+
 def check_same_run(now: dict, before: dict, data: dict[str, str], seen: dict[str, str], may_change: set[str]) -> None:
     """Raise `UserError` unless a run is resumed with the flags and the data that it was started with.
 

@@ -6,6 +6,7 @@ needed: `fbank` and `logmel` of a 16-bit WAV file work without both.
 """
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +80,10 @@ def _read_pcm16(path: Path, start: float | None = None, end: float | None = None
 
 def _read_track(path: Path, start: float | None, end: float | None) -> tuple[np.ndarray, int]:
     """(wave (n, channels), rate) of the first audio track of a file, by PyAV."""
-    with decode.opened(path, "sound") as container:
+    with decode.opened(path, "sound file") as container:
         stream = decode.find_stream(container, path, "audio")
-        chunks, taken, cut, position = [], 0, None, 0
-        for time, rate, chunk in _decoded(container, stream, path, start or 0.0):
+        chunks, taken, cut, position, tally = [], 0, None, 0, decode.Tally(path)
+        for time, rate, chunk in _decoded(container, stream, tally, start or 0.0):
             if cut is None:
                 _check_rate(path, rate)
                 cut = _Cut(path, rate, start, end)
@@ -95,6 +96,7 @@ def _read_track(path: Path, start: float | None, end: float | None) -> tuple[np.
                 chunks.append(kept)
                 taken += len(kept)
                 cut.check_length(taken)
+    tally.check()
     if cut is None:
         raise UserError(f"{path}: no samples in it; get the file again")
     cut.check(taken, position)
@@ -123,23 +125,42 @@ class _Cut:
             raise UserError(f"{ends}; the clip is {self.start or 0:g} to {self.end:g} s")
 
 
-def _decoded(container, stream, path: Path, start: float):
-    """Yield (time in seconds, rate, samples (n, channels) float32) at the track's own rate and number of channels."""
-    import av
+def _decoded(container, stream, tally: decode.Tally, start: float) -> Iterator[tuple[float, int, np.ndarray]]:
+    """Yield (time in seconds, rate, samples (n, channels) float32), at the rate and number of channels of the first.
 
-    resampler, layout, rate, begin = None, None, None, decode.beginning(container)
-    form, time = None, 0.0
-    for frame in decode.decoded(container, stream, path, start):
-        if form != (frame.format.name, frame.layout.name, frame.sample_rate):  # it may change within a file
-            form = frame.format.name, frame.layout.name, frame.sample_rate
-            layout, rate = layout or frame.layout, rate or frame.sample_rate
-            resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
+    Gaps in the time stamps are not filled with silence.
+    """
+    time, begin, rate, channels = 0.0, decode.beginning(container), 0, 0
+    for frame in decode.decoded(container, stream, tally, start):
+        block, found = _samples(frame), frame.sample_rate
+        rate, channels = rate or found, channels or block.shape[1]
+        if block.shape[1] != channels:  # both may change within a file
+            block = block.mean(axis=1, keepdims=True, dtype=np.float32).repeat(channels, axis=1)
+        if found != rate:
+            block = np.stack([resample(np.ascontiguousarray(wave), found, rate) for wave in block.T], axis=1)
         time = time if frame.time is None else frame.time - begin
-        frame.pts = None  # gaps in the time stamps are not filled with silence
-        for part in resampler.resample(frame):
-            yield time, rate, part.to_ndarray().T
-    for part in resampler.resample(None) if resampler is not None else ():
-        yield time, rate, part.to_ndarray().T
+        yield time, rate, block
+
+
+SAMPLE_TYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
+
+
+def _samples(frame) -> np.ndarray:
+    """A decoded frame as (n, channels) float32, full scale 1.
+
+    Planes are read one by one: PyAV's own conversions take a ninth plane for there where eight channels are planar, and
+    crash.
+    """
+    kind, count = SAMPLE_TYPES[frame.format.packed.name], frame.layout.nb_channels
+    if frame.format.is_planar:
+        values = np.stack([np.frombuffer(frame.planes[c], kind)[: frame.samples] for c in range(count)], axis=1)
+    else:
+        values = np.frombuffer(frame.planes[0], kind)[: frame.samples * count].reshape(-1, count)
+    if kind == np.uint8:
+        return (values.astype(np.float32) - 128) / 128
+    if values.dtype.kind == "i":
+        return values.astype(np.float32) / np.float32(2 ** (8 * values.dtype.itemsize - 1))
+    return values.astype(np.float32)
 
 
 def _check_rate(path: Path, rate: int) -> None:

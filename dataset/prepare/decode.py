@@ -62,15 +62,26 @@ def find_stream(container, path: Path | str, kind: str):
     raise UserError(f"{path}: {NO_PICTURE if kind == 'video' else NO_TRACK}")
 
 
-def decoded(container, stream, path: Path | str, start: float = 0.0) -> Iterator:
-    """Every frame of `stream`; a late `start` is sought, so that the first frame may lie up to `start` in.
+class Tally:
+    """How the decoding of a stream goes: packets that gave whole frames and damaged ones."""
 
-    Damaged packets are passed over as players do, for the packets around them are good. Raises `UserError` where
-    nothing at all can be decoded of what is there, or most packets are damaged.
+    def __init__(self, path: Path | str):
+        self.path, self.good, self.bad, self.why = path, 0, 0, "damaged"
+
+    def check(self) -> None:
+        """Raise `UserError` where more is damaged than not: an encrypted file, or another codec than the header says."""
+        if self.bad > self.good:
+            count = f"{self.bad} of {self.bad + self.good} packets"
+            raise UserError(f"{self.path}: {count} cannot be decoded ({self.why}); get the file again")
+
+
+def decoded(container, stream, tally: Tally, start: float = 0.0) -> Iterator:
+    """Every frame of `stream`; a late `start` is sought, so the first frame is then a little before it.
+
+    Damaged packets are passed over as players do, for the packets around them are good; they are counted in `tally`.
     """
     import av
 
-    good, bad, why = 0, 0, ""
     if start > SEEK:
         seek(container, stream, start - EARLY)
     for packet in container.demux(stream):
@@ -78,15 +89,17 @@ def decoded(container, stream, path: Path | str, start: float = 0.0) -> Iterator
             _watcher()
         try:
             frames = packet.decode()
+        except av.EOFError:
+            return
         except av.FFmpegError as error:
-            if isinstance(error, av.EOFError):
-                break
-            bad, why = bad + 1, short(error)
+            tally.bad, tally.why = tally.bad + 1, short(error)
             continue
-        good += bool(frames)
-        yield from frames
-    if bad > good:
-        raise UserError(f"{path}: {bad} of {bad + good} packets cannot be decoded ({why}); get the file again")
+        for frame in frames:
+            if frame.is_corrupt:
+                tally.bad += 1
+            else:
+                tally.good += 1
+            yield frame
 
 
 def seek(container, stream, time: float) -> None:

@@ -102,15 +102,14 @@ def _save(path: Path, picture: np.ndarray, whole_chroma: bool = False) -> None:
 
 
 class _Frames:
-    """Iterate over the frames to keep; `picture` makes pixels of one, `result` says how it went."""
+    """Iterate over the frames to keep; `picture` makes pixels of them, `result` says how it went."""
 
     def __init__(self, path: Path, choice: Choice):
         self.path, self.choice = path, choice
         self.kept = self.decoded = self.promised = 0
         self.rate = self.until = 0.0
         self.ended = False
-        self.sides: tuple[int, int] | None = None  # of the first picture, which all others take
-        self.reformatter = None
+        self.picture, self.tally = Pictures(path, choice), decode.Tally(path)
 
     def __iter__(self) -> Iterator[Kept]:
         with decode.opened(self.path, "video") as container:
@@ -136,7 +135,7 @@ class _Frames:
     def _timed(self, container, stream) -> Iterator[tuple[float, object]]:
         """(seconds from the beginning of the file, frame); a frame without a time stamp follows the one before it."""
         begin, step = decode.beginning(container), 1 / self.rate
-        for frame in decode.decoded(container, stream, self.path, self.choice.start or 0.0):
+        for frame in decode.decoded(container, stream, self.tally, self.choice.start or 0.0):
             time = self.until if frame.time is None else frame.time - begin
             lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else step
             self.decoded, self.until = self.decoded + 1, time + lasts
@@ -173,22 +172,9 @@ class _Frames:
     def _span(self) -> tuple[float, float]:
         return self.choice.start or 0.0, math.inf if self.choice.end is None else self.choice.end
 
-    def picture(self, frame) -> np.ndarray:
-        """A decoded frame as (H, W, 3) uint8 in OpenCV's order: upright, cropped, its shorter side reduced."""
-        from av.video.reformatter import VideoReformatter
-
-        if self.reformatter is None:
-            self.reformatter = VideoReformatter()
-            self.sides = frame.width, frame.height
-        # Bicubic is what OpenCV and ffmpeg use for chroma: frames are theirs, bit for bit.
-        width, height = self.sides
-        pixels = self.reformatter.reformat(frame, width, height, "bgr24", interpolation="BICUBIC", threads=1)
-        return _resized(
-            _cropped(upright(pixels.to_ndarray(), display_matrix(frame)), self.choice.crop, self.path), self.choice.size
-        )
-
     def result(self) -> Extracted:
         start, end = self._span()
+        self.tally.check()
         if self.kept == 0:
             if self.decoded and start > 0:
                 raise UserError(f"{self.path}: ends at {self.until:.2f} s, before the clip's start at {start:g} s")
@@ -216,6 +202,30 @@ def _with_neighbours(frames: Iterable[tuple[float, object]]) -> Iterator[tuple[f
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
+
+
+class Pictures:
+    """Decoded frames of one video to (H, W, 3) uint8 in OpenCV's order: upright, cropped, the shorter side reduced.
+
+    All are as large as the first one. The conversion is bicubic, as in OpenCV and ffmpeg: their frames, bit for bit.
+    """
+
+    def __init__(self, path: Path | str, choice: Choice):
+        self.path, self.choice = path, choice
+        self.reformatter, self.sides = None, (0, 0)
+
+    def __call__(self, frame) -> np.ndarray:
+        from av import FFmpegError
+        from av.video.reformatter import VideoReformatter
+
+        if self.reformatter is None:
+            self.reformatter, self.sides = VideoReformatter(), (frame.width, frame.height)
+        try:
+            pixels = self.reformatter.reformat(frame, *self.sides, "bgr24", interpolation="BICUBIC")
+        except (FFmpegError, ValueError) as error:
+            raise UserError(f"{self.path}: frames cannot be converted ({decode.short(error)}); get it again") from None
+        picture = upright(pixels.to_ndarray(), display_matrix(frame))
+        return _resized(_cropped(picture, self.choice.crop, self.path), self.choice.size)
 
 
 def display_matrix(frame) -> tuple[int, int, int, int]:
