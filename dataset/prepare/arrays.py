@@ -21,7 +21,7 @@ def array_files(name: str, folder: Path | str, clips: list[str]) -> dict[str, So
     if not folder.is_dir():
         raise UserError(f"--arrays {name}={folder}: no such folder; give a folder of <clip>.npy")
     files: dict[str, Source] = {clip: folder / f"{clip}.npy" for clip in clips}
-    if not any(path.exists() for path in files.values()):
+    if not any((folder / f"{clip}.npy").exists() for clip in clips):
         raise UserError(f"--arrays {name}={folder}: none of the {len(clips):,} clips is there (such as {clips[0]}.npy)")
     return files
 

@@ -490,6 +490,7 @@ def _utterances(raw: Path, part: str, labels: np.ndarray) -> tuple[list[str], li
         return [f"{part}_{i:04d}" for i in range(len(labels))], [""] * len(labels)
     texts = [row for _, row in read_rows(text_path)]
     numbers = [row[0] for _, row in read_rows(rows_path)][1:]
+    chosen: list[list[str]] = []
     try:
         chosen = [texts[int(number)] for number in numbers]
         same = [float(row[3]) for row in chosen] == labels.tolist()

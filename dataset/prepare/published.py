@@ -148,7 +148,7 @@ def name_kinetics(split: Split, paths: list[Path]) -> Split:
                         "give all of Kinetics-400's annotation files")  # fmt: skip
     name = {index: f"{index} {min(found, key=lambda label: (-found[label], label))}" for index, found in votes.items()}
     parts = {part: [(clip, name[index]) for clip, index in rows] for part, rows in split.parts.items()}
-    record = split.record | {"class_names": [str(path.name) for path in paths]}
+    record: dict = split.record | {"class_names": [str(path.name) for path in paths]}
     for part, percent in record.get("class_percent", {}).items():
         record["class_percent"][part] = {name[index]: share for index, share in percent.items()}
     return Split(sorted(name.values()), parts, record)

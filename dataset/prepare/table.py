@@ -248,7 +248,7 @@ def split_rows(rows: Sequence[Row], fractions: dict[str, float], record: dict) -
             raise UserError(f"no clip in part {part}; each of train and test needs some")
     if not parts["val"]:
         del parts["val"]
-    groups = [(row.clip, row.group) for row in rows] if grouped else None
+    groups = [(row.clip, row.group or "") for row in rows] if grouped else None
     record["clips"] = {part: len(found) for part, found in parts.items()}
     if groups is not None:
         record["groups"] = {part: len({row.group for row in rows if part_of[row.clip] == part}) for part in parts}
@@ -272,7 +272,7 @@ def _drawn(rows: Sequence[Row], fractions: dict[str, float], grouped: bool) -> d
         labels = [row.label for row in left]
         cut = fraction / share
         if grouped:
-            held = hold_out_groups([row.group for row in left], labels, cut, SPLIT_SEED)
+            held = hold_out_groups([row.group or "" for row in left], labels, cut, SPLIT_SEED)
         else:
             if max(Counter(labels).values()) < 2:
                 raise UserError(f"one clip for each of {len(labels):,} labels; a label needs two or more to be split")
