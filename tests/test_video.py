@@ -114,5 +114,5 @@ def test_headers_that_lie(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "MAX_SIDE", 8192)
     monkeypatch.setattr(video, "MAX_FRAMES", 5)
     with pytest.raises(UserError, match="more than 5 frames"):
-        extract_frames(path, tmp_path / "out")
+        extract_frames(path, tmp_path / "out", Choice(fps=10))
     assert Extracted(1, 10, 10, 10.0).rate == 10

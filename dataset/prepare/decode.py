@@ -6,6 +6,7 @@ from the beginning of the file, as `ffmpeg -ss` counts them. PyAV is imported on
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,30 +64,42 @@ def find_stream(container, path: Path | str, kind: str):
 
 
 class Tally:
-    """How the decoding of a stream goes: packets that gave whole frames and damaged ones."""
+    """How the decoding of a stream goes: whole frames, damaged packets and frames, frames that were not needed."""
 
     def __init__(self, path: Path | str):
-        self.path, self.good, self.bad, self.why = path, 0, 0, "damaged"
+        self.path, self.good, self.bad, self.left, self.why = path, 0, 0, 0, "damaged"
 
     def check(self) -> None:
-        """Raise `UserError` where more is damaged than not: an encrypted file, or another codec than the header says."""
+        """Raise `UserError` where more is damaged than not: encrypted, or another codec than the header says."""
         if self.bad > self.good:
             count = f"{self.bad} of {self.bad + self.good} packets"
             raise UserError(f"{self.path}: {count} cannot be decoded ({self.why}); get the file again")
 
 
-def decoded(container, stream, tally: Tally, start: float = 0.0) -> Iterator:
+def decoded(container, stream, tally: Tally, start: float = 0.0, needed: Callable[[], int] = lambda: 0) -> Iterator:
     """Every frame of `stream`; a late `start` is sought, so the first frame is then a little before it.
 
     Damaged packets are passed over as players do, for the packets around them are good; they are counted in `tally`.
+    `needed()` says how many frames are still to come until one is of use: where the file ends before, the rest is not
+    decoded but counted in `tally.left`.
     """
     import av
 
+    stream.codec_context.thread_count = 1  # the clips are what runs in parallel
     if start > SEEK:
         seek(container, stream, start - EARLY)
-    for packet in container.demux(stream):
-        if _watcher is not None:
-            _watcher()
+    packets, ahead, inside = container.demux(stream), deque(), 0  # `inside` the decoder: its delay
+    while True:
+        while len(ahead) <= needed() and (packet := next(packets, None)) is not None:
+            if _watcher is not None:
+                _watcher()
+            ahead.append(packet)
+        rest = inside + sum(packet.size > 0 for packet in ahead) if len(ahead) <= needed() else math.inf
+        if not ahead or rest < needed():
+            tally.left = int(rest)
+            return
+        packet = ahead.popleft()
+        inside += packet.size > 0
         try:
             frames = packet.decode()
         except av.EOFError:
@@ -94,6 +107,7 @@ def decoded(container, stream, tally: Tally, start: float = 0.0) -> Iterator:
         except av.FFmpegError as error:
             tally.bad, tally.why = tally.bad + 1, short(error)
             continue
+        inside -= len(frames)
         for frame in frames:
             if frame.is_corrupt:
                 tally.bad += 1

@@ -108,6 +108,7 @@ class _Frames:
         self.path, self.choice = path, choice
         self.kept = self.decoded = self.promised = 0
         self.rate = self.until = 0.0
+        self.next = 0  # of the frames decoded, none before this one is kept
         self.ended = False
         self.picture, self.tally = Pictures(path, choice), decode.Tally(path)
 
@@ -135,13 +136,15 @@ class _Frames:
     def _timed(self, container, stream) -> Iterator[tuple[float, object]]:
         """(seconds from the beginning of the file, frame); a frame without a time stamp follows the one before it."""
         begin, step = decode.beginning(container), 1 / self.rate
-        for frame in decode.decoded(container, stream, self.tally, self.choice.start or 0.0):
+        start = self.choice.start or 0.0
+        for frame in decode.decoded(container, stream, self.tally, start, lambda: self.next + 1 - self.decoded):
             time = self.until if frame.time is None else frame.time - begin
             lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else step
             self.decoded, self.until = self.decoded + 1, time + lasts
             yield time, frame
             if self.decoded > MAX_FRAMES:
                 raise UserError(f"{self.path}: more than {MAX_FRAMES:,} frames; cut it to the clip")
+        self.decoded += self.tally.left
 
     def _by_index(self, frames: Iterable[tuple[float, Kept]]) -> Iterator[Kept]:
         start, end = self._span()
@@ -151,6 +154,7 @@ class _Frames:
                 return
             if time >= start - decode.SLACK:
                 if index % step == 0:
+                    self.next = self.decoded + step - (1 if kept.after is None else 2)
                     yield kept
                 index += 1
 
@@ -215,14 +219,15 @@ class Pictures:
         self.reformatter, self.sides = None, (0, 0)
 
     def __call__(self, frame) -> np.ndarray:
-        from av import FFmpegError
+        import av
         from av.video.reformatter import VideoReformatter
 
+        one_thread = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}  # the clips run in parallel
         if self.reformatter is None:
             self.reformatter, self.sides = VideoReformatter(), (frame.width, frame.height)
         try:
-            pixels = self.reformatter.reformat(frame, *self.sides, "bgr24", interpolation="BICUBIC")
-        except (FFmpegError, ValueError) as error:
+            pixels = self.reformatter.reformat(frame, *self.sides, "bgr24", interpolation="BICUBIC", **one_thread)
+        except (av.FFmpegError, ValueError) as error:
             raise UserError(f"{self.path}: frames cannot be converted ({decode.short(error)}); get it again") from None
         picture = upright(pixels.to_ndarray(), display_matrix(frame))
         return _resized(_cropped(picture, self.choice.crop, self.path), self.choice.size)
