@@ -8,9 +8,6 @@ import pytest
 import torch
 from helpers import make_folder
 from torch.nn import functional as F
-
-import train
-from models import AVClassifier
 from utils.diagnostics import (
     aside,
     calibration_error,
@@ -20,6 +17,9 @@ from utils.diagnostics import (
     partition_moves,
     shapley,
 )
+
+import train
+from models import AVClassifier
 
 
 def slow_ece(logits: np.ndarray, labels: np.ndarray, bins: int) -> float:
