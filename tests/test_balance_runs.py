@@ -15,8 +15,8 @@ from helpers import make_folder
 import train
 from balance import METHODS
 from report import compare
-from report.runs import find_runs, group_runs, reference_of
 from utils.errors import Interrupted, UserError
+from report.runs import find_runs, group_runs, reference_of
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = ["--train", "--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "12"]

@@ -8,6 +8,9 @@ import pytest
 import torch
 from helpers import make_folder
 from torch.nn import functional as F
+
+import train
+from models import AVClassifier
 from utils.diagnostics import (
     aside,
     calibration_error,
@@ -17,9 +20,6 @@ from utils.diagnostics import (
     partition_moves,
     shapley,
 )
-
-import train
-from models import AVClassifier
 
 
 def slow_ece(logits: np.ndarray, labels: np.ndarray, bins: int) -> float:
