@@ -41,7 +41,7 @@ from utils.cli import Parser, id_list, number, path_name
 from utils.console import epoch_line, lap, progress, result_table, some, start_lines
 from utils.errors import UserError, run_main
 from utils.metrics import Tally, accuracy, f1_macro
-from utils.run import Run, check_same_run, environment, take_flags_of_run, update_best
+from utils.run import Run, check_same_run, continues, environment, take_flags_of_run, update_best
 from utils.seeding import epoch_generator, seed_everything
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -171,7 +171,7 @@ def evaluation_flags(args: Namespace, typed: dict) -> None:
     Raises `UserError` if another network or input was given; a checkpoint that says nothing (the official code's) is
     evaluated with the flags as given.
     """
-    config = balances.modernise(load_checkpoint(args.checkpoint).get("config", {}))
+    config = balances.modernise(load_checkpoint(args.checkpoint, mapped=True).get("config", {}))
     for name in AS_TRAINED:
         if name in typed and name in config and typed[name] != config[name]:
             raise UserError(f"--{name} {typed[name]}: {args.checkpoint} was trained with --{name} {config[name]}; "
@@ -196,7 +196,7 @@ def check_args(args: Namespace, names: Names) -> None:
                         "FILE to evaluate")  # fmt: skip
     if args.resume and not (args.train and args.run_name):
         raise UserError("--resume: name the run, as in --resume runs/NAME, or --train --run_name NAME --resume auto")
-    if args.checkpoint and not args.resume and not Path(args.checkpoint).is_file():
+    if args.checkpoint and not continues(args) and not Path(args.checkpoint).is_file():
         raise UserError(f"{args.checkpoint}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
     if args.train and args.method == "remix" and args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}, so Remix would never start; use a "
@@ -263,7 +263,8 @@ def train_epoch(
             entropies = cross_entropies(output, batch.labels)
             terms = loss_terms(entropies, args.joint_weights if joint else args.alone_weights)
             terms = balance.losses(terms, output, step)
-            loss = sum(terms.values())
+            first, *others = terms.values()
+            loss = sum(others, first)
             optimizer.zero_grad(set_to_none=True)
             # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
             balance.backward(loss * step.weight, terms, output, step)
@@ -271,8 +272,7 @@ def train_epoch(
             tally.add(i, loss, entropies, output.heads, batch.labels, batch.share * batch.total)
             bar.update(batch.total)
             after_step()
-    bad = tally.first_not_finite()
-    if bad is not None:
+    if (bad := tally.first_not_finite()) is not None:
         names = some([clips.names[i] for i in plan[bad].clips.tolist()])
         raise UserError(f"epoch {epoch + 1}, batch {bad + 1} of {len(plan)}: loss not finite; clips: {names}; last.pth "
                         "is that of the epoch before; try a lower --learning_rate")  # fmt: skip
@@ -355,7 +355,7 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
     synchronise_batchnorm(model, device)
     if args.compile:
         compile_in_place(list(model.encoders.values()), device)
-    if args.checkpoint and not args.resume:
+    if args.checkpoint and not continues(args):
         state = load_checkpoint(args.checkpoint)
         if state.get("classes", data.classes) != data.classes and not args.train:
             raise UserError(f"{data.folder.root}: its classes ({some(data.classes, 6)}) are not those of "
@@ -451,7 +451,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         print("\n".join(told), flush=True)
 
     # loop
-    logits: dict[str, Tensor] = {}
+    logits: dict[str, dict[str, Tensor]] = {}
     for epoch in range(first, args.epochs):
         clock = time.perf_counter()
         balance.start_epoch(epoch)

@@ -43,7 +43,7 @@ class AGM(Method):
     def outputs(self, output: Output, step: Step) -> Output:
         if self.opt.alpha == 0:
             return output
-        slices = list(self.model.head.slices(output.features).values())
+        slices = list(self.slices(output.features).values())
         scores = step.sum(torch.stack([cross_entropies(o, step.labels) for o in slices], dim=1)) / step.total  # (M,)
         before = self.steps > 0
         kappa = modulation(scores, self.means, self.opt.alpha) if before else torch.ones_like(scores)

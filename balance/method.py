@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from models import MultimodalClassifier, Output
 from models.batchnorm import reestimate
+from models.fusion import Concat, Sum
 from models.inference import aside, collect
 from remix import Batch
 from utils.acceleration import compiled
@@ -58,14 +59,14 @@ class Context(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One batch as the hooks see it: its place in the epoch's plan, the modalities it feeds, labels (B,).
+    """One batch as the hooks see it: the modalities it feeds, labels (B,).
 
-    joint: whether all modalities are fed; share: this process's part of the batch; total: clips over all processes;
-    clip_weight: what each clip here counts in a sum over processes.
+    batch: its place in the epoch's plan; joint: whether all modalities are fed; share: this process's part of the
+    batch; total: clips over all processes; clip_weight: what each clip here counts in a sum over processes.
     """
 
     epoch: int
-    index: int
+    batch: int
     fed: tuple[str, ...]
     joint: bool
     labels: Tensor
@@ -159,7 +160,7 @@ class Method:
 
     def generator(self, step: Step, device: torch.device | str = "cpu") -> torch.Generator:
         """This method's random numbers of this step, the same on every process."""
-        return step_generator(self.context.args.random_seed, step.epoch, step.index, "balance", self.name, device)
+        return step_generator(self.context.args.random_seed, step.epoch, step.batch, "balance", self.name, device)
 
     def note(self, name: str, value: Tensor) -> None:
         """Report the epoch's mean of `value` (a number on the device, the same on every process) in metrics.jsonl."""
@@ -172,6 +173,11 @@ class Method:
         args = self.context.args
         if args.batchnorm == "refreshed":
             reestimate(network, self.context.clips["train"], fed, args.batch_size, args.random_seed, epoch)
+
+    def slices(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each modality's part of the joint logits (B, C). Only for methods that say `needs_slices`."""
+        assert isinstance(self.model.head, Concat | Sum)
+        return self.model.head.slices(features)
 
     def features(self, part: str, clips: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Features (n, D_m) of every modality of the given clips of a part, over all processes: evaluation mode, no
@@ -243,6 +249,12 @@ def label_scores(logits: dict[str, Tensor], step: Step) -> Tensor:
     """sum over the batch of softmax(o_m)[y] for each modality, (M,), over all processes: who is ahead."""
     found = [o.detach().float().softmax(1).gather(1, step.labels[:, None]) for o in logits.values()]  # M x (B, 1)
     return step.sum(torch.cat(found, dim=1))
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """`parameter.grad`, for parameters that took part in a batch whose gradients are computed."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

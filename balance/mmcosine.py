@@ -42,8 +42,8 @@ class CosineLinear(nn.Linear):
 
     scale: float
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.scale * cosines(features, self.weight)  # (B, C)
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scale * cosines(input, self.weight)  # (B, C)
 
 
 class CosineConcat(Concat):
@@ -51,7 +51,7 @@ class CosineConcat(Concat):
 
     scale: float
 
-    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:  # pyright: ignore
+    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         first, *others = self.slices(features).values()
         return sum(others, first)  # (B, C)
 

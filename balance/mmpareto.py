@@ -10,7 +10,7 @@ official code takes that last ratio per tensor (the default here). Heads keep th
 import torch
 from torch import Tensor
 
-from balance.method import Method, Option, Step, mean_over_ranks
+from balance.method import Method, Option, Step, gradient, mean_over_ranks
 from utils.cli import number
 
 
@@ -31,7 +31,7 @@ class MMPareto(Method):
         loss.backward()  # g_J + g_U, averaged over the processes where there are several
         with torch.no_grad():
             for name, own in encoders.items():
-                self.merge(name, [p.grad for p in own], [next(joint) for _ in own])
+                self.merge(name, [gradient(p) for p in own], [next(joint) for _ in own])
 
     def merge(self, name: str, total: list[Tensor], joint: list[Tensor]) -> None:
         """Overwrite `total` = g_J + g_U of one encoder, given g_J."""

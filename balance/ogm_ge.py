@@ -8,7 +8,7 @@ The gradient g of every convolution of encoder m becomes k_m g + n, n ~ N(0, std
 import torch
 from torch import Tensor
 
-from balance.method import Method, Option, Step, label_scores, never_joint
+from balance.method import Method, Option, Step, gradient, label_scores, never_joint
 from models import Output
 from utils.cli import number
 
@@ -37,7 +37,7 @@ class OGMGE(Method):
     def after_backward(self, output: Output, step: Step) -> None:
         if not self.opt.starts <= step.epoch <= self.opt.ends:
             return
-        slices = self.model.head.slices(output.features)
+        slices = self.slices(output.features)
         factors = damping(label_scores(slices, step), self.opt.alpha)  # (2,)
         noise = self.generator(step, output.joint.device) if self.opt.noise == "on" else None
         for name, factor in zip(self.names, factors, strict=True):
@@ -45,11 +45,12 @@ class OGMGE(Method):
             for weight in self.model.encoders[name].parameters():
                 if weight.dim() != 4:
                     continue
-                spread = weight.grad.std() + 1e-8
-                weight.grad.mul_(factor)
+                grad = gradient(weight)
+                spread = grad.std() + 1e-8
+                grad.mul_(factor)
                 if noise is not None:
                     drawn = torch.randn(weight.shape, generator=noise, device=weight.device, dtype=weight.dtype)
-                    weight.grad.add_(drawn * spread)
+                    grad.add_(drawn * spread)
 
 
 def damping(scores: Tensor, alpha: float) -> Tensor:

@@ -47,9 +47,8 @@ class PMR(Method):
         chosen = subset(labels.cpu(), draw)
         features = self.features("train", chosen)
         own = labels[chosen.to(labels.device)]
-        classes = next(iter(self.model.heads.values())).out_features
         stacked = torch.stack([features[name] for name in self.names])  # (2, n, D)
-        new, self.present = class_means(stacked, own, classes)
+        new, self.present = class_means(stacked, own, self.model.n_classes)
         old, eps = self.prototypes, self.opt.momentum
         self.prototypes = new if old is None else eps * old + (1 - eps) * new
         scores = [self.similarity(name, features[name])[0].gather(1, own[:, None]).exp().sum() for name in self.names]
@@ -57,6 +56,7 @@ class PMR(Method):
 
     def similarity(self, name: str, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) -> log q and q, (B, C) each; a class without clips has probability 0."""
+        assert self.prototypes is not None and self.present is not None  # made by start_epoch
         prototypes = self.prototypes[self.names.index(name)]
         squares = (features.float()[:, None] - prototypes).square().sum(2)  # (B, C)
         # The root has no finite slope at 0, where a feature lies on its prototype.
@@ -69,18 +69,19 @@ class PMR(Method):
             return terms
         found = {name: self.similarity(name, output.features[name]) for name in step.fed}
         labels = step.labels[:, None]
-        ratio = self.ratio
+        ratio, present = self.ratio, self.present
         if step.kind == "joint":
             sums = step.sum(torch.cat([q.gather(1, labels) for _, q in found.values()], dim=1))  # (2,)
             ratio = sums[0] / sums[1]
             self.note("ratio", ratio)
+        assert ratio is not None and present is not None  # made by start_epoch
         slow = coefficients(ratio, self.opt.rule)
-        added = 0.0
+        added = ratio.new_zeros(())
         for name, (log_q, q) in found.items():
             ahead = slow[1 - self.names.index(name)]  # what the other lags behind
             added = added - self.opt.alpha * slow[self.names.index(name)] * log_q.gather(1, labels).mean()
             if step.epoch < self.opt.entropy_epochs:
-                entropy = -(q * log_q.masked_fill(~self.present, 0.0)).sum(1).mean()
+                entropy = -(q * log_q.masked_fill(~present, 0.0)).sum(1).mean()
                 added = added - self.opt.mu * ahead * entropy
         return terms | {"pmr": added}
 

@@ -31,7 +31,7 @@ class Relearn(Method):
 
     def __init__(self, context: Context):
         super().__init__(context)
-        classes, held = next(iter(self.model.heads.values())).out_features, len(context.clips["val"])
+        classes, held = self.model.n_classes, len(context.clips["val"])
         if held < classes:
             raise UserError(f"--balance dr: {held} validation clips cannot form {classes} clusters; "
                             "use a larger --val_fraction")  # fmt: skip
@@ -104,7 +104,8 @@ def purity(features: np.ndarray, labels: np.ndarray, classes: int) -> float:
 
     low, high = features.min(0), features.max(0)
     scaled = 2 * (features - low) / np.where(high > low, high - low, 1) - 1
-    cluster = KMeans(classes, n_init=10, random_state=0).fit_predict(scaled)
+    kmeans = KMeans(classes, n_init=10, random_state=0)  # pyright: ignore[reportArgumentType]
+    cluster = kmeans.fit_predict(scaled)
     counts = np.zeros((classes, classes), dtype=int)
     np.add.at(counts, (cluster, labels), 1)
     return counts.max(axis=1).sum() / len(labels)

@@ -59,17 +59,16 @@ def random_boxes(sizes: Tensor, generator: torch.Generator, crop_area: tuple[flo
     Up to ten tries of an area share uniform in `crop_area` (torchvision's default) and a log-uniform aspect ratio; the
     first that fits is placed uniformly. If none fits, the largest centred box with the ratio clamped, as torchvision.
     """
-    m = len(sizes)
+    m, (low, high) = len(sizes), CROP_RATIO
     height, width = sizes.double().unbind(1)  # (M,)
     area = (height * width) * _uniform(CROP_ATTEMPTS, m, crop_area, generator)  # (tries, M)
-    ratio = _uniform(CROP_ATTEMPTS, m, tuple(map(math.log, CROP_RATIO)), generator).exp()
+    ratio = _uniform(CROP_ATTEMPTS, m, (math.log(low), math.log(high)), generator).exp()
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(0, keepdim=True)  # the first that fits
     w, h = w.gather(0, first)[0], h.gather(0, first)[0]
 
     frame_ratio = width / height
-    low, high = CROP_RATIO
     none = ~fits.any(0)
     w = torch.where(none, torch.where(frame_ratio > high, (height * high).round(), width), w)
     h = torch.where(none, torch.where(frame_ratio < low, (width / low).round(), height), h)
@@ -163,10 +162,9 @@ def normalise(pixels: Tensor) -> Tensor:
 def _imagenet(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, (3, 1, 1) each, for pixels in [0, 255]."""
     with torch.inference_mode(False):  # or batches to train on could not use what evaluation made first
-        return tuple(
-            torch.tensor(values, device=device, dtype=dtype)[:, None, None] * 255
-            for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        mean = torch.tensor(IMAGENET_MEAN, device=device, dtype=dtype)[:, None, None] * 255
+        std = torch.tensor(IMAGENET_STD, device=device, dtype=dtype)[:, None, None] * 255
+    return mean, std
 
 
 def _uniform(rows: int, columns: int, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:

@@ -17,6 +17,13 @@ CLIPS = 1024  # that statistics are re-estimated from, at most
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
+def running_statistics(norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Running mean (D,), running variance (D,) and number of batches of a BatchNorm. All layers here track them."""
+    mean, variance, tracked = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean is not None and variance is not None and tracked is not None
+    return mean, variance, tracked
+
+
 class SyncedBatchNorm(BatchNorm):
     """BatchNorm with the statistics of the whole batch over all processes, on any device.
 
@@ -38,10 +45,11 @@ class SyncedBatchNorm(BatchNorm):
         variance = (squares / n - mean.square()).clamp(min=0)
         with torch.no_grad():
             momentum = self.momentum if self.momentum is not None else 0.1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+            running_mean, running_var, tracked = running_statistics(self)
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             unbiased = variance * n / (n - 1).clamp(min=1)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
-            self.num_batches_tracked.add_(1)
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+            tracked.add_(1)
         x = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
         return (x * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
 
@@ -90,15 +98,16 @@ def reestimate(
     chosen = torch.randperm(len(clips), generator=epoch_generator(seed, epoch, "batchnorm"))[:CLIPS]
     plan = [batch for batch in batches_of(chosen, batch_size, fed, None) if len(batch.clips) >= 2 * world_size()]
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    before = [(norm.momentum, running_statistics(norm)[2].clone()) for norm in norms]
     model.train()
     for i, batch in enumerate(clips.epoch(plan)):
         for norm in norms:
             norm.momentum = 1 / (i + 1)  # a plain mean; PyTorch's own (None) reads a counter off the device each time
         with compiled(False):  # one more graph for a pass without gradients would take longer than it saves
             model(batch.inputs, batch.fed)
-    for norm, (momentum, tracked) in zip(norms, before, strict=True):
+    for norm, (momentum, steps) in zip(norms, before, strict=True):
+        mean, variance, tracked = running_statistics(norm)
         norm.momentum = momentum
-        norm.num_batches_tracked.copy_(tracked)  # counts training steps
-        for statistic in (norm.running_mean, norm.running_var):
+        tracked.copy_(steps)  # counts training steps
+        for statistic in (mean, variance):
             sum_over_ranks(statistic).div_(world_size())

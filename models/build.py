@@ -38,17 +38,19 @@ def build_model(
     """
     inputs = {}
     for modality in modalities:
-        shape = shapes.get(modality.name, ())
-        image = modality.kind == "frames" or len(shape) == 2
+        frames, shape = modality.kind == "frames", tuple(shapes.get(modality.name, ()))
+        dimensions = len(shape)
+        image = frames or dimensions == 2
         name = modality.encoder or (model if image else "mlp")
         if name not in ENCODERS:
             raise UserError(f"encoder {name} of {modality.name}: unknown; allowed: {', '.join(ENCODERS)}")
-        if (name in IMAGE_ENCODERS) != image or (modality.kind == "array" and len(shape) > 2):
-            given = "frames" if modality.kind == "frames" else f"arrays of shape {shape}"
-            raise UserError(f"encoder {name} of {modality.name}: takes {ENCODERS[name].takes}s, the clips have {given}")
-        inputs[modality.name] = name, 3 if modality.kind == "frames" else 1 if image else shape[0]
+        if (name in IMAGE_ENCODERS) != image or (modality.kind == "array" and dimensions > 2):
+            given = "frames" if frames else f"arrays of shape {shape}"
+            wanted = ENCODERS[name].takes
+            raise UserError(f"encoder {name} of {modality.name}: takes {wanted}s, the clips have {given}; use another")
+        inputs[modality.name] = name, 3 if frames else 1 if image else shape[0]
     try:
         network = MultimodalClassifier(inputs, n_classes, fusion_method, precision == "bf16")
     except ValueError as error:
         raise UserError(str(error)) from None
-    return network.to(device, memory_format=torch.channels_last)
+    return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

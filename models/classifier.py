@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.encoders import ENCODERS
-from models.fusion import make_fusion
+from models.fusion import Fusion, make_fusion
 
 
 class Output(NamedTuple):
@@ -43,10 +43,10 @@ class MultimodalClassifier(nn.Module):
         self, inputs: dict[str, tuple[str, int]], n_classes: int, fusion_method: str = "concat", bf16: bool = False
     ):
         super().__init__()
-        self.bf16 = bf16
+        self.bf16, self.n_classes = bf16, n_classes
         self.widths = {name: ENCODERS[encoder].features for name, (encoder, _) in inputs.items()}
         self.encoders = nn.ModuleDict({name: ENCODERS[encoder].make(size) for name, (encoder, size) in inputs.items()})
-        self.head = make_fusion(fusion_method, self.widths, n_classes)
+        self.head: Fusion = make_fusion(fusion_method, self.widths, n_classes)
         self.heads = nn.ModuleDict({name: nn.Linear(width, n_classes) for name, width in self.widths.items()})
 
     @property

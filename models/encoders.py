@@ -58,7 +58,9 @@ def _as_encoder(net: nn.Module, in_channels: int) -> nn.Module:
 
     Convolutions kaiming-normal fan-out (torchvision's default too), BatchNorm weight ~ N(1, 0.02), bias 0.
     """
-    net.conv1 = nn.Conv2d(in_channels, net.conv1.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
+    first = net.conv1
+    assert isinstance(first, nn.Conv2d)
+    net.conv1 = nn.Conv2d(in_channels, first.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
     net.avgpool, net.fc = MeanPool(), nn.Identity()
     for module in net.modules():
         if isinstance(module, nn.Conv2d):

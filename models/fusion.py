@@ -30,7 +30,7 @@ class Concat(nn.Linear):
         super().__init__(sum(widths.values()), n_classes)
         self.widths = dict(widths)
 
-    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:  # pyright: ignore
+    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return F.linear(torch.cat(list(features.values()), dim=1), self.weight, self.bias)  # (B, C)
 
     def weights(self) -> dict[str, Tensor]:
@@ -76,7 +76,8 @@ class FiLM(nn.Module):
     def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:
         a, v = features["audio"], features["video"]
         if fed == ("video",):
-            return self.fc_out(v + a)  # gamma 1; beta is the zero feature, which keeps a running encoder in the graph
+            # gamma 1, beta 0: a sum of the zero feature, which keeps a running encoder in the graph
+            return self.fc_out(v + a.sum(dim=1, keepdim=True))
         gamma, beta = self.fc(a).chunk(2, dim=1)  # (B, D) each
         return self.fc_out(gamma * v + beta)  # (B, C)
 
@@ -98,11 +99,12 @@ class Gated(nn.Module):
         return self.fc_out(gate * self.fc_y(v))  # (B, C)
 
 
-FUSIONS = {"concat": Concat, "sum": Sum, "film": FiLM, "gated": Gated}
+Fusion = Concat | Sum | FiLM | Gated
+FUSIONS: dict[str, type[Fusion]] = {"concat": Concat, "sum": Sum, "film": FiLM, "gated": Gated}
 SLICED = ("concat", "sum")  # their logits are a sum of one part per modality
 
 
-def make_fusion(name: str, widths: dict[str, int], n_classes: int) -> nn.Module:
+def make_fusion(name: str, widths: dict[str, int], n_classes: int) -> Fusion:
     """The fusion head called `name` for features of `widths`.
 
     Raises `ValueError` where the head is defined for other modalities than these.

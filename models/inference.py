@@ -56,17 +56,17 @@ def collect(
     features: bool = True,
     bar: tqdm | None = None,
     check: Callable[[], None] = lambda: None,
+    full: int = 0,
 ) -> Collected:
     """What the network says of a part of N `clips`, each process doing its share and getting the whole.
 
     `batches` are `dataset.clips.ClipBatch`es that together hold every clip once. The network is
     used in the mode it is in. Features are left out where not asked for. `bar` is moved by the clips of each batch, and
-    `check` may end the pass by raising after any of them.
+    `check` may end the pass by raising after any of them. Compiled encoders run as such on batches of `full` clips only
+    (0: on none), since every other size would compile one more graph.
     """
     found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
-    full = None  # clips of a full batch: the first one
     for batch in batches:
-        full = full or batch.total
         with compiled(batch.total == full):
             output = model(batch.inputs, batch.fed)
         kinds = (output.heads, output.features if features else {})
@@ -97,7 +97,7 @@ def predict(
     model.eval()
     with progress(name, len(clips), is_main()) as bar:
         batches = clips.epoch(batches_of(len(clips), batch_size, fed, generator=None))
-        logits = collect(model, batches, len(clips), features=False, bar=bar, check=check).logits
+        logits = collect(model, batches, len(clips), features=False, bar=bar, check=check, full=batch_size).logits
     finite = torch.stack([values.isfinite().all(dim=1) for values in logits.values()]).all(dim=0)  # (N,)
     if not finite.all():
         bad = [clips.names[i] for i in (~finite).nonzero().flatten().tolist()]

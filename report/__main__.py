@@ -24,7 +24,7 @@ from utils.run import write_json
 def compare_people(people: Path, partitions: list[Path], out: Path | None) -> None:
     """Print CREMA-D's votes against partitions; with `out`, also write people.md and people.json there."""
     votes = read_votes(people)
-    found = {str(path): compare_with_people(read_partition(path, SENSE_OF), votes) for path in partitions}
+    found = {str(path): compare_with_people(read_partition(path, tuple(SENSE_OF)), votes) for path in partitions}
     text = people_markdown(found, votes, table)
     print(text)
     if out:

@@ -83,7 +83,8 @@ def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
             raise UserError(f"--{flag}: set for each run by this command; use {OURS.get(flag, '--grid alone')} instead")
     methods = _methods(args.methods, train.parse_args(["--train", "--method", "baseline", *rest]))
     plan: dict[str, Planned] = {}
-    for seed, method, *values in itertools.product(seeds, methods, *(values for _, values in axes)):
+    cells = list(itertools.product(*(values for _, values in axes)))  # of the grid; one, empty, without a grid
+    for seed, method, values in itertools.product(seeds, methods, cells):
         grid = [(flag, value) for (flag, _), value in zip(axes, values, strict=True)]
         run = _planned(method, seed, grid, rest, args.log_path)
         plan.setdefault(run.name, run)  # a method that does not read a flag of the grid runs once
@@ -235,7 +236,8 @@ class Worker:
 
 def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict]) -> list[Worker]:
     """Run them, one at a time per environment; returns those that failed or were interrupted."""
-    waiting, slots, ended = list(todo), [None] * len(envs), []
+    waiting, ended = list(todo), []
+    slots: list[Worker | None] = [None] * len(envs)
     epochs = sum(run.flags["epochs"] - len(read_metrics(log_path / run.name)) for run, _ in todo)
     bar = tqdm(total=epochs, unit="epoch", desc=f"run 0/{len(todo)}", mininterval=1, smoothing=0.05)
     # Raise instead of ending at once, so that the runs are stopped too.

@@ -91,7 +91,7 @@ def correlations(pairs: list[tuple[Clip, dict[str, Vote]]]) -> list[dict]:
     for modality in SENSE_OF:
         kl = np.array([clip.kl[modality] for clip, _ in pairs])
         for sense in ("voice", "face"):
-            row = {"modality": modality, "sense": sense}
+            row: dict[str, str | float | None] = {"modality": modality, "sense": sense}
             for measure in Vote._fields:
                 ease = np.array([getattr(vote[sense], measure) for _, vote in pairs])
                 row[f"rho_{measure}"] = _spearman(kl, ease)
@@ -106,7 +106,7 @@ def correlations(pairs: list[tuple[Clip, dict[str, Vote]]]) -> list[dict]:
 def _spearman(x: np.ndarray, y: np.ndarray) -> float | None:
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
-    return float(stats.spearmanr(x, y).statistic)
+    return float(stats.spearmanr(x, y).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def agreement(pairs: list[tuple[Clip, dict[str, Vote]]], measure: str) -> dict:
@@ -128,8 +128,9 @@ def agreement(pairs: list[tuple[Clip, dict[str, Vote]]], measure: str) -> dict:
     voice_harder = (table[0][0] + table[1][0]) / n
     chance = keeps_audio * voice_harder + (1 - keeps_audio) * (1 - voice_harder)
     kappa = (agrees - chance) / (1 - chance) if chance < 1 else None
+    p = float(stats.fisher_exact(table).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
     return row | {"agrees": agrees, "chance": chance, "kappa": kappa, "keeps_audio": keeps_audio,
-                  "voice_harder": voice_harder, "p": float(stats.fisher_exact(table).pvalue)}  # fmt: skip
+                  "voice_harder": voice_harder, "p": p}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ words

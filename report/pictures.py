@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
+from torch import Tensor
 
 from dataset.folder import Part
 from dataset.pack import read_frame
@@ -78,7 +79,7 @@ def picture_model(folder: Path, out: Path, data_root: Path | None) -> None:
     print(f"{', '.join(f'{name}.png' for name in figures)} written to {out}")
 
 
-def trained_heads(run: Run, found: Collected) -> dict[str, np.ndarray]:
+def trained_heads(run: Run, found: Collected) -> dict[str, Tensor]:
     """Logits (N, C) of the joint head, as `multimodal`, and of each modality whose head the run trained."""
     last, flags = run.history[-1] if run.history else {}, flags_of(run.config)
     trained = [name for name in found.logits if name != "joint" and head_is_trained(run.method, flags, name)]
@@ -117,7 +118,7 @@ def plot_hardest(partition: dict[str, Clip], part: Part, spec: DatasetSpec, titl
 
 def stored(modality: Modality, files: list[Path] | Path) -> np.ndarray:
     """A clip in one modality, for `Example`: three frames side by side at most, or the array."""
-    if modality.kind == "frames":
+    if isinstance(files, list):  # frames
         picks = np.linspace(0, len(files) - 1, min(3, len(files))).round().astype(int)
         frames = [read_frame(files[k]) for k in picks]
         height = min(len(frame) for frame in frames)
@@ -186,8 +187,8 @@ def plot_examples(rows: dict[str, list[Example]], title: str) -> Figure:
     columns = max(map(len, rows.values()))
     modalities = max(len(example.shown) for examples in rows.values() for example in examples)
     figure = Figure(figsize=(2.6 * columns, 1.45 * modalities * len(rows)), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(rows), 1))
-    for part, (name, examples) in zip(parts, rows.items(), strict=True):
+    parts = figure.subfigures(len(rows), 1, squeeze=False)
+    for part, (name, examples) in zip(parts[:, 0], rows.items(), strict=True):
         part.suptitle(name, fontsize=11, fontweight="bold")
         axes = part.subplots(modalities, columns, squeeze=False)
         for axis in axes.flat:

@@ -423,10 +423,12 @@ def mean_by_epoch(group: Group, key: str) -> tuple[list[int], list[float]]:
     return epochs, [float(np.mean([history[epoch] for history in histories])) for epoch in epochs]
 
 
-def minutes(group: Group) -> Spread | None:
+def minutes(group: Group) -> Spread:
     """Minutes of a run: scoring, training and evaluation of all epochs, over as many attempts as it took."""
     keys = ("seconds_score", "seconds_train", "seconds_eval")
-    return spread(sum(line.get(key) or 0 for line in run.history for key in keys) / 60 for run in group.runs.values())
+    found = spread(sum(line.get(key) or 0 for line in run.history for key in keys) / 60 for run in group.runs.values())
+    assert found is not None  # a group has at least one run
+    return found
 
 
 def epoch_cost(group: Group, reference: Group) -> float | None:
@@ -435,7 +437,7 @@ def epoch_cost(group: Group, reference: Group) -> float | None:
     None if they share no seed. What a balance method computes between epochs counts as scoring.
     """
     seconds = [
-        {seed: np.mean([line["seconds_train"] + (line.get("seconds_score") or 0) for line in run.history])
+        {seed: float(np.mean([line["seconds_train"] + (line.get("seconds_score") or 0) for line in run.history]))
          for seed, run in g.runs.items()} for g in (group, reference)
     ]  # fmt: skip
     found = spread(seconds[0][seed] / seconds[1][seed] for seed in seconds[0].keys() & seconds[1].keys())

@@ -3,22 +3,22 @@
 import json
 import os
 import re
+import runpy
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_folder
+from helpers import REPO, in_two_processes, make_folder
+from networks import network
 
 import train
 from balance import METHODS
+from models.checkpoint import model_weights
 from report import compare
-from utils.errors import Interrupted, UserError
 from report.runs import find_runs, group_runs, reference_of
+from utils.errors import Interrupted, UserError
 
-REPO = Path(__file__).resolve().parents[1]
 TINY = ["--train", "--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "12"]
 TINY += ["--optimizer", "sgd", "--learning_rate", "0.01", "--cache", "ram"]
 TIMES = ("seconds_score", "seconds_train", "seconds_eval", "clips_per_second")
@@ -39,115 +39,134 @@ def lines(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
-def signal_at(monkeypatch, at: int) -> None:
-    """SIGTERM before training step `at`, a probe's steps counted too."""
+def signal_at(monkeypatch, at: int) -> list[int]:
+    """SIGTERM in training step `at`, a probe's steps counted too; the steps that were begun."""
     terms, steps = train.loss_terms, []
 
     def signalled(*args):
-        steps.append(0)
+        steps.append(len(steps))
         if len(steps) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return terms(*args)
 
     monkeypatch.setattr(train, "loss_terms", signalled)
+    return steps
 
 
 @pytest.mark.parametrize("methods", [
-    "pmr,gblend,dr --gblend_every 2 --gblend_probe 1 --dr_every 1 --dr_resets 1 --pmr_momentum 0.5",
+    "dr:every=1:resets=1,pmr:momentum=0.5,gblend:every=2:probe=1",
     "agm,pmr --method baseline",
-    "mmcosine,opm,mmpareto,ogm_ge --opm_starts 0 --masked_encoder run --rescore_every 2",
+    "mmcosine,opm:starts=0,mmpareto,ogm_ge --masked_encoder run --rescore_every 2",
 ])  # fmt: skip
 def test_resume_is_bit_identical(methods, data, tmp_path, monkeypatch):
-    """After an epoch, and again after the second step of the next one."""
-    monkeypatch.setattr(train, "finish", lambda *_: None)  # pictures take most of so short a run
+    """After an epoch, and again after the second step of the next one, which is repeated."""
+    monkeypatch.setattr("utils.summary.finish", lambda *_: None)  # pictures take most of so short a run
     text = f"--val_fraction 0.3 --warmup 2 --balance {methods}"
     whole = run(data, tmp_path, "whole", f"{text} --epochs 4")
     part = run(data, tmp_path, "part", f"{text} --epochs 3")
     with pytest.raises(UserError, match=r"--balance .*now none"):
         plain = " ".join(text.split()[:4])
-        run(data, tmp_path, "part", f"{plain} --epochs 4 --resume")
+        run(data, tmp_path, "part", f"{plain} --epochs 4 --resume auto")
     with monkeypatch.context() as patch:
         signal_at(patch, 2)
-        with pytest.raises(Interrupted, match="in epoch 3, batch 2 of its training"):
-            run(data, tmp_path, "part", f"{text} --epochs 4 --resume")
-    run(data, tmp_path, "part", f"{text} --epochs 4 --resume")
+        with pytest.raises(Interrupted, match=r"stopped by SIGTERM; .*last\.pth holds 3 epochs"):
+            run(data, tmp_path, "part", f"{text} --epochs 4 --resume auto")
+    train.main(["--resume", str(part), "--epochs", "4"])  # every other flag from its config.json
     a, b = (torch.load(folder / "last.pth", weights_only=True) for folder in (whole, part))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    assert a["model"].keys() == train.AVClassifier(3, "resnet18_thin").state_dict().keys()
+    assert a["model"].keys() == model_weights(network()).keys()
     assert lines(whole) == lines(part)
     names = {name.split("/")[1].rpartition("_")[0] for line in lines(whole) for name in line if "balance/" in name}
-    for method in methods.split()[0].split(","):
+    for method in (word.split(":")[0] for word in methods.split()[0].split(",")):
         assert method == "mmcosine" or any(name.startswith(method) for name in names), method
+    config = json.loads((part / "config.json").read_text())
+    assert config["balance"] == methods.split()[0] and list(config["balance_options"]) == [
+        word.split(":")[0] for word in methods.split()[0].split(",")
+    ]
 
 
 WORKER = """
 import os, sys
 import torch, train
-from models import AVClassifier
+from models import MultimodalClassifier, build_model
 
 networks = []
 
-class Network(AVClassifier):  # float64, BatchNorm on its running statistics: processes differ in nothing but sums
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.double()
-        networks.append(self)
-    def forward(self, audio, video, kept="both"):
-        return super().forward(*(x.double() if x is not None else None for x in (audio, video)), kept)
-    def train(self, mode=True):
-        super().train(mode)
+class Network(MultimodalClassifier):  # float64, BatchNorm on its running statistics: processes differ in sums alone
+    def forward(self, inputs, fed):
         for module in self.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()
-        return self
+        return super().forward({name: x.double() for name, x in inputs.items()}, fed)
+
+def build(*arguments):
+    networks.append(build_model(*arguments).double())
+    networks[-1].__class__ = Network
+    return networks[-1]
 
 def main(path, *words):
-    train.AVClassifier = Network
+    train.build_model = build
     train.main(list(words))
     torch.save(networks[0].state_dict(), path + os.environ.get("RANK", ""))
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
 """
+TOGETHER = {  # every method, as many as go together at once
+    "all": "mmcosine,opm:starts=0,pmr,gblend:probe=1,mmpareto,ogm_ge,dr:every=1:views=plain",
+    "agm": "agm,pmr",
+}
 
 
-@pytest.mark.parametrize("methods", [
-    "mmcosine,opm,pmr,gblend,mmpareto,ogm_ge,dr --opm_starts 0 --gblend_probe 1 --dr_every 1 --dr_views plain",
-    "agm,pmr",
-])  # fmt: skip
-def test_two_processes_train_the_weights_of_one(methods, data, tmp_path, monkeypatch):
-    """Batches of 12, 12 and 1 clips fall unevenly on two processes; every method, as many as go together at once."""
-    text = f"--val_fraction 0.2 --epochs 3 --warmup 2 --data_root {data} --log_path {tmp_path} --balance {methods}"
-    words = [*TINY, *text.split(), "--run_name"]
-    (tmp_path / "worker.py").write_text(WORKER)
-    worker = {"__name__": "worker"}
-    exec(WORKER, worker)
-    monkeypatch.setattr(train, "AVClassifier", train.AVClassifier)  # the worker's is taken out again after the test
-    worker["main"](str(tmp_path / "one"), *words, "run_one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "worker.py"), str(tmp_path / "two"), *words, "run_two"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPO)})
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("one", "two0", "two1"))
-    for name, value in one.items():
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-7, msg=name)
-    for a, b in zip(*(lines(tmp_path / folder) for folder in ("run_one", "run_two")), strict=True):
-        a, b = ({k: v for k, v in line.items() if k.startswith(("balance", "train_loss"))} for line in (a, b))
-        assert "train_loss_pmr" in a and a == pytest.approx(b, rel=1e-4)
+@pytest.fixture(scope="module")
+def processes(data, tmp_path_factory):
+    """Folder of runs by one and by two processes; batches of 12, 12 and 1 clips fall unevenly on two."""
+    root = tmp_path_factory.mktemp("processes")
+    (root / "worker.py").write_text(WORKER)
+    commands = []
+    for name, methods in TOGETHER.items():
+        text = f"--val_fraction 0.2 --epochs 3 --warmup 2 --data_root {data} --log_path {root} --balance {methods}"
+        words = [*TINY, *text.split(), "--run_name"]
+        make = train.build_model
+        try:
+            runpy.run_path(str(root / "worker.py"))["main"](str(root / f"{name}_one"), *words, f"run_{name}_one")
+        finally:
+            train.build_model = make
+        commands.append([str(root / "worker.py"), str(root / f"{name}_two"), *words, f"run_{name}_two"])
+    for statuses, _, errors in in_two_processes(root / "said", *commands):
+        assert statuses == [0, 0], errors[-2000:]
+    return root
 
 
-@pytest.mark.parametrize(("at", "has"), [(2, "nothing is saved yet"), (14, "last.pth has it")])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_train_the_weights_of_one(name, processes):
+    one, first, second = (
+        torch.load(processes / f"{name}_{which}", weights_only=True) for which in ("one", "two0", "two1")
+    )
+    for key, value in one.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-7, msg=key)
+    runs = [lines(processes / f"run_{name}_{which}") for which in ("one", "two")]
+    for a, b in zip(*runs, strict=True):
+        a, b = ({k: v for k, v in line.items() if k.startswith(("balance", "train_"))} for line in (a, b))
+        assert a["train_loss"] > 0 and a == pytest.approx(b, rel=1e-4)
+    told = {key.removeprefix("balance/") for line in runs[1] for key in line if key.startswith("balance/")}
+    for own in (method.split(":")[0] for method in TOGETHER[name].split(",")):
+        assert own == "mmcosine" or any(key.startswith(f"{own}_") for key in told), own
+
+
+@pytest.mark.parametrize(("at", "has"), [(2, "no epoch was completed"), (10, r"last\.pth holds 1 epochs")])
 def test_a_signal_in_an_estimate_ends_the_run_at_once(at, has, data, tmp_path, monkeypatch):
     """Before the first epoch (an estimate is three times two steps, an epoch two), and before the second."""
-    monkeypatch.setattr(train, "finish", lambda *_: None)  # pictures take most of so short a run
-    text = "--method baseline --epochs 2 --val_fraction 0.3 --balance gblend --gblend_every 1 --gblend_probe 1"
+    monkeypatch.setattr("utils.summary.finish", lambda *_: None)  # pictures take most of so short a run
+    text = "--method baseline --epochs 2 --val_fraction 0.3 --balance gblend:every=1:probe=1"
     whole = run(data, tmp_path, "whole", text)
     with monkeypatch.context() as patch:
-        signal_at(patch, at)
-        with pytest.raises(Interrupted, match=rf"before epoch {at // 8}, while --balance gblend estimated.*{has}"):
+        steps = signal_at(patch, at)
+        with pytest.raises(Interrupted, match=rf"stopped by SIGTERM; .*{has}; continue with: .*--resume"):
             run(data, tmp_path, "part", text)
-    run(data, tmp_path, "part", f"{text} --resume")
+        assert len(steps) == at
+    run(data, tmp_path, "part", f"{text} --resume auto")
     a, b = (torch.load(folder / "last.pth", weights_only=True)["model"] for folder in (whole, tmp_path / "part"))
     assert all(torch.equal(a[name], b[name]) for name in a) and lines(whole) == lines(tmp_path / "part")
 
@@ -156,23 +175,24 @@ def test_a_signal_in_an_estimate_ends_the_run_at_once(at, has, data, tmp_path, m
 
 
 def plan_of(words: str) -> list[compare.Planned]:
-    return compare.make_plan(*compare.parse_args(words.split()), train)
+    return compare.make_plan(*compare.parse_args(words.split()))
 
 
 def test_a_grid_over_methods_is_planned_once_for_each(data):
-    plan = plan_of("--methods baseline,remix,audio --seeds 0 --grid balance=none,ogm_ge,pmr+agm --ogm_alpha 0.5")
-    assert [(run.name, run.flags["balance"], run.flags["ogm_alpha"]) for run in plan] == [
-        ("demo_baseline_balance-none_seed0", "none", None),
-        ("demo_baseline_balance-ogm_ge_seed0", "ogm_ge", 0.5),
-        ("demo_baseline_balance-pmr+agm_seed0", "agm,pmr", None),
-        ("demo_remix_balance-none_seed0", "none", None),
-        ("demo_remix_balance-ogm_ge_seed0", "ogm_ge", 0.5),
-        ("demo_remix_balance-pmr+agm_seed0", "agm,pmr", None),
-        ("demo_audio_seed0", "none", None),
+    plan = plan_of("--methods baseline,remix,audio --seeds 0 --grid balance=none,ogm_ge:alpha=0.5,pmr+agm")
+    assert [(run.name, run.flags["balance"]) for run in plan] == [
+        ("demo_baseline_balance-none_seed0", "none"),
+        ("demo_baseline_balance-ogm_ge-alpha-0.5_seed0", "ogm_ge:alpha=0.5"),
+        ("demo_baseline_balance-pmr+agm_seed0", "agm,pmr"),
+        ("demo_remix_balance-none_seed0", "none"),
+        ("demo_remix_balance-ogm_ge-alpha-0.5_seed0", "ogm_ge:alpha=0.5"),
+        ("demo_remix_balance-pmr+agm_seed0", "agm,pmr"),
+        ("demo_audio_seed0", "none"),
     ]
-    names = [run.name for run in plan_of("--methods baseline --seeds 0 --grid balance=none,pmr --grid pmr_alpha=1,2")]
-    assert names == ["demo_baseline_balance-none_seed0", "demo_baseline_balance-pmr_pmr_alpha-1_seed0",
-                     "demo_baseline_balance-pmr_pmr_alpha-2_seed0"]  # fmt: skip
+    assert [run.flags["balance_options"].get("ogm_ge", {}).get("alpha") for run in plan[:3]] == [None, 0.5, None]
+    names = [run.name for run in plan_of("--methods baseline --seeds 0 --grid balance=none,pmr:alpha=1,pmr:alpha=2")]
+    assert names == ["demo_baseline_balance-none_seed0", "demo_baseline_balance-pmr-alpha-1_seed0",
+                     "demo_baseline_balance-pmr-alpha-2_seed0"]  # fmt: skip
     with pytest.raises(UserError, match=r"--balance dr: .*--val_fraction"):
         plan_of("--methods baseline --grid balance=none,dr")
 
@@ -191,7 +211,7 @@ def test_reports_name_the_methods_and_compare_with_the_plain_baseline(tmp_path):
             args = train.parse_args(["--train", "--epochs", "20", *text.split(), "--random_seed", str(seed)])
             config = train.flags(args) | {"from_preset": args.from_preset, "command": f"train.py {text}"}
             if name == "plain":
-                del config["balance"]  # a run from before there were methods
+                del config["balance"], config["balance_options"]  # a run from before there were methods
             (folder / "config.json").write_text(json.dumps(config))
             keys = ("test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro")
             numbers = [dict.fromkeys(keys, 0.5 + 0.1 * i) | {"epoch": epoch} for epoch in range(20)]
@@ -219,21 +239,26 @@ def test_the_documented_method_runs(data, tmp_path, monkeypatch):
     neutral, plain, acting = (
         torch.load(run(data, tmp_path, name, f"--warmup 1 {text}") / "last.pth", weights_only=True)["model"]
         for name, text in (
-            ("n", "--epochs 1 --balance cml --cml_lambda 0"),
+            ("n", "--epochs 1 --balance cml:weight=0"),
             ("p", "--epochs 1"),
-            ("a", "--epochs 2 --balance cml,ogm_ge"),
+            ("a", "--epochs 2 --balance cml:weight=50,ogm_ge"),
         )
     )
     assert all(torch.equal(neutral[name], plain[name]) for name in plain)
     assert not torch.equal(acting["head.weight"], plain["head.weight"])
-    assert lines(tmp_path / "a")[0]["train_loss_cml"] > 0 and "train_loss_cml" not in lines(tmp_path / "a")[1]
+    joint, remix = lines(tmp_path / "a")
+    terms = joint["train_ce_joint"] + 0.5 * (joint["train_ce_audio"] + joint["train_ce_video"])
+    assert joint["train_loss"] > terms + 1e-3, "its penalty is part of the loss of joint batches"
+    own = sum(remix[f"n_{name}"] * (remix[f"train_ce_{name}"] or 0) for name in ("audio", "video"))
+    assert remix["train_loss"] == pytest.approx(remix["train_ce_joint"] + own / 31, rel=1e-5), "and of no others"
 
 
-def test_every_flag_is_documented():
+def test_every_option_is_documented():
     text = (REPO / "docs/balance.md").read_text()
     for name, method in METHODS.items():
         assert f"`{name}`" in text
-        for flag in method.flags:
-            assert f"`--{flag.name}" in text, flag.name
-            if flag.default is not None and not flag.choices:
-                assert f"`--{flag.name} {flag.default:g}`" in text, flag.name
+        for option in method.options:
+            assert f"`{option.name}`" in text or f"`{option.name}=" in text, (name, option.name)
+            if option.default is not None:
+                shown = option.default if isinstance(option.default, str) else f"{option.default:g}"
+                assert re.search(rf"`{option.name}( = |=| ){re.escape(shown)}", text), (name, option.name, shown)

@@ -19,9 +19,9 @@ def watched(data, tmp_path, monkeypatch):
     seen = []
     predict, train_epoch = train.predict, train.train_epoch
 
-    def scored(model, clips, kept, batch_size, name, *rest):
-        logits = predict(model, clips, kept, batch_size, name, *rest)
-        if "train predictions" in name:
+    def scored(model, clips, fed, batch_size, name, *rest):
+        logits = predict(model, clips, fed, batch_size, name, *rest)
+        if name.endswith("scoring"):
             seen.append([{head: values.numpy() for head, values in logits.items()}, None])
         return logits
 
@@ -36,7 +36,7 @@ def watched(data, tmp_path, monkeypatch):
         run(data, tmp_path, "watched", "--warmup", "0", "--epochs", "2", *flags)
         return seen
 
-    monkeypatch.setattr(train, "finish", lambda *_: None)  # pictures take most of so short a run
+    monkeypatch.setattr("utils.summary.finish", lambda *_: None)  # pictures take most of so short a run
     monkeypatch.setattr(train, "predict", scored)
     monkeypatch.setattr(train, "train_epoch", planned)
     return go
@@ -46,7 +46,8 @@ def kept_by(plan) -> dict[int, list[str]]:
     found = {clip: [] for clip in range(34)}
     for batch in plan:
         for clip in batch.clips.tolist():
-            found[clip].append(batch.kept)
+            (name,) = batch.fed
+            found[clip].append(name)
     return found
 
 
@@ -91,7 +92,7 @@ def test_batches_come_in_the_order_asked_for(watched):
     orders = {}
     for order in ("sequential", "alternate", "shuffled"):
         flags = ("--keep", "all", "--batch_order", order, "--run_name", order)
-        orders[order] = [batch.kept for batch in watched(*flags)[0][1]]  # 5 batches of each modality
+        orders[order] = [batch.fed[0] for batch in watched(*flags)[0][1]]  # 5 batches of each modality
     changes = {order: sum(a != b for a, b in pairwise(kept)) for order, kept in orders.items()}
     assert changes["sequential"] == 1 and changes["alternate"] == 9 and 1 < changes["shuffled"] < 9
     assert all(sorted(kept) == ["audio"] * 5 + ["video"] * 5 for kept in orders.values())
@@ -109,8 +110,8 @@ def test_best_pth_is_validation_s_choice_where_there_is_one(data, tmp_path, monk
     told = {"test": [0.9, 0.1, 0.2], "val": [0.1, 0.5, 0.3]}
     evaluate = train.evaluate
 
-    def scripted(logits, labels, part):
-        numbers = evaluate(logits, labels, part)
+    def scripted(logits, labels, part, args):
+        numbers = evaluate(logits, labels, part, args)
         return numbers | {f"{part}_acc": told[part].pop(0)} if told[part] else numbers
 
     monkeypatch.setattr(train, "evaluate", scripted)

@@ -1,4 +1,4 @@
-"""The two data paths: the same pictures from memory and from files, and packs that are never half or outdated."""
+"""The two data paths: the same clips from memory and from files, and which of them is chosen. Packs: test_pack.py."""
 
 import os
 import shutil
@@ -8,18 +8,20 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_folder
+from networks import network
 
 import remix
 from dataset import clips as clips_module
 from dataset import pack as pack_module
 from dataset.clips import Feed, FileClips, ResidentClips, choose_cache, make_clips, step_bytes
 from dataset.folder import load_folder
-from dataset.pack import open_pack, pack_bytes, room_for_packs, stored_size
+from dataset.pack import open_pack, pack_bytes, stored_size
 from dataset.specs import get_spec
-from models import AVClassifier
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
+BOTH = ("audio", "video")
+SIZES, SHAPES = {"video": (40, 48)}, {"audio": (33, 20)}
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,11 @@ def folder(tmp_path_factory):
 
 
 def feed(cache: str, size: int = 32, workers: int = 0) -> Feed:
-    return Feed(frames=2, image_size=size, device=CPU, cache=cache, workers=workers)
+    return Feed(get_spec("folder").modalities, size, CPU, cache, workers)
 
 
 def load(folder, cache: str, plan, seed=None, part="train", workers=0, **options):
-    clips = make_clips(folder.root, part, folder.parts[part], folder.audio_shape, feed(cache, workers=workers))
+    clips = make_clips(folder.root, part, folder.parts[part], folder.shapes, feed(cache, workers=workers))
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return clips, list(clips.epoch(plan, generator, **options))
 
@@ -40,7 +42,7 @@ def load(folder, cache: str, plan, seed=None, part="train", workers=0, **options
 @pytest.mark.parametrize("seed", [None, 3])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_and_memory_feed_the_same(folder, seed, workers):
-    plan = remix.batches_of(21, 8, "both", torch.Generator().manual_seed(0))
+    plan = remix.batches_of(21, 8, BOTH, torch.Generator().manual_seed(0))
     plain, from_files = load(folder, "none", plan, seed, workers=workers)
     resident, from_memory = load(folder, "ram", plan, seed)
     assert isinstance(plain, FileClips) and isinstance(resident, ResidentClips)
@@ -48,135 +50,60 @@ def test_files_and_memory_feed_the_same(folder, seed, workers):
         assert torch.equal(a.clips, batch.clips) and torch.equal(b.clips, batch.clips)
         assert torch.equal(a.labels, b.labels)
         assert torch.equal(a.labels, torch.as_tensor(folder.parts["train"].labels)[batch.clips])
-        assert torch.equal(a.audio, b.audio)
-        assert a.video.shape == (len(batch.clips), 2, 3, 32, 32)
+        assert torch.equal(a.inputs["audio"], b.inputs["audio"])
+        assert a.inputs["video"].shape == (len(batch.clips), 2, 3, 32, 32)
         # one level of 255 in normalised units is 1 / 255 / 0.225; torchvision rounds to whole levels, ours does not
-        assert (a.video - b.video).abs().max() < 1.5 / 255 / 0.224
+        assert (a.inputs["video"] - b.inputs["video"]).abs().max() < 1.5 / 255 / 0.224
 
 
 def test_audio_is_the_file_and_evaluation_frames_are_the_segments_middle(folder):
-    plan = [remix.Batch(torch.tensor([4, 2]), "both")]
+    plan = [remix.Batch(torch.tensor([4, 2]), BOTH)]
     _, (batch,) = load(folder, "ram", plan)
     part = folder.parts["train"]
     for row, clip in enumerate((4, 2)):
-        assert np.array_equal(batch.audio[row, 0].numpy(), np.load(part.spectrograms[clip]))
+        assert np.array_equal(batch.inputs["audio"][row, 0].numpy(), np.load(part.files["audio"][clip]))
     views = clips_module.draw_views(torch.tensor([3, 3]), torch.tensor([[40, 48]] * 2), 2, None)
     assert views.picks.tolist() == [[0, 1], [0, 1]]  # three frames, two segments of one
 
 
 def test_a_homogeneous_batch_loads_only_its_modality(folder):
-    plan = [remix.Batch(torch.arange(5), "audio"), remix.Batch(torch.arange(5, 9), "video")]
+    plan = [remix.Batch(torch.arange(5), ("audio",)), remix.Batch(torch.arange(5, 9), ("video",))]
     for cache in ("none", "ram"):
-        _, (audio, video) = load(folder, cache, plan, seed=0)
-        assert audio.video is None and audio.audio is not None and audio.kept == "audio"
-        assert video.audio is None and video.video is not None and video.kept == "video"
-        _, (audio, video) = load(folder, cache, plan, seed=0, load_masked=True)
-        assert None not in (audio.audio, audio.video, video.audio, video.video)
+        for masked_too in (False, True):
+            _, batches = load(folder, cache, plan, seed=0, load_masked=masked_too)
+            assert [batch.fed for batch in batches] == [("audio",), ("video",)]
+            loaded = [BOTH, BOTH] if masked_too else [("audio",), ("video",)]
+            assert [tuple(batch.inputs) for batch in batches] == loaded
 
 
 def test_processes_share_a_batch_without_overlap_and_see_one_processes_crops(folder, monkeypatch):
-    plan = [remix.Batch(torch.tensor([0, 1, 2, 3, 4]), "both"), remix.Batch(torch.tensor([7]), "both")]
+    plan = [remix.Batch(torch.tensor([0, 1, 2, 3, 4]), BOTH), remix.Batch(torch.tensor([7]), BOTH)]
     _, whole = load(folder, "ram", plan, seed=5)
     shares = []
     for process in (0, 1):
         monkeypatch.setattr(clips_module, "rank", lambda process=process: process)
         monkeypatch.setattr(clips_module, "world_size", lambda: 2)
         shares.append(load(folder, "ram", plan, seed=5)[1])
-    assert torch.equal(shares[0][0].video, whole[0].video[[0, 2, 4]])
-    assert torch.equal(shares[1][0].video, whole[0].video[[1, 3]])
+    assert torch.equal(shares[0][0].inputs["video"], whole[0].inputs["video"][[0, 2, 4]])
+    assert torch.equal(shares[1][0].inputs["video"], whole[0].inputs["video"][[1, 3]])
     assert [s[0].share for s in shares] == [3 / 5, 2 / 5]
-    assert [s[1].share for s in shares] == [1.0, 0.0]  # the last clip counts once
+    # A single clip goes to both, and counts once.
+    assert [(s[1].clips.tolist(), s[1].share, s[1].weight) for s in shares] == [([7], 1 / 2, 1 / 2)] * 2
+    assert torch.equal(shares[0][1].inputs["video"], shares[1][1].inputs["video"])
+    assert [s[0].weight for s in shares] == [1, 1]
 
 
 def test_more_processes_than_clips_in_a_batch(folder, monkeypatch):
-    plan = [remix.Batch(torch.tensor([4, 2]), "both"), remix.Batch(torch.tensor([7]), "both")]
+    plan = [remix.Batch(torch.tensor([4, 2]), BOTH), remix.Batch(torch.tensor([7]), BOTH)]
     monkeypatch.setattr(clips_module, "world_size", lambda: 5)
     shares = []
     for process in range(5):
         monkeypatch.setattr(clips_module, "rank", lambda process=process: process)
         shares.append(load(folder, "ram", plan, seed=5)[1])
-    assert [s[0].share for s in shares] == [1 / 2, 1 / 2, 0, 0, 0]
-    assert [s[1].share for s in shares] == [1, 0, 0, 0, 0]
-    assert [s[0].clips.tolist() for s in shares] == [[4], [2], [4], [4], [4]]  # who has none repeats the first
-    assert all(s[1].clips.tolist() == [7] for s in shares)
-
-
-def test_a_pack_is_made_once_and_again_when_a_source_changes(tmp_path):
-    root = make_folder(tmp_path / "data")
-    folder = load_folder(root, get_spec("folder"))
-    part, size = folder.parts["train"], (40, 48)
-    first = open_pack(root, "train", part, size, folder.audio_shape)
-    assert first.frames.shape == (72, 3, 40, 48) and first.frames.dtype == np.uint8
-    assert sum(p.stat().st_size for p in (root / ".pack").rglob("*.npy")) == pytest.approx(
-        pack_bytes(part, size, folder.audio_shape), abs=512
-    )
-    (made,) = (root / ".pack").iterdir()
-    before = (made / "frames.npy").stat().st_mtime_ns
-    open_pack(root, "train", part, size, folder.audio_shape)
-    assert (made / "frames.npy").stat().st_mtime_ns == before
-
-    np.save(part.spectrograms[3], np.full(folder.audio_shape, 7, np.float32))
-    second = open_pack(root, "train", part, size, folder.audio_shape)
-    assert (second.spectrograms[3] == 7).all()
-    assert made.exists()  # another run may be using it: it stays for a day
-    os.utime(made / "pack.json", (0, 0))
-    np.save(part.spectrograms[3], np.full(folder.audio_shape, 8, np.float32))
-    open_pack(root, "train", part, size, folder.audio_shape)
-    assert not made.exists() and len(list((root / ".pack").iterdir())) == 2
-
-
-def test_a_half_written_pack_is_not_read(tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "data")
-    folder = load_folder(root, get_spec("folder"))
-    part = folder.parts["train"]
-    os.remove(part.spectrograms[-1])
-    np.save(part.spectrograms[-1], np.zeros((2, 2), np.float32))  # fails at the last clip, after most was written
-    with pytest.raises(UserError, match="shape"):
-        open_pack(root, "train", part, (40, 48), folder.audio_shape)
-    assert list((root / ".pack").iterdir()) == []
-
-
-def test_a_pack_that_another_process_finished_first_is_used_and_left_alone(tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "data")
-    folder = load_folder(root, get_spec("folder"))
-    asked = (root, "train", folder.parts["train"], (40, 48), folder.audio_shape)
-    decode, others = pack_module._decode, []
-
-    def slow(*args):
-        monkeypatch.setattr(pack_module, "_decode", decode)
-        others.append(open_pack(*asked))  # while this one is at work
-        others.append(next((root / ".pack").glob("train-*/frames.npy")).stat().st_ino)
-        return decode(*args)
-
-    monkeypatch.setattr(pack_module, "_decode", slow)
-    mine = open_pack(*asked)
-    assert next((root / ".pack").glob("train-*/frames.npy")).stat().st_ino == others[1]
-    assert np.array_equal(mine.frames, others[0].frames) and len(list((root / ".pack").iterdir())) == 1
-
-
-def test_what_a_killed_run_left_is_cleared_before_room_is_measured(tmp_path, monkeypatch):
-    root = make_folder(tmp_path / "data")
-    folder = load_folder(root, get_spec("folder"))
-    left, usage = root / ".pack" / ".tmp-left", shutil.disk_usage(root)
-    full = lambda _: usage._replace(free=0 if left.exists() else 10**9)  # noqa: E731  (it is what fills the disk)
-    monkeypatch.setattr(pack_module.shutil, "disk_usage", full)
-    for use in (
-        lambda: room_for_packs(root) == 10**9,
-        lambda: len(open_pack(root, "train", folder.parts["train"], (40, 48), folder.audio_shape).counts) == 24,
-    ):
-        left.mkdir(parents=True)
-        (left / "frames.npy").write_bytes(bytes(1000))
-        assert use() and not left.exists()
-    assert len(list((root / ".pack").glob("train-*"))) == 1
-
-
-def test_where_the_folder_cannot_be_written_memory_is_used(tmp_path, monkeypatch, capsys):
-    root = make_folder(tmp_path / "data")
-    folder = load_folder(root, get_spec("folder"))
-    (root / ".pack").write_text("in the way")
-    pack = open_pack(root, "train", folder.parts["train"], (40, 48), folder.audio_shape)
-    assert pack.frames.shape == (72, 3, 40, 48)
-    assert "no pack written" in capsys.readouterr().out
+    for share in shares:  # each has the batch whole, and all of them together count it once
+        for batch, expected in zip(share, ([4, 2], [7]), strict=True):
+            assert batch.clips.tolist() == expected and batch.total == len(expected)
+            assert batch.share == pytest.approx(1 / 5) and batch.weight == pytest.approx(1 / 5)
 
 
 def test_frames_of_another_size_are_resized_to_the_most_common(tmp_path):
@@ -185,8 +112,10 @@ def test_frames_of_another_size_are_resized_to_the_most_common(tmp_path):
     shutil.rmtree(root / "visual" / "train_0000")
     shutil.copytree(other / "visual" / "train_0000", root / "visual" / "train_0000")
     folder = load_folder(root, get_spec("folder"))
-    assert stored_size(folder.parts["train"]) == (40, 48)
-    assert open_pack(root, "train", folder.parts["train"], (40, 48), folder.audio_shape).frames.shape[2:] == (40, 48)
+    part = folder.parts["train"]
+    assert stored_size([frames[0] for frames in part.files["video"]]) == (40, 48)
+    assert clips_module.stored_sizes(part, feed("ram")) == SIZES
+    assert open_pack(root, "train", part, SIZES, SHAPES).arrays["video"].shape[2:] == (40, 48)
 
 
 @pytest.mark.parametrize("size", [(90, 60), (45, 120)])
@@ -197,13 +126,15 @@ def test_frames_of_another_shape_are_cropped_alike_on_either_path(tmp_path, size
     for path in (root / "visual" / "train_0003").glob("*.jpg"):
         cv2.imwrite(str(path), ramp.round().astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 100])
     folder = load_folder(root, get_spec("folder"))
-    plan = remix.batches_of(8, 8, "both", None)
+    plan = remix.batches_of(8, 8, BOTH, None)
     for seed in (None, 0, 1, 2):
         fed = {}
         for cache in ("none", "ram"):
             clips, (fed[cache],) = load(folder, cache, plan, seed)
-            assert clips.sizes[3].tolist() == list(size)
-        apart = (fed["none"].video - fed["ram"].video).abs().amax(dim=(1, 2, 3, 4)) * 255 * 0.225  # in levels
+            assert clips.sizes["video"][3].tolist() == list(size)
+        apart = (
+            (fed["none"].inputs["video"] - fed["ram"].inputs["video"]).abs().amax(dim=(1, 2, 3, 4)) * 255 * 0.225
+        )  # in levels
         assert apart[3] < 6 and apart[[0, 1, 2, 4, 5, 6, 7]].max() < 1.5, apart  # a pixel of the ramp is 2 to 5 levels
 
 
@@ -213,7 +144,8 @@ def test_auto_takes_the_fastest_path_that_fits_and_says_why(folder, monkeypatch)
     def choose(cache="auto", device=CPU, free=10**10, on_gpu=0, step=0):
         monkeypatch.setattr(clips_module, "available_ram", lambda: free)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (on_gpu, 10**11))
-        return choose_cache(cache, folder.root, folder.parts, folder.audio_shape, device, step=step)
+        asked = feed(cache)._replace(device=device)
+        return choose_cache(folder.root, folder.parts, folder.shapes, asked, step)
 
     gpu = torch.device("cuda", 0)
     assert choose() == ("ram", "--cache auto: 0.0006 GB, 10 GB of memory free")
@@ -237,7 +169,8 @@ def test_where_no_pack_can_be_written_auto_counts_a_copy_for_each_process(tmp_pa
 
     def choose(free, device=CPU):
         monkeypatch.setattr(clips_module, "available_ram", lambda: free)
-        return choose_cache("auto", folder.root, folder.parts, folder.audio_shape, device)[0]
+        asked = feed("auto")._replace(device=device)
+        return choose_cache(folder.root, folder.parts, folder.shapes, asked)[0]
 
     gpu = torch.device("cuda", 0)
     assert choose(7 * needed) == "ram" and choose(7 * needed, gpu) == "device"
@@ -245,24 +178,16 @@ def test_where_no_pack_can_be_written_auto_counts_a_copy_for_each_process(tmp_pa
     assert choose(7 * needed) == "none" and choose(9 * needed) == "ram"
     assert choose(7 * needed, gpu) == "none" and choose(9 * needed, gpu) == "device"  # each decodes it first
     for name, part in folder.parts.items():  # packs that somebody else made: one file for all
-        open_pack(folder.root, name, part, (40, 48), folder.audio_shape)
+        open_pack(folder.root, name, part, SIZES, SHAPES)
     assert choose(7 * needed) == "ram" and choose(7 * needed, gpu) == "device"
-
-
-def test_clips_that_fit_neither_disk_nor_memory_are_one_line(tmp_path, monkeypatch):
-    folder = load_folder(make_folder(tmp_path / "data"), get_spec("folder"))
-    (folder.root / ".pack").write_text("in the way")
-    monkeypatch.setattr(pack_module, "available_ram", lambda: 1000)
-    with pytest.raises(UserError, match=r"no pack written .*--cache none"):
-        open_pack(folder.root, "train", folder.parts["train"], (40, 48), folder.audio_shape)
 
 
 def test_what_a_step_takes_is_not_underestimated():
     """The activations that autograd keeps, counted on the full-size network without computing anything."""
     batch, frames, side, shape = 4, 2, 224, (257, 188)
-    with torch.device("meta"):
-        network = AVClassifier(6, "resnet18")
-        fed = torch.empty(batch, 1, *shape), torch.empty(batch, frames, 3, side, side)
+    model = network(6, "resnet18", device="meta")
+    fed = {"audio": (batch, 1, *shape), "video": (batch, frames, 3, side, side)}
+    fed = {name: torch.empty(*size, device="meta") for name, size in fed.items()}
     kept = {}
 
     def keep(tensor):
@@ -270,30 +195,33 @@ def test_what_a_step_takes_is_not_underestimated():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = network(*fed)
-    weights = sum(p.untyped_storage().nbytes() for p in network.parameters())
+        output = model(fed, BOTH)
+    weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
     activations = sum(size for _, size in kept.values()) - weights
     values = batch * (frames * side**2 + shape[0] * shape[1])
     assert output.joint.shape == (batch, 6) and 300 < activations / values < 500
-    assert activations + 4 * weights < step_bytes(batch, frames, side, shape)  # weights, gradients, two of Adam
+    assert activations + 4 * weights < step_bytes(
+        batch, feed("ram", side), {"audio": shape}
+    )  # weights, gradients, two of Adam
 
 
 @pytest.mark.parametrize(("pack_size", "stored"), [(None, (90, 120)), (60, (60, 80)), (200, (90, 120))])
 def test_frames_are_kept_at_the_pack_size_on_either_path(tmp_path, pack_size, stored):
     folder = load_folder(make_folder(tmp_path / "data", train=5, size=(90, 120)), get_spec("folder"))
-    part, plan = folder.parts["train"], remix.batches_of(5, 5, "both", None)
+    part, plan = folder.parts["train"], remix.batches_of(5, 5, BOTH, None)
     fed = {}
     for cache in ("none", "ram"):
-        clips = make_clips(folder.root, "train", part, folder.audio_shape, feed(cache)._replace(pack_size=pack_size))
-        assert clips.sizes.tolist() == [list(stored)] * 5
+        clips = make_clips(folder.root, "train", part, folder.shapes, feed(cache)._replace(pack_size=pack_size))
+        assert clips.sizes["video"].tolist() == [list(stored)] * 5
         (fed[cache],) = clips.epoch(plan, torch.Generator().manual_seed(0))
-    assert clips.pixels.shape == (15, 3, *stored) and pack_bytes(part, stored, (33, 20)) == 5 * (
-        3 * 3 * stored[0] * stored[1] + 4 * 33 * 20
-    )
-    assert torch.equal(fed["none"].video, fed["ram"].video)  # large frames: resized by the same code, one by one
-    image = cv2.imread(str(part.frames[2][1]), cv2.IMREAD_COLOR_RGB)
+    pixels, taken = clips.arrays["video"], pack_bytes(part, {"video": stored}, SHAPES)
+    assert pixels.shape == (15, 3, *stored) and taken == 5 * (3 * 3 * stored[0] * stored[1] + 4 * 33 * 20)
+    assert torch.equal(
+        fed["none"].inputs["video"], fed["ram"].inputs["video"]
+    )  # large frames: resized by the same code, one by one
+    image = cv2.imread(str(part.files["video"][2][1]), cv2.IMREAD_COLOR_RGB)
     expected = cv2.resize(image, stored[::-1], interpolation=cv2.INTER_AREA)  # its own size: unchanged
-    assert np.array_equal(clips.pixels[7].permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(pixels[7].permute(1, 2, 0).numpy(), expected)
 
 
 def private_bytes() -> int:
@@ -306,15 +234,15 @@ def private_bytes() -> int:
 def test_clips_in_memory_are_the_mapped_pack_and_no_copy(tmp_path):
     data = make_folder(tmp_path / "data", train=60, test=3, size=(360, 480))
     folder = load_folder(data, get_spec("folder"))
-    part, plan = folder.parts["train"], remix.batches_of(60, 4, "both", None)
-    open_pack(folder.root, "train", part, (360, 480), folder.audio_shape)
-    size = pack_bytes(part, (360, 480), folder.audio_shape)
+    part, plan = folder.parts["train"], remix.batches_of(60, 4, BOTH, None)
+    open_pack(folder.root, "train", part, {"video": (360, 480)}, SHAPES)
+    size = pack_bytes(part, {"video": (360, 480)}, SHAPES)
     assert size > 90e6
     before, most = private_bytes(), 0
-    clips = make_clips(folder.root, "train", part, folder.audio_shape, feed("ram"))
+    clips = make_clips(folder.root, "train", part, folder.shapes, feed("ram"))
     total = 0
     for batch in clips.epoch(plan, torch.Generator().manual_seed(0)):
-        total += batch.video.sum().item()
+        total += batch.inputs["video"].sum().item()
         most = max(most, private_bytes() - before)
     assert np.isfinite(total) and most < size / 3, (most, size)
 
@@ -323,10 +251,11 @@ def test_a_file_that_vanishes_or_breaks_is_one_line(tmp_path):
     root = make_folder(tmp_path / "data", train=8)
     folder = load_folder(root, get_spec("folder"))
     part = folder.parts["train"]
-    clips = make_clips(root, "train", part, folder.audio_shape, feed("none"))
-    part.frames[2][0].write_bytes(b"\xff\xd8 not a picture")
-    with pytest.raises(UserError, match=f"{part.clips[2]}.*not a readable JPEG"):
-        list(clips.epoch(remix.batches_of(8, 4, "both", None)))
-    np.save(part.spectrograms[1], np.full(folder.audio_shape, np.nan, np.float32))
+    clips = make_clips(root, "train", part, folder.shapes, feed("none"))
+    frames, arrays = part.files["video"], part.files["audio"]
+    frames[2][0].write_bytes(b"\xff\xd8 not a picture")
+    with pytest.raises(UserError, match=f"{part.clips[2]}.*truncated JPEG"):
+        list(clips.epoch(remix.batches_of(8, 4, BOTH, None)))
+    np.save(arrays[1], np.full(SHAPES["audio"], np.nan, np.float32))
     with pytest.raises(UserError, match=f"{part.clips[1]}.*NaN"):
-        list(clips.epoch(remix.batches_of(8, 4, "audio", None)))
+        list(clips.epoch(remix.batches_of(8, 4, ("audio",), None)))

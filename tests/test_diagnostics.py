@@ -1,25 +1,23 @@
 """What --diagnose measures, against slow references and hand-made cases, and that it changes no run."""
 
 import json
+from itertools import permutations
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers import make_folder
+from networks import network
 from torch.nn import functional as F
 
 import train
-from models import AVClassifier
-from utils.diagnostics import (
-    aside,
-    calibration_error,
-    collect,
-    diagnose_model,
-    gradient_clash,
-    partition_moves,
-    shapley,
-)
+from balance.diagnostics import calibration_error, diagnose_model, gradient_clash, partition_moves, shapley
+from models import MultimodalClassifier
+from models.inference import aside, collect
+
+BOTH, THREE = ("audio", "video"), ("audio", "video", "text")
+SHAPES = {"audio": (1, 33, 20), "video": (2, 3, 32, 32), "text": (7,)}
 
 
 def slow_ece(logits: np.ndarray, labels: np.ndarray, bins: int) -> float:
@@ -51,61 +49,84 @@ def test_calibration_error_of_the_certain() -> None:
 
 def test_shapley_of_hand_made_heads() -> None:
     a, v = torch.eye(2).repeat(2, 1), torch.eye(2).repeat_interleave(2, 0)  # a names labels[i] by i % 2, v by i // 2
-    labels = torch.tensor([0, 1, 0, 1])
-    only_audio = shapley(lambda a, v, kept: a + torch.tensor([0.1, 0.0]), a, v, labels)
-    assert only_audio["worth_none"] == 0.5 and only_audio["worth_both"] == 1.0
+    labels, first = torch.tensor([0, 1, 0, 1]), torch.tensor([0.1, 0.0])
+    only_audio = shapley(lambda z, fed: z["audio"] + first, {"audio": a, "video": v}, labels)
+    assert only_audio["worth_none"] == 0.5 and only_audio["worth_audio+video"] == 1.0
     assert (only_audio["shapley_audio"], only_audio["shapley_video"]) == (0.5, 0.0)
-    either = shapley(lambda a, v, kept: a + v + torch.tensor([0.1, 0.0]), a, a, labels)  # both know, one would do
-    assert (either["shapley_audio"], either["shapley_video"]) == (0.25, 0.25)
+    either = shapley(lambda z, fed: z["audio"] + z["video"] + first, {"audio": a, "video": a}, labels)
+    assert (either["shapley_audio"], either["shapley_video"]) == (0.25, 0.25)  # both know, one would do
+    # Of three, one knows, two say nothing: the one has it all. Where all three know, each has a third.
+    nothing = torch.zeros_like(a)
+    one = shapley(lambda z, fed: sum(z.values()) + first, dict(zip(THREE, (nothing, a, nothing), strict=True)), labels)
+    assert [one[f"shapley_{name}"] for name in THREE] == pytest.approx([0, 0.5, 0])
+    all_know = shapley(lambda z, fed: sum(z.values()) + first, dict.fromkeys(THREE, a), labels)
+    assert [all_know[f"shapley_{name}"] for name in THREE] == pytest.approx([0.5 / 3] * 3)
 
 
-@pytest.mark.parametrize("fusion", ["concat", "film", "gated"])
-def test_shapley_adds_up_and_masks_as_training_does(fusion: str) -> None:
+@pytest.mark.parametrize(("fusion", "names"), [("concat", BOTH), ("film", BOTH), ("gated", BOTH),
+                                                ("concat", THREE), ("sum", THREE)])  # fmt: skip
+def test_shapley_adds_up_and_masks_as_training_does(fusion: str, names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
-    model = AVClassifier(4, "resnet18_thin", fusion)
-    features = model.audio_net.features
-    a, v, labels = torch.randn(64, features), torch.randn(64, features), torch.randint(0, 4, (64,))
-    found = shapley(model.head, a, v, labels)
-    gained = found["shapley_audio"] + found["shapley_video"]
-    assert gained == pytest.approx(found["worth_both"] - found["worth_none"])
-    masked = (model.head(torch.zeros_like(a), v, "video").argmax(1) == labels).double().mean().item()
-    assert found["worth_video"] == masked
+    model = network(4, fusion=fusion, three=names == THREE)
+    features = {name: torch.randn(64, width) for name, width in model.widths.items()}
+    labels = torch.randint(0, 4, (64,))
+    found = shapley(model.head, features, labels)
+    gained = sum(found[f"shapley_{name}"] for name in names)
+    assert gained == pytest.approx(found[f"worth_{'+'.join(names)}"] - found["worth_none"])
+    assert len([key for key in found if key.startswith("worth_")]) == 2 ** len(names)
+
+    def worth(*fed: str) -> float:
+        kept = {name: z if name in fed else torch.zeros_like(z) for name, z in features.items()}
+        return (model.head(kept, fed).argmax(1) == labels).double().mean().item()
+
+    for fed in [names, *((name,) for name in names), *([names[:2], names[1:]] if len(names) > 2 else [])]:
+        assert found[f"worth_{'+'.join(fed)}"] == worth(*fed)
+    # By its definition: the mean, over every order of arrival, of what a modality adds to those before it.
+    for name in names:
+        gains = []
+        for order in permutations(names):
+            before = tuple(n for n in names if n in order[: order.index(name)])
+            joined = tuple(n for n in names if n in (*before, name))
+            gains.append(found[f"worth_{'+'.join(joined)}"] - found[f"worth_{'+'.join(before) or 'none'}"])
+        assert found[f"shapley_{name}"] == pytest.approx(np.mean(gains))
 
 
-def tiny_batches(sizes: list[int], share: float = 1.0) -> list:
+def tiny_batches(sizes: list[int], weight: float = 1.0, names: tuple[str, ...] = BOTH) -> list:
     rng = torch.Generator().manual_seed(1)
     return [
         SimpleNamespace(
-            audio=torch.randn(size, 1, 33, 20, generator=rng),
-            video=torch.randn(size, 2, 3, 32, 32, generator=rng),
+            inputs={name: torch.randn(size, *SHAPES[name], generator=rng) for name in names},
             labels=torch.randint(0, 3, (size,), generator=rng),
-            share=share,
-            kept="both",
+            weight=weight,
+            total=size,
+            fed=names,
             clips=torch.arange(size) + sum(sizes[:i]),
         )
         for i, size in enumerate(sizes)
     ]
 
 
-def make_model() -> tuple[AVClassifier, object]:
+def make_model(names: tuple[str, ...] = BOTH) -> MultimodalClassifier:
     torch.manual_seed(0)
-    model = AVClassifier(3, "resnet18_thin")
-    return model, lambda batch: model(batch.audio, batch.video, batch.kept)
+    return network(3, three=names == THREE)
 
 
-def test_clash_is_that_of_plain_backward_passes_over_all_clips_at_once() -> None:
-    model, forward = make_model()
-    batches = tiny_batches([4, 3, 1])
+@pytest.mark.parametrize("names", [BOTH, THREE])
+def test_clash_is_that_of_plain_backward_passes_over_all_clips_at_once(names) -> None:
+    model = make_model(names)
+    batches = tiny_batches([4, 3, 1], names=names)
     with aside(model):
-        found = gradient_clash(model, batches, forward)
+        found = gradient_clash(model, batches)
     model.eval()
-    whole = [torch.cat([getattr(batch, name) for batch in batches]) for name in ("audio", "video", "labels")]
-    for name, net in (("audio", model.audio_net), ("video", model.visual_net)):
+    whole = {name: torch.cat([batch.inputs[name] for batch in batches]) for name in names}
+    labels = torch.cat([batch.labels for batch in batches])
+    assert len(found) == 2 * len(names)
+    for name, encoder in model.encoders.items():
         gradients = []
         for head in ("joint", name):
             model.zero_grad()
-            F.cross_entropy(getattr(model(*whole[:2]), head), whole[2]).backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]).double())
+            F.cross_entropy(model(whole, names).heads[head], labels).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters()]).double())
         cosine = F.cosine_similarity(*gradients, dim=0).item()
         assert found[f"clash_cosine_{name}"] == pytest.approx(cosine, abs=1e-4)
         assert found[f"clash_ratio_{name}"] == pytest.approx(
@@ -115,51 +136,76 @@ def test_clash_is_that_of_plain_backward_passes_over_all_clips_at_once() -> None
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_clash_of_gradients_known_to_agree_or_to_oppose(sign: int) -> None:
-    model, forward = make_model()
+    model = make_model()
     with torch.no_grad():  # the joint head is the audio head, or its mirror image, and does not see the video
         model.head.weight.zero_()
-        model.head.weight[:, : model.audio_net.features] = 1e-3 * sign * model.head_audio.weight
-        model.head_audio.weight *= 1e-3  # near uniform predictions: the softmax is linear there
-        for layer in (model.head, model.head_audio):
+        model.head.weights()["audio"].copy_(1e-3 * sign * model.heads["audio"].weight)
+        model.heads["audio"].weight *= 1e-3  # near uniform predictions: the softmax is linear there
+        for layer in (model.head, model.heads["audio"]):
             layer.bias.zero_()
     with aside(model):
-        found = gradient_clash(model, tiny_batches([4]), forward)
+        found = gradient_clash(model, tiny_batches([4]))
     assert found["clash_cosine_audio"] == pytest.approx(sign, abs=1e-3)
     assert found["clash_ratio_audio"] == pytest.approx(1, abs=1e-2)
     assert found["clash_cosine_video"] is None and found["clash_ratio_video"] is None  # no gradient, no direction
 
 
-def test_diagnosis_leaves_everything_as_it_was() -> None:
-    model, forward = make_model()
+@pytest.mark.parametrize("names", [BOTH, THREE])
+def test_diagnosis_leaves_everything_as_it_was(names) -> None:
+    model = make_model(names)
     model.train()
-    model.audio_net.bn1.eval()  # a mode that differs from its parent's must come back too
+    model.encoders["audio"].bn1.eval()  # a mode that differs from its parent's must come back too
     modes = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
-    batches = tiny_batches([4, 2])
-    found = diagnose_model(model, batches, batches, torch.cat([b.labels for b in batches]), forward)
-    assert {"ece_joint", "clash_cosine_audio", "shapley_video", "unimodal_gap"} <= found.keys()
+    batches = tiny_batches([4, 2], names=names)
+    found = diagnose_model(model, batches, batches, torch.cat([b.labels for b in batches]))
+    assert {"ece_joint", "clash_cosine_audio", "shapley_video"} <= found.keys()
+    assert ("unimodal_gap" in found) == (names == BOTH) and ("shapley_text" in found) == (names == THREE)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_a_repeated_clip_of_a_process_without_one_does_not_count() -> None:
-    model, forward = make_model()
-    own, repeated = tiny_batches([4]), tiny_batches([4, 2], share=0.0)[1:]
+def test_a_network_that_is_fed_one_modality_has_neither_clash_nor_imbalance() -> None:
+    model = make_model(THREE)
+    batches = [SimpleNamespace(**vars(batch) | {"fed": ("text",), "inputs": {"text": batch.inputs["text"]}})
+               for batch in tiny_batches([4, 2], names=THREE)]  # fmt: skip
+    found = diagnose_model(model, [], batches, torch.cat([b.labels for b in batches]))
+    assert set(found) == {"ece_joint", "ece_text"}
+
+
+def test_what_another_process_holds_too_counts_by_its_share() -> None:
+    """Two processes that hold the same two clips each count them by half; here as two batches of weight 1/2."""
+    model = make_model()
+    own, shared = tiny_batches([4, 2]), tiny_batches([4, 2], weight=0.5)
     with aside(model):
-        alone, both = (gradient_clash(model, batches, forward) for batches in (own, own + repeated))
-        assert alone == pytest.approx(both)
-        assert torch.equal(collect(own, forward, 4)["joint"], collect(own + repeated, forward, 4)["joint"])
+        alone, twice = (gradient_clash(model, batches) for batches in (own, [own[0], shared[1], shared[1]]))
+        assert alone == pytest.approx(twice, rel=1e-4)
+        whole = collect(model, own, 6).logits["joint"]
+        half = collect(model, [own[0], shared[1]], 6).logits["joint"]
+    torch.testing.assert_close(half[:4], whole[:4], rtol=0, atol=0)
+    torch.testing.assert_close(2 * half[4:], whole[4:])
 
 
 def test_partition_moves_by_hand() -> None:
-    now, before = torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 0, 0, 1]).bool()
+    now, before = (torch.tensor([[a, not a] for a in rows]) for rows in ([1, 1, 0, 0], [1, 0, 0, 1]))
     labels = torch.tensor([0, 0, 0, 1])
-    found = partition_moves(now, before, labels, ["x", "y", "z"])
-    assert found == {"moved": 0.5, "kept_audio": 0.5, "kept_audio/x": 2 / 3, "kept_audio/y": 0.0, "kept_audio/z": None}
-    assert partition_moves(now, None, labels, ["x", "y"])["moved"] is None
+    found = partition_moves(now.bool(), before.bool(), BOTH, labels, ["x", "y", "z"])
+    assert found == {f"diagnose/{name}": value for name, value in {
+        "moved": 0.5, "kept_audio": 0.5, "kept_video": 0.5,
+        "kept_audio/x": 2 / 3, "kept_audio/y": 0.0, "kept_audio/z": None}.items()}  # fmt: skip
+    assert partition_moves(now.bool(), None, BOTH, labels, ["x", "y"])["diagnose/moved"] is None
+
+
+def test_partition_moves_of_three_by_hand() -> None:
+    now = torch.eye(3).bool()[[0, 1, 2, 2]]
+    before = torch.eye(3).bool()[[0, 2, 2, 1]]
+    found = partition_moves(now, before, THREE, torch.tensor([0, 0, 1, 1]), ["x", "y"])
+    assert found == {f"diagnose/{name}": value for name, value in {
+        "moved": 0.5, "kept_audio": 0.25, "kept_video": 0.25, "kept_text": 0.5,
+        "kept_audio/x": 0.5, "kept_audio/y": 0.0, "kept_video/x": 0.5, "kept_video/y": 0.0}.items()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +254,7 @@ def test_every_number_is_in_metrics_and_on_the_board(runs) -> None:
     assert {f"diagnose/{name}" for name in [*names, "kept_audio/a"]} <= measured.keys()
     assert last["seconds_diagnose"] > 0
     assert measured["diagnose/kept_audio"] == pytest.approx(last["n_audio"] / (last["n_audio"] + last["n_video"]))
-    assert measured["diagnose/worth_both"] == pytest.approx(last["test_acc"])
+    assert measured["diagnose/worth_audio+video"] == pytest.approx(last["test_acc"])
     assert measured["diagnose/unimodal_gap"] == pytest.approx(last["test_acc_audio"] - last["test_acc_video"])
     assert not any(key.startswith("diagnose/") for key in lines_of(runs / "without")[-1])
     board = EventAccumulator(str(runs / "with"))

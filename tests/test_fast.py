@@ -15,19 +15,29 @@ from helpers import TINY, run
 
 import remix
 import train
-from benchmarks import common, epoch, saving, scaling
-from benchmarks.common import flops_per_clip
-from models import AVClassifier
+from benchmarks import common, epoch, interruptions, saving, scaling
+from benchmarks.common import MODALITIES, flops_per_clip
+from dataset.build import build_data
+from models import build_model
+from models.checkpoint import model_weights
+from models.inference import predict
 from utils import acceleration
 from utils.acceleration import set_precision, try_to_compile
 from utils.errors import UserError
+from utils.run import claim_folder
 
 REPO = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+NAMES = tuple(modality.name for modality in MODALITIES)
 
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def thin(classes: int = 3, precision: str = "fp32"):
+    """The network of runs on the tiny folder."""
+    return build_model(MODALITIES, {"audio": (33, 20)}, classes, "resnet18_thin", precision=precision)
 
 
 # ----------------------------------------------------------------------------------------------------------- compile
@@ -46,14 +56,14 @@ def test_a_compiled_run_resumes_and_gives_the_same_network(data, tmp_path, monke
     monkeypatch.setattr(acceleration, "try_to_compile", lambda device: None)
     torch.compiler.reset()
     compiled = run(data, tmp_path, "compiled", *flags, "--epochs", "1", "--compile", "--diagnose")
-    run(data, tmp_path, "compiled", *flags, "--epochs", "2", "--compile", "--resume")
+    run(data, tmp_path, "compiled", *flags, "--epochs", "2", "--compile", "--resume", "auto")
     torch.compiler.reset()
     # Once for each encoder: to train on 8 clips of 2 frames and, from the first Remix epoch on, to score 32. Neither
     # homogeneous batches nor their odd ends (34 = 4 x 8 + 2, 15 test clips) compile anything more.
     assert sorted(sizes) == [8, 16, 32, 64]
     states = [torch.load(folder / "last.pth", weights_only=True) for folder in (plain, compiled)]
     weights = [state["model"] for state in states]
-    assert list(weights[0]) == list(weights[1]) == list(AVClassifier(3, "resnet18_thin").state_dict())
+    assert list(weights[0]) == list(weights[1]) == list(model_weights(thin()))
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=2e-3, atol=1e-4, msg=name)
     for a, b in zip(metrics(plain), metrics(compiled), strict=True):
@@ -95,24 +105,26 @@ def test_without_a_compiler_there_is_one_line(monkeypatch):
 
 def test_bfloat16_is_near_and_leaves_weights_and_logits_float32():
     networks = []
-    for bf16 in (False, True):
+    for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
-        networks.append(AVClassifier(4, "resnet18_thin", bf16=bf16))
+        networks.append(thin(4, precision))
     assert all(torch.equal(a, b) for a, b in zip(*(n.state_dict().values() for n in networks), strict=True))
-    audio, video = torch.randn(6, 1, 33, 20), torch.randn(6, 2, 3, 32, 32)
-    for kept in ("both", "audio", "video"):
-        fed = (audio if kept != "video" else None, video if kept != "audio" else None, kept)
+    inputs = {"audio": torch.randn(6, 1, 33, 20), "video": torch.randn(6, 2, 3, 32, 32)}
+    for fed in (NAMES, ("audio",), ("video",)):
         with torch.no_grad():
-            exact, rough = (network.eval()(*fed) for network in networks)
-        for name in ("joint", "audio", "video", "audio_features", "video_features"):
-            a, b = getattr(exact, name), getattr(rough, name)
-            assert (a is None) == (b is None)
-            if a is not None:
-                assert b.dtype == torch.float32
-                torch.testing.assert_close(b, a, rtol=0.05, atol=0.05 * a.abs().max().item())
+            exact, rough = (network.eval()({name: inputs[name] for name in fed}, fed) for network in networks)
+        assert list(exact.logits) == list(rough.logits) == list(fed)
+        assert list(exact.features) == list(rough.features) == list(NAMES)
+        pairs = [(exact.joint, rough.joint)]
+        pairs += [(exact.logits[name], rough.logits[name]) for name in fed]
+        pairs += [(exact.features[name], rough.features[name]) for name in NAMES]
+        for a, b in pairs:
+            assert b.dtype == torch.float32
+            torch.testing.assert_close(b, a, rtol=0.05, atol=0.05 * a.abs().max().item())
         assert not torch.equal(exact.joint, rough.joint)  # it did compute otherwise
-    networks[1].train()(audio, video).joint.logsumexp(1).sum().backward()
-    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in networks[1].audio_net.parameters())
+    networks[1].train()(inputs, NAMES).joint.logsumexp(1).sum().backward()
+    encoder = networks[1].encoders["audio"]
+    assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in encoder.parameters())
     assert all(value.dtype in (torch.float32, torch.int64) for value in networks[1].state_dict().values())
 
 
@@ -121,7 +133,7 @@ def test_precision_is_recorded_and_cannot_change_on_resume(data, tmp_path):
     folder = run(data, tmp_path, "run", *flags, "--precision", "bf16")
     assert json.loads((folder / "config.json").read_text())["precision"] == "bf16"
     with pytest.raises(UserError, match=r"--precision bf16 .now fp32."):
-        run(data, tmp_path, "run", *flags, "--resume")
+        run(data, tmp_path, "run", *flags, "--resume", "auto")
     assert train.parse_args(["--train", "--device", "cpu"]).precision == "fp32"
 
 
@@ -146,7 +158,7 @@ def test_ranks_end_with_the_same_network_which_is_the_one_saved(data, tmp_path, 
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
     saved = torch.load(tmp_path / "two" / "last.pth", weights_only=True)["model"]
     torch.manual_seed(42)
-    fresh = AVClassifier(3, "resnet18_thin").state_dict()
+    fresh = model_weights(thin())
     assert list(saved) == list(first) == list(second)
     for name, value in saved.items():
         assert torch.equal(first[name], value) and torch.equal(second[name], value), name
@@ -180,15 +192,15 @@ def resnet18_gflop(channels: int, height: int, width: int) -> float:
 def test_a_clip_costs_what_design_says():
     """About 10.7 GFLOP forward: 7.3 for two frames, the rest for a spectrogram (3.57 by hand below, DESIGN's 3.4 being
     rounded down); training three times that, but for the gradient that the pictures themselves do not need."""
-    flops = flops_per_clip("resnet18", 6, frames=2, image_size=224, audio_shape=(257, 188))
+    flops = flops_per_clip("resnet18", 6, image_size=224, audio_shape=(257, 188))
     forward = {fed: counted["forward"] / 1e9 for fed, counted in flops.items()}
-    assert forward["both"] == pytest.approx(10.7, rel=0.02) and forward["video"] == pytest.approx(7.3, rel=0.01)
+    assert forward["joint"] == pytest.approx(10.7, rel=0.02) and forward["video"] == pytest.approx(7.3, rel=0.01)
     assert forward["audio"] == pytest.approx(resnet18_gflop(1, 257, 188) + 2 * (1024 + 512) * 6 / 1e9, rel=1e-6)
     for fed, counted in flops.items():
         assert 2.9 < counted["train"] / counted["forward"] < 3, fed
     # A Remix epoch, half of the clips each way: 2.5 F, the official way 4 F, a joint epoch 3 F.
-    ours = flops["both"]["forward"] + (flops["audio"]["train"] + flops["video"]["train"]) / 2
-    assert ours / flops["both"]["forward"] == pytest.approx(2.5, abs=0.05)
+    ours = flops["joint"]["forward"] + (flops["audio"]["train"] + flops["video"]["train"]) / 2
+    assert ours / flops["joint"]["forward"] == pytest.approx(2.5, abs=0.05)
 
 
 def test_the_epoch_benchmark_runs_and_leaves_the_network_as_it_was(capsys, monkeypatch):
@@ -205,16 +217,14 @@ def test_the_epoch_benchmark_runs_and_leaves_the_network_as_it_was(capsys, monke
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cache", ["ram", "device"])
 def test_no_step_waits_for_the_gpu(data, cache):
-    from benchmarks.common import load_clips
-
     device = torch.device("cuda", 0)
-    args = train.parse_args([*TINY, "--train", "--data_root", str(data)])
-    clips = load_clips(args, cache, device)[1]["train"]
-    model = AVClassifier(3, "resnet18_thin").to(device, memory_format=torch.channels_last)
+    args = train.parse_args([*TINY, "--train", "--data_root", str(data), "--cache", cache])
+    built = build_data(args, device)
+    clips, model = built.clips["train"], train.make_model(args, built, device)
     optimizer = train.make_optimizer(model, args)
-    plan = remix.batches_of(34, 8, "both", torch.Generator().manual_seed(0))
+    plan = remix.batches_of(34, 8, NAMES, torch.Generator().manual_seed(0))
     train.train_epoch(model, clips, plan, optimizer, 0, args)  # what is made once is made here
-    train.predict(model, clips, "both", 8, "")
+    predict(model, clips, NAMES, 8)
     steps = []
 
     def no_more_waiting():  # from the first batch on: the epoch's one copy is behind it
@@ -225,7 +235,7 @@ def test_no_step_waits_for_the_gpu(data, cache):
         train.train_epoch(model, clips, plan, optimizer, 1, args, after_step=no_more_waiting)
         assert len(steps) == len(plan)
         steps.clear()
-        train.predict(model, clips, "both", 8, "", no_more_waiting)
+        predict(model, clips, NAMES, 8, check=no_more_waiting)
         assert len(steps) == len(plan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -290,3 +300,35 @@ def test_a_benchmark_never_overwrites_a_result(tmp_path, monkeypatch):
     found = [json.loads((tmp_path / "results" / f"{stem}{n}.json").read_text()) for n in ("", "-2", "-3")]
     assert [result["Clips"][0]["clips"] for result in found] == [1, 2, 3]
     assert len(list((tmp_path / "results").glob("*.md"))) == 3
+
+
+# ----------------------------------------------------------------------------------------------------- interruptions
+
+
+def test_the_interruption_benchmark_sees_what_differs():
+    def outcome():
+        return {"summary": {"best_test_acc": 0.5}, "metrics": [{"epoch": 0, "train_loss": 1.0}], "partition": b"a,b",
+                "weights": [{"w": torch.ones(3)}, {"w": torch.ones(3)}]}  # fmt: skip
+
+    assert interruptions.differences(outcome(), outcome()) == []
+    for name, value in (("summary", {}), ("metrics", []), ("partition", b"a,c")):
+        assert interruptions.differences(outcome() | {name: value}, outcome()) == [name]
+    one_bit = torch.nextafter(torch.ones(3), torch.zeros(3))
+    assert interruptions.differences(outcome() | {"weights": [{"w": torch.ones(3)}, {"w": one_bit}]}, outcome()) == [
+        "weights"
+    ]
+
+
+def test_a_run_killed_between_its_first_best_and_last_checkpoint_starts_again(tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "best.pth", "metrics.jsonl"):
+        (folder / name).write_text('{"epoch": 0}\n')
+    assert claim_folder(str(tmp_path), "run", resume=True) == folder and not list(folder.iterdir())
+    assert "starting again" in capsys.readouterr().out
+    # After more epochs somebody has deleted last.pth: best.pth is then all there is.
+    (folder / "best.pth").write_text("")
+    (folder / "metrics.jsonl").write_text('{"epoch": 0}\n{"epoch": 1}\n')
+    with pytest.raises(UserError, match=r"holds best\.pth but no last\.pth"):
+        claim_folder(str(tmp_path), "run", resume=True)
+    assert (folder / "best.pth").exists()

@@ -1,28 +1,29 @@
-"""Interruptions: a run stopped anywhere, by signal or kill, goes on to the same weights, files and numbers."""
+"""Interruptions: a run stopped anywhere, by signal or kill, is resumed to the same weights, files and numbers.
 
+Checkpoints are of whole epochs: what is stopped or killed inside of one repeats it.
+"""
+
+import itertools
 import json
 import os
+import random
+import shlex
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, make_folder, run
+from helpers import REPO, TINY, make_folder, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from dataset.clips import Feed, make_clips
-from dataset.folder import load_folder
-from dataset.specs import get_spec
-from remix import batches_of
-from utils.cli import interval, interval_of, resume_command
 from utils.errors import INTERRUPTED, Interrupted, UserError, run_main
+from utils.run import FORMAT
+from utils.signals import Signals
 
-REPO = Path(__file__).resolve().parents[1]
 FLAGS = ["--epochs", "4", "--warmup", "1", "--rescore_every", "2", "--val_fraction", "0.2"]
 SECONDS = ("seconds", "clips_per_second")
 
@@ -69,9 +70,9 @@ def same(a, b):
 
 
 def assert_same_run(a, b):
-    for name in ("last.pth", "best.pth"):
+    for name, keys in (("last.pth", ("optimizer", "scheduler", "balance", "keep", "rng", "best")), ("best.pth", ())):
         states = [torch.load(folder / name, weights_only=True) for folder in (a, b)]
-        for key in ("model", "optimizer", "scheduler", "epoch", "kept", "rng"):
+        for key in ("model", "epoch", "classes", *keys):
             assert same(*(state[key] for state in states)), (name, key)
     assert numbers(a) == numbers(b)
     assert (a / "partition.csv").read_bytes() == (b / "partition.csv").read_bytes()
@@ -80,34 +81,29 @@ def assert_same_run(a, b):
     assert scalars(a) == scalars(b)
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Makes the run find itself asked to stop when it asks for the n-th time."""
-
-    def set_stop(n):
-        calls = iter(range(1, 10**9))
-        monkeypatch.setattr(train.interrupt, "asked", lambda: next(calls) == n)
-
-    return set_stop
+def place() -> str:
+    """Where in train.py a run asks whether to stop: at a step, or in which predictions."""
+    frame = sys._getframe()
+    while frame.f_code.co_name not in ("train_epoch", "predict"):
+        frame = frame.f_back
+    return "step" if frame.f_code.co_name == "train_epoch" else frame.f_locals["name"].split()[-1]
 
 
-def test_stopped_again_and_again_is_bit_identical(data, runs, whole, stop_at):
-    """Every third time it may, it stops: in scoring, at steps, in either evaluation, before the summary."""
-    places, attempts = set(), 0
-    while True:
-        stop_at(3)
-        resume = ["--resume"] if attempts else []
-        attempts += 1
+def test_stopped_again_and_again_is_bit_identical(data, runs, whole, monkeypatch):
+    """At steps, in either evaluation, in scoring; in an epoch's repetition too."""
+    stops, ends = [("step", 2), ("test", 1), ("val", 2), ("scoring", 1), ("step", 6), ("test", 2), ("scoring", 1),
+                   ("val", 1), ("step", 99)], []  # fmt: skip
+    for where, n in stops:  # the n-th time that an attempt asks there
+        calls = itertools.count(1)
+        monkeypatch.setattr(
+            Signals, "asked", lambda self, where=where, n=n, calls=calls: place() == where and next(calls) == n
+        )
         try:
-            run(data, runs, "stopped", *FLAGS, *resume)
-            break
+            run(data, runs, "stopped", *FLAGS, "--resume", "auto")
         except Interrupted:
-            state = torch.load(runs / "stopped" / "last.pth", weights_only=True)
-            position = state["position"]
-            places.add(position["batches"] if position else "end")
-        assert attempts < 40
-    assert attempts > 5 and {0, 3} <= places  # before a step (scoring), after all of them (evaluation)
-    assert len(places) > 2  # and in between
+            last = runs / "stopped" / "last.pth"
+            ends.append(torch.load(last, weights_only=True)["epoch"] if last.exists() else None)
+    assert ends == [None, None, 0, 0, 1, 2, 2, 2]
     assert_same_run(whole, runs / "stopped")
 
 
@@ -115,162 +111,228 @@ class Killed(BaseException):
     """As kill -9 does: nothing is tidied up after it."""
 
 
-@pytest.mark.parametrize("every", ["2", "2steps"])
-def test_killed_between_saves_is_bit_identical(data, runs, whole, monkeypatch, every):
-    name, saves = f"killed{every}", []
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_killed_at_a_random_step_is_bit_identical(data, runs, whole, monkeypatch, seed):
+    """Nothing of the epoch in which it was killed is left, and half-written files do not matter."""
+    name, steps = f"killed{seed}", []
+    fatal = random.Random(seed).randint(4 * seed + 1, 4 * seed + 4)  # three or four batches an epoch
     step = torch.optim.Adam.step
 
     def die(*args, **kwargs):
-        saves.append((runs / name / "last.pth").exists())
-        if len(saves) == 11:
+        steps.append((runs / name / "last.pth").exists())
+        if len(steps) == fatal:
             raise Killed
         return step(*args, **kwargs)
 
     monkeypatch.setattr(torch.optim.Adam, "step", die)
     with pytest.raises(Killed):
-        run(data, runs, name, *FLAGS, "--save_every", every)
+        run(data, runs, name, *FLAGS)
     monkeypatch.undo()
-    assert saves.index(True) == {"2": 6, "2steps": 2}[every]  # three batches an epoch
+    assert (runs / name / "last.pth").exists() == (fatal > 3) and steps.count(False) == min(fatal, 3)
     (runs / name / ".tmp-left.pth").write_bytes(b"half a checkpoint")
     with open(runs / name / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 9, "test_')
-    run(data, runs, name, *FLAGS, "--save_every", "1", "--resume")
+    if fatal > 3:
+        train.main(["--resume", str(runs / name)])
+    else:
+        run(data, runs, name, *FLAGS, "--resume", "auto")
     assert_same_run(whole, runs / name)
     assert not list((runs / name).glob(".tmp-*"))
 
 
-def test_a_signal_ends_the_run_with_its_own_status_and_the_command_that_goes_on(data, runs, monkeypatch, capsys):
-    flags = ["--train", "--epochs", "2", "--method", "audio", "--data_root", str(data), "--log_path", str(runs)]
+@pytest.mark.parametrize("fatal", [2, 4])  # in the first epoch, in the scoring's epoch
+def test_a_signal_ends_the_run_with_its_own_status_and_the_command_that_resumes_it(
+    data, runs, whole, monkeypatch, capsys, fatal
+):
     terms, steps = train.loss_terms, []
 
     def signalled(*args):
         steps.append(len(steps))
-        if len(steps) == 2:
+        if len(steps) == fatal:
             os.kill(os.getpid(), signal.SIGTERM)
         return terms(*args)
 
     monkeypatch.setattr(train, "loss_terms", signalled)
-    before = signal.getsignal(signal.SIGTERM)
+    before, name = signal.getsignal(signal.SIGTERM), f"a term {fatal}"  # a name that a shell would take apart
+    flags = ["--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name]
     with pytest.raises(SystemExit) as stop:
-        run_main(lambda: train.main([*TINY, *flags, "--run_name", "term"]))
-    assert stop.value.code == INTERRUPTED == 75 and len(steps) == 2
+        run_main(lambda: train.main([*TINY, *flags, *FLAGS]))
+    assert stop.value.code == INTERRUPTED == 75 and len(steps) == fatal
     assert signal.getsignal(signal.SIGTERM) is before
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "SIGTERM" in said and "epoch 0, batch 2" in said and "--run_name term --resume" in said
-    words = said.split("go on: python train.py ")[1].split()
+    assert "SIGTERM" in said and ("no epoch was completed" if fatal == 2 else "holds 1 epochs") in said
+    words = shlex.split(said.split("continue with: python train.py ")[1])
+    assert words == ["--resume", str(runs / name)]
     train.main(words)
-    assert len(steps) == 8 and "resumed in epoch 0 after batch 2" in capsys.readouterr().out
-    assert [line["epoch"] for line in numbers(runs / "term")] == [0, 1]
+    assert ("resumed after epoch 1" in capsys.readouterr().out) == (fatal == 4)
+    assert_same_run(whole, runs / name)
 
 
 def test_a_second_ctrl_c_stops_at_once():
     before = signal.getsignal(signal.SIGINT)  # of a job in the background: that it is ignored
-    with train.interrupt:
-        train.interrupt.listen()
+    signals = Signals()
+    signals.listen()
+    try:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0)  # a bytecode for the handler to run in
-        assert train.interrupt.asked()
+        assert signals.asked() and signals.noted == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
+    finally:
+        signals.restore()
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# Two processes as torchrun would start them, forked, so that PyTorch is imported once for six of them. argv: the runs'
-# folder and train.py's words; the last line says with which statuses the stopped two ended.
-PAIRS = """
+# Two processes that are never stopped, two of which one gets a signal, and what resumes those. argv: the runs' folder
+# and train.py's words; the last line says with which statuses they ended.
+STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
-import train
-from utils.errors import run_main
-runs, words = Path(sys.argv[1]), sys.argv[2:]
-def start(port, *more):
-    pids = []
-    for rank in range(2):
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in group.items()}, MASTER_ADDR="127.0.0.1")
-            sys.argv = ["train.py", *words, *more]
-            try:
-                run_main(train.main)
-            except SystemExit as end:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(end.code)
-            finally:
-                os._exit(99)
-    return pids
-def end(pids):
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-port = int(os.environ["PAIRS_PORT"])
-whole = end(start(port, "--run_name", "two-whole"))
-pids, metrics = start(port + 1, "--run_name", "two"), runs / "two" / "metrics.jsonl"
+from pairs import end, start
+runs, words = Path(sys.argv[1]), ["train.py", *sys.argv[2:]]
+whole = end(start(*words, "--run_name", "two-whole"))
+pids, metrics = start(*words, "--run_name", "two"), runs / "two" / "metrics.jsonl"
 while not (metrics.exists() and metrics.read_text()):
     time.sleep(0.005)
 os.kill(pids[1], signal.SIGTERM)
 stopped = end(pids)
-print(whole, stopped, end(start(port + 2, "--run_name", "two", "--resume")))
+print(whole, stopped, end(start("train.py", "--resume", str(runs / "two"))))
 """
 
 
-def test_all_processes_stop_at_the_same_step_and_go_on(data, runs):
+def test_all_processes_stop_at_the_same_step_and_are_resumed(data, runs):
     """SIGTERM to one of two; stopped and resumed, they end as two that were never stopped."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     words = [*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--warmup", "1", "--epochs", "3"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PAIRS_PORT": str(min(port, 65000)), "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-c", PAIRS, str(runs), *words, "--batch_size", "2", "--device", "cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")])}
+    command = [sys.executable, "-c", STOPPED, str(runs), *words, "--batch_size", "4", "--device", "cpu"]
     done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "[0, 0] [75, 75] [0, 0]", done.stderr[-3000:]
-    assert done.stderr.count("go on: torchrun --nproc_per_node=2 train.py") == 1
-    assert "resumed in epoch" in done.stdout
+    said = f"continue with: torchrun --nproc_per_node=2 train.py --resume {runs / 'two'}\n"
+    assert done.stderr.count("continue with: ") == done.stderr.count(said) == 1
+    assert "resumed after epoch" in done.stdout
     assert_same_run(runs / "two-whole", runs / "two")
 
 
-def test_resuming_with_other_flags_or_data_is_told(data, runs, whole, tmp_path, capsys):
-    base = ["--log_path", str(runs), "--run_name", "whole", "--train", "--resume", *TINY, *FLAGS]
-    with pytest.raises(UserError, match=r"--alpha 0\.5 \(now 0\.7\).*only these may change: .*epochs.*save_every"):
-        train.main([*base, "--data_root", str(data), "--alpha", "0.7"])
-    train.main([*base, "--data_root", str(data), "--save_every", "3"])
-    assert "changed: --save_every 1epochs (now 3epochs)" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder whose dataset has defaults of its own, and a run of two epochs on it."""
+    root = make_folder(tmp_path_factory.mktemp("own") / "data", train=12, test=6)
+    description = {"modalities": [{"name": "audio", "kind": "array", "folder": "audio"},
+                                  {"name": "video", "kind": "frames", "folder": "visual", "frames": 2}],
+                   "image_size": 24, "learning_rate": 0.004, "model": "resnet18_thin"}  # fmt: skip
+    (root / "dataset.json").write_text(json.dumps(description))
+    flags = ["--train", "--dataset", "folder", "--data_root", str(root), "--log_path", str(root.parent / "runs")]
+    train.main([*flags, "--run_name", "own", *OWN])
+    return root.parent / "runs" / "own"
+
+
+OWN = ["--batch_size", "4", "--cache", "ram", "--epochs", "2", "--warmup", "1", "--alpha", "0.3", "--score", "loss",
+       "--random_seed", "7", "--lr_decay_step", "1", "--balance", "ogm_ge:alpha=0.4"]  # fmt: skip
+
+
+@pytest.fixture
+def copied(own, tmp_path):
+    """A copy of that run in another place, as a run that was moved."""
+    return shutil.copytree(own, tmp_path / "moved" / "own")
+
+
+def test_a_run_s_folder_is_all_that_resuming_needs(copied, capsys):
+    """Every flag is that of its config.json, in its own dataset; what may change does."""
+    before = json.loads((copied / "config.json").read_text())
+    assert (before["image_size"], before["learning_rate"], before["random_seed"]) == (24, 0.004, 7)
+    args = train.parse_args(["--resume", str(copied)])
+    kept = {name: value for name, value in before.items() if hasattr(args, name)} | {
+        "resume": "auto", "log_path": str(copied.parent)}  # fmt: skip
+    assert {name: getattr(args, name) for name in kept} == kept and args.dataset == "folder"
+    train.main(["--resume", str(copied), "--epochs", "3", "--num_workers", "0", "--cache", "none"])
+    assert "resumed after epoch 2" in capsys.readouterr().out and len(numbers(copied)) == 3
+    after = json.loads((copied / "config.json").read_text())
+    changed = {"epochs": 3, "num_workers": 0, "cache": "none", "resume": "auto", "log_path": str(copied.parent)}
+    differs = {name for name in before if before[name] != after[name]} - {"command", "git_commit"}
+    assert {name: after[name] for name in differs} == {name: value for name, value in changed.items()
+                                                       if before[name] != value}  # fmt: skip
+    assert {"epochs", "num_workers", "cache", "resume", "log_path"} == set(changed) >= differs >= {"epochs", "cache"}
+    # The learning rate is still decayed from the rate it was started with.
+    assert [line["lr"] for line in numbers(copied)] == pytest.approx([0.004, 0.0004, 0.00004])
+
+
+@pytest.mark.parametrize(("flags", "named"), [
+    (["--alpha", "0.7"], "--alpha 0.3 (now 0.7)"),
+    (["--random_seed", "8"], "--random_seed 7 (now 8)"),
+    (["--learning_rate", "0.1"], "--learning_rate 0.004 (now 0.1)"),
+    (["--method", "baseline"], "--method remix (now baseline)"),
+    (["--balance", "none"], "--balance ogm_ge:alpha=0.4 (now none)"),
+    (["--image_size", "32"], "--image_size 24 (now 32)"),
+    (["--precision", "bf16"], "--precision fp32 (now bf16)"),
+    (["--dataset", "CREMAD"], ""),  # its classes are others: refused where the data is read
+])  # fmt: skip
+def test_a_flag_that_makes_another_run_is_refused_in_one_line(own, flags, named, capsys):
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: train.main(["--resume", str(own), "--epochs", "3", *flags]))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("error: ") and named in err
+    if named:
+        assert "only these may change: " in err and "epochs" in err
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
+
+
+def test_a_flag_that_an_older_run_does_not_know_gets_its_dataset_s_default(copied):
+    config = json.loads((copied / "config.json").read_text())
+    for name in ("image_size", "learning_rate", "model", "rescore_every", "val_fraction", "score"):
+        del config[name]
+        config["from_preset"].pop(name, None)
+    (copied / "config.json").write_text(json.dumps(config))
+    args = train.parse_args(["--resume", str(copied)])
+    assert (args.image_size, args.learning_rate, args.model) == (24, 0.004, "resnet18_thin")
+    assert (args.rescore_every, args.val_fraction, args.score) == (1, 0.0, "kl")
+
+
+def test_resume_auto_starts_a_run_and_continues_it(data, runs, capsys):
+    """One command for a scheduler that repeats it: also where the run is finished."""
+    flags = ("--method", "audio", "--resume", "auto", "--epochs")
+    for epochs, said in (("1", ""), ("2", "resumed after epoch 1"), ("2", "resumed after epoch 2")):
+        run(data, runs, "auto", *flags, epochs)
+        out = capsys.readouterr().out
+        assert ("resumed after" in out) == bool(said) and said in out and "best on test" in out
+        assert len(numbers(runs / "auto")) == int(epochs)
+
+
+def test_a_run_of_an_earlier_format_is_evaluated_and_not_resumed(copied, capsys):
+    state = torch.load(copied / "last.pth", weights_only=True)
+    assert state.pop("format") == FORMAT == 2
+    torch.save(state, copied / "last.pth")
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: train.main(["--resume", str(copied), "--epochs", "3"]))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and err.startswith("error: --resume: ")
+    assert "earlier version" in err and "--checkpoint" in err
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+    train.main(["--checkpoint", str(copied / "last.pth")])
+    shown = capsys.readouterr().out.splitlines()[-1].split()[1:]
+    assert float(shown[0]) == pytest.approx(numbers(copied)[-1]["test_acc"], abs=5e-5)
+
+
+def test_resuming_with_other_data_is_told(data, runs, whole, tmp_path):
     other = make_folder(tmp_path / "other", train=30, test=12)
-    with pytest.raises(UserError, match="other clips or labels in test than the run had"):
-        train.main([*base, "--data_root", str(other)])
+    with pytest.raises(UserError, match=r"has other clips or labels in test than when the run was started"):
+        train.main(["--resume", str(whole), "--data_root", str(other)])
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(data, runs, capsys):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(data, runs, capsys):
     folder = runs / "early"
     folder.mkdir()
     (folder / "config.json").write_text("{")
+    flags = ("--epochs", "1", "--method", "audio")
     with pytest.raises(UserError, match="exists already"):
-        run(data, runs, "early", "--epochs", "1", "--method", "audio")
-    run(data, runs, "early", "--epochs", "1", "--method", "audio", "--resume")
-    assert "starting anew" in capsys.readouterr().out and len(numbers(folder)) == 1
-    with pytest.raises(UserError, match=r"has no last\.pth"):
-        run(data, runs, "never-there", "--epochs", "1", "--method", "audio", "--resume")
-
-
-@pytest.mark.parametrize("cache", ["ram", "none"])
-def test_an_epoch_from_its_middle_is_the_rest_of_it(data, cache):
-    spec = get_spec("folder")
-    folder = load_folder(data, spec)
-    feed = Feed(2, 32, torch.device("cpu"), cache, 1)
-    clips = make_clips(folder.root, "train", folder.parts["train"], folder.audio_shape, feed)
-    plan = batches_of(30, 8, "both", torch.Generator().manual_seed(1))
-    state = torch.get_rng_state()
-    all_of_it, rest = (list(clips.epoch(plan, torch.Generator().manual_seed(2), first=first)) for first in (0, 2))
-    assert torch.equal(state, torch.get_rng_state())  # starting workers draws nothing
-    assert len(all_of_it) == 4 and len(rest) == 2
-    for a, b in zip(all_of_it[2:], rest, strict=True):
-        assert torch.equal(a.clips, b.clips) and torch.equal(a.video, b.video) and torch.equal(a.audio, b.audio)
-
-
-def test_save_every_and_the_command_to_go_on():
-    assert [interval_of(interval(text)) for text in ("5", "1epoch", "200steps", "1step")] == [
-        (5, "epochs"), (1, "epochs"), (200, "steps"), (1, "steps")]  # fmt: skip
-    words = ["--train", "--checkpoint", "x.pth", "--epochs", "3"]
-    assert resume_command(words, "a b", False) == "python train.py --train --epochs 3 --run_name 'a b' --resume"
-    words = ["--run_name=r", "--resume", "--checkpoint=x.pth"]
-    assert resume_command(words, "r", True) == "python train.py --run_name=r --resume"
+        run(data, runs, "early", *flags)
+    with pytest.raises(UserError, match=r"early: no run \(it has no readable config\.json\)"):
+        train.main(["--resume", str(folder)])
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes\.txt but no last\.pth"):
+        run(data, runs, "early", *flags, "--resume", "auto")
+    (folder / "notes.txt").unlink()
+    run(data, runs, "early", *flags, "--resume", "auto")
+    assert "starting again" in capsys.readouterr().out and len(numbers(folder)) == 1

@@ -35,9 +35,10 @@ case "$1 ${2:-}" in
         shift
     done
     ;;
-"-m ruff" | "-m pytest")
+"-m ruff" | "-m pyright" | "-m pytest")
     echo "$2 ${*:3}" >>"$FAKE_LOG"
     [ "$2" != ruff ] || exit "${FAKE_RUFF:-0}"
+    [ "$2" != pyright ] || exit "${FAKE_PYRIGHT:-0}"
     echo "3 passed in 0.01s"
     ;;
 *) PYTHONPATH="$here/../site" exec __REAL__ -S "$@" ;;
@@ -53,7 +54,7 @@ for item in sys.argv[2:]:
     for line in Path(item).read_text().splitlines() if Path(item).exists() else [item]:
         line = line.split("#")[0].strip()
         if line:
-            name, version = re.match(r"([\w.-]+)[>=]=([\d.+\w]+)", line).groups()
+            name, version = re.match(r"([\w.-]+)(?:\[\w+\])?[>=]=([\d.+\w]+)", line).groups()
             folder = Path(sys.argv[1], modules.get(name, name.replace("-", "_")))
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "__init__.py").touch()
@@ -264,15 +265,17 @@ def test_tests_get_their_packages_in_venv_and_never_in_the_current_environment(m
     assert log[0] == "venv"
     assert log[1].endswith("-r requirements.txt -r requirements-dev.txt")
     tests = "pytest -q -n auto --maxprocesses 4 --dist loadfile -k two words"
-    assert log[2:] == ["ruff check .", "ruff format --check .", tests]
+    types = f"pyright --pythonpath {machine.repo / '.venv' / 'bin' / 'python'}"
+    assert log[2:] == ["ruff check .", "ruff format --check .", types, tests]
     assert not (machine.bin.parent / "site" / "pytest").exists()
 
 
-def test_ruff_s_findings_fail_the_run_but_do_not_hide_the_tests(machine):
+@pytest.mark.parametrize("tool", ["ruff", "pyright"])
+def test_findings_fail_the_run_but_do_not_hide_the_tests(machine, tool):
     machine.have("requirements.txt", "requirements-dev.txt")
-    result = machine.run('bash "$REPO/scripts/run_tests.sh"', FAKE_RUFF="1")
+    result = machine.run('bash "$REPO/scripts/run_tests.sh"', **{f"FAKE_{tool.upper()}": "1"})
     assert (result.returncode, result.stdout) == (1, "3 passed in 0.01s")
-    assert "error: ruff" in result.stderr
+    assert f"error: {tool}" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,38 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(data, tmp_path, capsys):
         train.main(["--checkpoint", str(folder / "last.pth"), "--data_root", str(other)])
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume", "auto"]])
+def test_a_run_starts_from_the_weights_of_a_checkpoint(data, remix_run, tmp_path, monkeypatch, resume):
+    """Also where `--resume auto` finds nothing to resume; a run that is resumed needs that file no more."""
+    first, make = remix_run[0] / "best.pth", train.make_model
+    start, seen = tmp_path / "start.pth", []
+    start.write_bytes(first.read_bytes())
+
+    def made(*args):
+        seen.append(make(*args))
+        seen.append({name: value.clone() for name, value in model_weights(seen[0]).items()})
+        return seen[0]
+
+    monkeypatch.setattr(train, "make_model", made)
+    flags = ("--checkpoint", str(start), "--epochs", "1", "--method", "baseline")
+    folder = run(data, tmp_path, "tuned", *flags, *resume)
+    expected = torch.load(first, weights_only=True)["model"]
+    assert all(torch.equal(seen[1][name], value) for name, value in expected.items())
+    start.unlink()
+    train.main(["--resume", str(folder), "--epochs", "2"])
+    assert len(metrics(folder)) == 2
+
+
+def test_evaluation_reads_the_weights_once(data, remix_run, monkeypatch):
+    """What the flags are taken from is read without them."""
+    reads, load = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda *args, **more: reads.append(more.get("mmap", False)) or load(*args, **more)
+    )
+    train.main(["--checkpoint", str(remix_run[0] / "best.pth"), "--device", "cpu"])
+    assert sorted(reads) == [False, True]
+
+
 def test_evaluation_counts_the_test_clips_that_are_left_out(data, remix_run, tmp_path, capsys):
     """And does not mind training clips, which it does not use."""
     other = make_folder(tmp_path / "data", train=6, test=9)

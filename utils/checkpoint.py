@@ -20,14 +20,17 @@ def save_checkpoint(path: Path, state: dict, sync: bool = True) -> None:
         torch.save(state, file)
 
 
-def load_checkpoint(path: Path | str) -> dict:
-    """Read a checkpoint onto the CPU with `weights_only=True`. Raises `UserError` for what is missing or not one."""
+def load_checkpoint(path: Path | str, mapped: bool = False) -> dict:
+    """Read a checkpoint onto the CPU with `weights_only=True`. Raises `UserError` for what is missing or not one.
+
+    With `mapped` tensors are read when they are used: for a look at what else is in it.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
     _refuse_bomb(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen types here, all of which mean the same to the user
         # Their own words advise to read it unsafely, and change from version to version.
         unsafe = "weights only" in str(error).lower() and "unsupported operand" not in str(error).lower()

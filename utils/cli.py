@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from utils.errors import UserError
@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         found = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.names(), nothing)))
         return {name: value for name, value in vars(found).items() if value is not nothing}
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    # It accepts what each overload of the base class accepts.
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         words = [self._whole(word) for word in (sys.argv[1:] if args is None else args)]
         found, unknown = super().parse_known_args(words, namespace)
         if unknown:
@@ -49,8 +50,10 @@ class Parser(argparse.ArgumentParser):
     def _unknown(self, words: list[str]) -> str:
         flags = [word for word in words if word.startswith("-")]
         name = (flags or words)[0].lstrip("-").partition("=")[0]
-        near = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, sorted(self.names()))), None)
-        suggestion = f"; did you mean --{near}?" if near in self.names() else ""
+        names = sorted(self.names())
+        longer = [flag for flag in names if flag.startswith(name)] if len(name) > 2 else []
+        near = OTHER_NAMES.get(name) or next(iter(longer + difflib.get_close_matches(name, names)), None)
+        suggestion = f"; did you mean --{near}?" if near in names else ""
         return f"unrecognized arguments: {' '.join(words)}{suggestion}"
 
     def error(self, message: str) -> Any:

@@ -21,7 +21,8 @@ def f1_macro(logits: Tensor, labels: Tensor) -> float:
 
     classes = range(logits.shape[1])
     truth, predicted = labels.cpu().numpy(), logits.argmax(1).cpu().numpy()
-    return float(f1_score(truth, predicted, labels=classes, average="macro", zero_division=0))
+    f1 = f1_score(truth, predicted, labels=classes, average="macro", zero_division=0)  # pyright: ignore[reportArgumentType]
+    return float(f1)
 
 
 def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:

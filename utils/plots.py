@@ -73,13 +73,14 @@ def plot_confusion(matrices: dict[str, np.ndarray], classes: list[str], title: s
     """Confusion matrices (C, C) side by side, rows normalised: of the clips of a class, the share named each class."""
     figure = Figure(figsize=(4.6 * len(matrices), 4.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(matrices)))
+    images = []
     for axis, (name, counts) in zip(axes, matrices.items(), strict=True):
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        image = axis.imshow(shares, vmin=0, vmax=1, cmap="viridis")
+        images.append(axis.imshow(shares, vmin=0, vmax=1, cmap="viridis"))
         axis.set(title=f"{name}: {np.trace(counts) / max(counts.sum(), 1):.3f}", xlabel="predicted", ylabel="label")
         if len(classes) <= 40:
             axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
             axis.set_yticks(range(len(classes)), classes, fontsize=7)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class")
+    figure.colorbar(images[-1], ax=axes, shrink=0.8, label="share of the class")
     figure.suptitle(title)
     return figure

@@ -196,6 +196,11 @@ def take_flags_of_run(args: Namespace, typed: dict) -> None:
     args.from_preset = {name: config[name] for name in config.get("from_preset", {}) if name not in typed}
 
 
+def continues(args: Namespace) -> bool:
+    """Whether the run is resumed from its own last.pth, so that `--checkpoint`, where it started from, is not read."""
+    return bool(args.resume) and (Path(args.log_path) / args.run_name / "last.pth").is_file()
+
+
 def check_same_run(now: dict, before: dict, data: dict[str, str], seen: dict[str, str], may_change: set[str]) -> None:
     """Raise `UserError` unless a run is resumed with the flags and the data that it was started with.
 
@@ -244,7 +249,9 @@ def claim_folder(log_path: str, run_name: str, resume: bool) -> Path:
     if files and not resume:
         raise UserError(f"{folder}: this run exists already; choose another --run_name, or pass --resume {folder}")
     if files and not (folder / "last.pth").is_file():
-        foreign = [file.name for file in files if not any(file.match(pattern) for pattern in BEGINNINGS)]
+        # best.pth is written before last.pth: a kill between the two in the first epoch leaves best.pth alone.
+        begun = (*BEGINNINGS, "best.pth") if len(read_metrics(folder)) <= 1 else BEGINNINGS
+        foreign = [file.name for file in files if not any(file.match(pattern) for pattern in begun)]
         if foreign:
             raise UserError(f"--resume: {folder} holds {foreign[0]} but no last.pth; choose another --run_name")
         print(f"{folder}: stopped before its first checkpoint; starting again")

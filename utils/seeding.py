@@ -36,7 +36,9 @@ def step_generator(
 
 def rng_state() -> dict:
     """The state of every global generator, in types that `torch.load(weights_only=True)` reads."""
-    name, keys, *rest = np.random.get_state()
+    state = np.random.get_state()
+    assert isinstance(state, tuple)  # a dict only with legacy=False
+    name, keys, *rest = state
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
