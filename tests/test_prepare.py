@@ -16,6 +16,7 @@ import pytest
 import soundfile
 
 from benchmarks.raw_samples import EMOTIONS, cremad_names, tone, write_video, write_wav
+from dataset import specs
 from dataset.folder import load_folder
 from dataset.prepare import audio, engine, video
 from dataset.prepare.__main__ import main
@@ -409,26 +410,123 @@ def test_unsafe_or_repeated_names(tmp_path):
         prepare_clips([clip._replace(name="a")] * 2, tmp_path / "out", options(LOGSTFT), quiet=True)
 
 
-def die():
-    os._exit(9)
+class Planted:
+    """Calls `function` in the process that unpickles it, as a decoder that crashes or hangs would behave there."""
 
-
-class Deadly:
-    """Kills the process that unpickles it, as a crashing decoder would."""
+    def __init__(self, function, *args):
+        self.what = function, args
 
     def __reduce__(self):
-        return die, ()
+        return self.what
+
+    def __str__(self):
+        return "planted.flv"
 
 
-def test_a_clip_that_kills_its_process_is_named_and_the_others_are_made(tmp_path):
-    names = make_cremad(tmp_path / "raw", 12)
-    clips = clips_of(tmp_path / "raw", names)
-    clips[4] = clips[4]._replace(video=Deadly())
-    outcomes = dict(POOLED(clips, tmp_path / "out", options(), 2))
-    assert len(outcomes) == 12
+def die(status):
+    os._exit(status)
+
+
+def crash(number):
+    os.kill(os.getpid(), number)
+
+
+def test_decoders_that_die_or_hang_take_only_their_own_clips(tmp_path, monkeypatch):
+    names = make_cremad(tmp_path / "raw", 14)
+    clips, out = clips_of(tmp_path / "raw", names), tmp_path / "out"
+    planted = {4: (die, 9), 5: (crash, int(signal.SIGSEGV)), 9: (crash, int(signal.SIGABRT)), 11: (time.sleep, 600)}
+    for i, (function, value) in planted.items():
+        clips[i] = clips[i]._replace(video=Planted(function, value))
+    monkeypatch.setattr(engine, "HANG", 4)
+    outcomes = dict(POOLED(clips, out, options(), 2))
+    assert len(outcomes) == 14
     faults = {clip.name: outcome.fault for clip, outcome in outcomes.items() if outcome.fault}
-    assert list(faults) == [names[4]] and "crashed" in faults[names[4]].reason
-    assert len(list((tmp_path / "out" / "visual").iterdir())) == 11
+    assert set(faults) == {names[i] for i in planted}
+    assert [faults[names[i]].kind for i in planted] == ["decoder_crash"] * 3 + ["decoder_hang"]
+    for i, words in zip(planted, ("exit status 9", "SIGSEGV", "SIGABRT", "hangs"), strict=True):
+        assert words in faults[names[i]].reason and faults[names[i]].path == "planted.flv"
+    assert len(list((out / "visual").iterdir())) == len(list((out / "audio").iterdir())) == 10
+
+
+def test_a_crash_is_counted_and_the_clip_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "_pooled", POOLED)
+    monkeypatch.setattr(engine, "_source_fault", lambda clip: None)
+    names = make_cremad(tmp_path / "raw", 3)
+    clips, out = clips_of(tmp_path / "raw", names), tmp_path / "out"
+    bad = [clips[0], clips[1]._replace(audio=Planted(die, 1)), clips[2]]
+    monkeypatch.setattr(engine, "_stamps", lambda clip: [])
+    summary = prepare_clips(bad, out, options()._replace(workers=1), quiet=True)
+    assert summary[:2] == (2, 0) and summary.skipped[0].kind == "decoder_crash"
+    assert prepare_clips(clips, out, options()._replace(workers=1), quiet=True)[:2] == (1, 2)
+
+
+def test_an_error_in_a_worker_is_not_taken_for_a_crash(tmp_path):
+    names = make_cremad(tmp_path / "raw", 1)
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(OSError):
+        list(POOLED(clips_of(tmp_path / "raw", names), tmp_path / "out", options(), 1))
+
+
+def test_the_pool_and_this_process_make_the_same_files(tmp_path, monkeypatch):
+    names = make_cremad(tmp_path / "raw", 6)
+    clips = [clip._replace(start=0.2, end=1.3) for clip in clips_of(tmp_path / "raw", names)]
+    chosen = options(fps=5, size=48, crop=(8, 4, 80, 60), flow=True)
+    prepare_clips(clips, tmp_path / "one", chosen, quiet=True)
+    monkeypatch.setattr(engine, "_pooled", POOLED)
+    prepare_clips(clips, tmp_path / "two", chosen._replace(workers=2), quiet=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert {len(list((tmp_path / "one" / "flow" / name).iterdir())) for name in names} == {6}
+
+
+# Cuts, sound alone, flow ----------------------------------------------------------------------------------------------
+
+
+def test_several_clips_out_of_one_file(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 4, 25, SIZE, tone(4, 16_000), 16_000)
+    recipe = specs.logmel(16_000, 0.5, 20, 160)
+    clips = [Clip(f"word{i}", path, path, 0.5 * i, 0.5 * i + 0.4) for i in range(7)]
+    clips.append(Clip("far", path, path, 9.0, 9.5))
+    summary = prepare_clips(clips, tmp_path / "out", options(recipe, fps=25), quiet=True)
+    assert summary[:2] == (7, 0) and [fault.clip for fault in summary.skipped] == ["far"]
+    assert "before the clip's start" in summary.skipped[0].reason
+    for i in range(7):
+        assert len(list((tmp_path / "out" / "visual" / f"word{i}").iterdir())) == 10
+        wave, rate = audio.load_wave(path, start=0.5 * i, end=0.5 * i + 0.4)
+        stored = np.load(tmp_path / "out" / "audio" / f"word{i}.npy")
+        assert np.array_equal(stored, audio.spectrogram(wave, rate, recipe)) and stored.shape == recipe.shape
+    moved = [clips[0]._replace(end=0.3), *clips[1:7]]
+    assert prepare_clips(moved, tmp_path / "out", options(recipe, fps=25), quiet=True)[:2] == (1, 6)
+
+
+def test_options_decide_what_is_there(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 2, 10, SIZE, tone(2, 16_000), 16_000)
+    out, both = tmp_path / "out", [Clip("a", path, path), Clip("b", path, None), Clip("c", None, path)]
+    prepare_clips(both, out, options(flow=True, fps=2), quiet=True)
+    found = {folder: sorted(file.stem for file in (out / folder).iterdir()) for folder in ("visual", "flow", "audio")}
+    assert found == {"visual": ["a", "b"], "flow": ["a", "b"], "audio": ["a", "c"]}
+    assert prepare_clips(both, out, options(flow=True, fps=2), quiet=True)[:2] == (0, 3)
+    assert prepare_clips(both, out, options(fps=2), quiet=True)[:2] == (3, 0)
+    assert not list((out / "flow").iterdir()), "flow of other options would pass for asked for"
+    (out / "flow" / "a").mkdir()
+    assert prepare_clips(both, out, options(fps=1), quiet=True)[:2] == (3, 0)
+    assert (out / "flow" / "a").exists(), "what an earlier run did not make is left alone"
+
+
+@pytest.mark.parametrize(
+    ("clip", "changes", "words"),
+    [
+        (Clip("a", Path("a.mp4"), None, 2.0, 1.0), {}, "must end after it starts"),
+        (Clip("a", Path("a.mp4"), None, -1.0), {}, "must end after it starts"),
+        (Clip("a", None, None), {}, "neither frames nor sound"),
+        (Clip("a", Path("a.mp4"), None), {"fps": 0}, "fps 0"),
+        (Clip("a", Path("a.mp4"), None), {"fps": float("nan")}, "fps nan"),
+        (Clip("a", Path("a.mp4"), None), {"size": -3}, "size -3"),
+    ],
+)
+def test_mistakes_of_clips_and_options(tmp_path, clip, changes, words):
+    with pytest.raises(UserError, match=words) as error:
+        prepare_clips([clip], tmp_path / "out", options(**changes), quiet=True)
+    assert "\n" not in str(error.value)
 
 
 def test_lists_are_whole_or_refused(tmp_path):

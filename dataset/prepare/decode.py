@@ -14,7 +14,7 @@ from pathlib import Path
 from utils.errors import UserError
 
 SEEK, EARLY = 20.0, 5.0  # seconds: a start later than the first is sought in the file, the second before it
-SLACK = 0.002  # seconds; Matroska and Flash round time stamps to 1 ms
+SLACK = 0.0025  # seconds; Matroska and Flash round time stamps to 1 ms, so that no moment asked for is a tie
 NO_PICTURE, NO_TRACK = "no video track", "no audio track"
 
 _watcher: Callable[[], None] | None = None
@@ -90,14 +90,16 @@ def decoded(container, stream, tally: Tally, start: float = 0.0, needed: Callabl
         seek(container, stream, start - EARLY)
     packets, ahead, inside = container.demux(stream), deque(), 0  # `inside` the decoder: its delay
     while True:
-        while len(ahead) <= needed() and (packet := next(packets, None)) is not None:
+        useless = max(0, needed())
+        while len(ahead) <= useless and (packet := next(packets, None)) is not None:
             if _watcher is not None:
                 _watcher()
             ahead.append(packet)
-        rest = inside + sum(packet.size > 0 for packet in ahead) if len(ahead) <= needed() else math.inf
-        if not ahead or rest < needed():
-            tally.left = int(rest)
-            return
+        if len(ahead) <= useless:  # the file ends here
+            rest = inside + sum(packet.size > 0 for packet in ahead)
+            if not ahead or rest < useless:
+                tally.left = rest if ahead else 0
+                return
         packet = ahead.popleft()
         inside += packet.size > 0
         try:

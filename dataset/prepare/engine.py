@@ -156,7 +156,7 @@ def _check(clips: list[Clip], options: Options) -> None:
         start, end = clip.start or 0.0, clip.end
         if not 0 <= start < float("inf") or (end is not None and not start < end < float("inf")):
             raise UserError(
-                f"clip {clip.name}: start {start:g} s, end {end:g} s; it must end after it starts, from 0 s"
+                f"clip {clip.name}: start {start}, end {end}; it must end after it starts, in seconds from 0"
             )
         if not _modalities(clip, options):
             raise UserError(

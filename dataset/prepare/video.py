@@ -107,7 +107,7 @@ class _Frames:
     def __init__(self, path: Path, choice: Choice):
         self.path, self.choice = path, choice
         self.kept = self.decoded = self.promised = 0
-        self.rate = self.until = 0.0
+        self.rate = self.until = self.seconds = 0.0
         self.next = 0  # of the frames decoded, none before this one is kept
         self.ended = False
         self.picture, self.tally = Pictures(path, choice), decode.Tally(path)
@@ -128,7 +128,7 @@ class _Frames:
         self.rate = float(stream.guessed_rate or stream.average_rate or 0)
         if not (math.isfinite(self.rate) and self.rate > 0):
             raise UserError(f"{self.path}: no frame rate in its header ({self.rate}); get the file again")
-        self.promised = stream.frames or _promised(container, stream)
+        self.promised, self.seconds = stream.frames or _promised(container, stream), (container.duration or 0) / 1e6
         width, height = stream.codec_context.width, stream.codec_context.height
         if max(width, height) > MAX_SIDE:
             raise UserError(f"{self.path}: frames of {width} x {height} pixels; sides may be {MAX_SIDE}")
@@ -144,7 +144,7 @@ class _Frames:
             yield time, frame
             if self.decoded > MAX_FRAMES:
                 raise UserError(f"{self.path}: more than {MAX_FRAMES:,} frames; cut it to the clip")
-        self.decoded += self.tally.left
+        self.decoded, self.until = self.decoded + self.tally.left, self.until + self.tally.left / self.rate
 
     def _by_index(self, frames: Iterable[tuple[float, Kept]]) -> Iterator[Kept]:
         start, end = self._span()
@@ -183,13 +183,21 @@ class _Frames:
             if self.decoded and start > 0:
                 raise UserError(f"{self.path}: ends at {self.until:.2f} s, before the clip's start at {start:g} s")
             raise UserError(f"{self.path}: no frame can be decoded; get the file again")
-        if self.ended and self.choice.end is None and not start and breaks_off(self.decoded, self.promised, self.rate):
+        if self.ended and self.choice.end is None and not start and self._breaks_off():
             raise UserError(
                 f"{self.path}: breaks off after {self.decoded} of {self.promised} frames; get the file again"
             )
         if self.ended and end < math.inf and end - self.until > max(1.0, (end - start) / 2):
             raise UserError(f"{self.path}: ends at {self.until:.2f} s; the clip is {start:g} to {end:g} s")
         return Extracted(self.kept, self.decoded, self.promised, self.rate, self.until)
+
+    def _breaks_off(self) -> bool:
+        """Frames are missing, and the time of those that are there does not reach as far as the header says either.
+
+        The second part is for variable frame rates: fewer frames than the rate promises may fill the whole time.
+        """
+        late = self.seconds - self.until > max(1.0, self.seconds / 2) or not self.seconds
+        return late and breaks_off(self.decoded, self.promised, self.rate)
 
 
 def _with_neighbours(frames: Iterable[tuple[float, object]]) -> Iterator[tuple[float, Kept]]:
