@@ -93,7 +93,7 @@ def phase_list(text: str) -> tuple[str, ...]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--preset", default="cpu", choices=PRESETS, help="clips, settings, shapes (default: cpu)")
     p.add_argument("--settings", metavar="A,B", help=f"all, or of {', '.join(SETTINGS)} (default: the preset's)")
     p.add_argument(
@@ -131,7 +131,7 @@ class Setting:
         seed_everything(0)
         self.model = train.make_model(args, data, device)
         if not choices.get("channels_last", True):
-            self.model = self.model.to(memory_format=torch.contiguous_format)
+            self.model = self.model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         self.optimizer = train.make_optimizer(self.model, args)
         self.ready = None
 

@@ -26,7 +26,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--clips", type=number(int, 8), default=6698, help="training clips (default: 6698)")
     p.add_argument("--test_clips", type=number(int, 2), default=744, help="test clips (default: 744)")
     add_shape_flags(p)

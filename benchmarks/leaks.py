@@ -33,9 +33,9 @@ def usage() -> dict:
     """Resident memory in MB, open file descriptors and threads of this process."""
     status = Path("/proc/self/status").read_text()
     return {
-        "memory_mb": int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024,
+        "memory_mb": int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024,
         "handles": len(os.listdir("/proc/self/fd")),
-        "threads": int(re.search(r"Threads:\s+(\d+)", status)[1]),
+        "threads": int(re.findall(r"Threads:\s+(\d+)", status)[0]),
     }
 
 
@@ -77,7 +77,7 @@ def draw(rows: list[dict], path: Path, title: str) -> None:
 
 
 def main() -> int:
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--epochs", type=number(int, 20), default=2000, metavar="N", help="epochs (default: 2000)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

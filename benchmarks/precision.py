@@ -27,7 +27,7 @@ from utils.errors import run_main
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--seeds", default="0,1,2", help="seeds (default: 0,1,2)")
     p.add_argument("--after", type=numbers, default=[2, 4, 8, 12, 16, 20], help="epochs (default: 2,4,8,12,16,20)")
     p.add_argument("rest", nargs="*", help="after --, flags of train.py (--warmup 2)")

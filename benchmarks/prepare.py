@@ -113,14 +113,14 @@ def machine() -> dict:
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clips", type=number(int, 32, 1440), default=60, metavar="N", help="clips (default: 60)")
     parser.add_argument("--repeats", type=number(int, 1), default=3, metavar="N",
                         help="repeats, of which the median is reported (default: 3)")  # fmt: skip
     args = parser.parse_args()
     about = machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    total = sum(get_spec("CREMAD").counts)
+    total = sum(get_spec("CREMAD").counts or ())
     with tempfile.TemporaryDirectory() as folder:
         clips = make_raw(Path(folder) / "raw", args.clips)
         rows = measure(clips, Path(folder), tuple(sorted({1, os.cpu_count() or 1})), args.repeats)

@@ -71,7 +71,7 @@ def write_video(
             frame = av.VideoFrame.from_ndarray(picture(number, size, seed), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-        if track is not None:
+        if track is not None and sound is not None:
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound.T), format="fltp", layout=track.layout.name)
             frame.sample_rate = sound_rate
             container.mux(track.encode(frame))

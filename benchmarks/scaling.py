@@ -41,7 +41,7 @@ def numbers(text: str) -> list[int]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(description=__doc__.split("\n")[0])
+    p = Parser(description=(__doc__ or "").split("\n")[0])
     p.add_argument(
         "--clips",
         type=numbers,

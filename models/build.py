@@ -48,11 +48,11 @@ def build_model(
         name = modality.encoder or (model if takes == "image" else DEFAULT_ENCODERS.get(takes, "mlp"))
         if name not in ENCODERS:
             raise UserError(f"encoder {name} of {modality.name}: unknown; allowed: {', '.join(ENCODERS)}")
-        if ENCODERS[name].takes != takes:
+        wanted = ENCODERS[name].takes
+        if wanted != takes:
             given = "frames" if modality.kind == "frames" else f"{modality.kind}s of shape {shape}"
-            advice = '; dataset.json gives them the kind "sequence"' if ENCODERS[name].takes == "sequence" else ""
-            raise UserError(f"encoder {name} of {modality.name}: takes {ENCODERS[name].takes}s, the clips have {given}"
-                            f"{advice}")  # fmt: skip
+            advice = 'give them the kind "sequence" in dataset.json' if wanted == "sequence" else "use another"
+            raise UserError(f"encoder {name} of {modality.name}: takes {wanted}s, the clips have {given}; {advice}")
         inputs[modality.name] = name, size
     try:
         network = MultimodalClassifier(inputs, n_classes, fusion_method, precision == "bf16")

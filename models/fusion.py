@@ -76,7 +76,8 @@ class FiLM(nn.Module):
     def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:
         a, v = features["audio"], features["video"]
         if fed == ("video",):
-            return self.fc_out(v + a)  # gamma 1; beta is the zero feature, which keeps a running encoder in the graph
+            # gamma 1, beta 0: a sum of the zero feature, which keeps a running encoder in the graph
+            return self.fc_out(v + a.sum(dim=1, keepdim=True))
         gamma, beta = self.fc(a).chunk(2, dim=1)  # (B, D) each
         return self.fc_out(gamma * v + beta)  # (B, C)
 

@@ -29,6 +29,9 @@ from helpers import make_folder
 import train
 from dataset import lists, pack
 from dataset.prepare import audio
+from dataset.specs import get_spec
+from models import build_model
+from models.checkpoint import model_weights
 from utils.errors import run_main
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
@@ -47,7 +50,7 @@ class Stage:
         self.data, self.runs, self.root, self.patch, self.capsys = root / "data", root / "runs", root, patch, capsys
         shutil.copytree(base, self.data)
         # Pictures take a second of every run and nothing here is about them.
-        patch.setattr(train, "finish", lambda *_: print("done"))
+        patch.setattr("utils.summary.finish", lambda *_: print("done"))
 
     def train(self, *flags: str) -> str:
         words = [*TINY, "--train", "--data_root", str(self.data), "--log_path", str(self.runs), "--run_name", "r"]
@@ -64,7 +67,7 @@ class Stage:
         out, err = self.capsys.readouterr()
         if end.value.code == 0:
             told = [line for line in out.splitlines() if line.startswith(("warning", "epoch ", str(self.data), "left"))]
-            told = [line for line in told if " loss " not in line]
+            told = [line for line in told if "  CE " not in line]
             return "goes on" + (f": {self.plain(told[-1])}" if told else "")
         lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
         assert end.value.code == 2 and len(lines) == 1 and "Traceback" not in err, err
@@ -354,13 +357,13 @@ def existing(stage: Stage) -> str:
 
 @fault("Checkpoints", "`--resume` without a run")
 def nothing_to_resume(stage: Stage) -> str:
-    return stage.train("--resume")
+    return stage.train("--resume", str(stage.runs / "r"))
 
 
 @fault("Checkpoints", "`--resume` with another `--alpha`")
 def other_flag(stage: Stage) -> str:
     stage.train()
-    return stage.train("--resume", "--alpha", "0.7")
+    return stage.train("--resume", "auto", "--alpha", "0.7")
 
 
 @fault("Checkpoints", "`--resume` with other labels")
@@ -368,21 +371,21 @@ def other_labels(stage: Stage) -> str:
     stage.train()
     rows = (stage.data / "train.csv").read_text()
     (stage.data / "train.csv").write_text(rows.replace("train_0000,a", "train_0000,b"))
-    return stage.train("--resume")
+    return stage.train("--resume", "auto")
 
 
 @fault("Checkpoints", "`--resume` with a last.pth of the official code")
 def foreign_last(stage: Stage) -> str:
     stage.train()
     torch.save({"model": {}, "optimizer": {}}, stage.runs / "r" / "last.pth")
-    return stage.train("--resume")
+    return stage.train("--resume", "auto")
 
 
 @fault("Checkpoints", "`--resume` with a damaged last.pth")
 def damaged_last(stage: Stage) -> str:
     stage.train()
     os.truncate(stage.runs / "r" / "last.pth", 1000)
-    return stage.train("--resume")
+    return stage.train("--resume", "auto")
 
 
 # ---------------------------------------------------------------------------------------------------------- bad numbers
@@ -410,16 +413,17 @@ def infinite_logits(stage: Stage) -> str:
 
 @fault("Numbers", "weights that are NaN, with `--checkpoint`")
 def nan_weights(stage: Stage) -> str:
-    weights = {
-        name: value * float("nan") for name, value in train.AVClassifier(3, "resnet18_thin").state_dict().items()
-    }
+    model = build_model(get_spec("folder").modalities, {"audio": (33, 20)}, 3, "resnet18_thin")
+    weights = {name: value * float("nan") for name, value in model_weights(model).items()}
     torch.save({"model": weights}, stage.root / "x.pth")
     return stage.main(*TINY, "--data_root", str(stage.data), "--checkpoint", str(stage.root / "x.pth"))
 
 
 @fault("Numbers", "a partition that keeps no audio")
 def one_modality(stage: Stage) -> str:
-    stage.patch.setattr(train.remix, "decouple", lambda scores, keep: torch.ones(len(scores), dtype=torch.long))
+    stage.patch.setattr(
+        train.remix, "decouple", lambda scores, keep: torch.tensor([[False, True]]).expand(len(scores), 2)
+    )
     return stage.train("--method", "remix", "--warmup", "0")
 
 
@@ -456,12 +460,12 @@ def size_limit(stage: Stage) -> str:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        said = stage.train("--resume", "--epochs", "2")
+        said = stage.train("--resume", "auto", "--epochs", "2")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (stage.runs / "r" / "last.pth").read_bytes() == before
     assert sorted(p.name for p in (stage.runs / "r").glob("*.pth")) == ["best.pth", "last.pth"]
-    assert stage.train("--resume", "--epochs", "2") == "goes on"
+    assert stage.train("--resume", "auto", "--epochs", "2") == "goes on"
     return re.sub(r"(last|best)\.pth", "last.pth", said)
 
 
