@@ -21,6 +21,7 @@ from dataset.folder import Part
 from dataset.pack import (
     Pack,
     Rows,
+    common_size,
     fit,
     frame_sizes,
     is_packed,
@@ -30,7 +31,6 @@ from dataset.pack import (
     read_frame,
     room_for_packs,
     shrink,
-    stored_size,
 )
 from dataset.specs import Modality
 from models.encoders import Sequences, steps_of
@@ -242,6 +242,9 @@ class _Stored:
             shards = [whole]
         self.shards = shards
 
+    def __getitem__(self, row: int) -> Tensor:
+        return self.shards[row // self.per_shard][row % self.per_shard] if len(self.shards) > 1 else self.shards[0][row]
+
     def pick(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """The rows (B, ...) with these numbers, in `out` where it is given."""
         if len(self.shards) == 1:
@@ -348,7 +351,7 @@ def make_clips(root: Path, name: str, part: Part, shapes: dict[str, tuple[int, .
 def stored_sizes(part: Part, feed: Feed) -> dict[str, tuple[int, int]]:
     """Height and width at which the frames of each modality of images are packed."""
     images = [modality.name for modality in feed.modalities if modality.kind == "frames"]
-    return {name: stored_size(frame_sizes(part.files[name]), feed.pack_size) for name in images}
+    return {name: common_size(frame_sizes(part.files[name]), feed.pack_size) for name in images}
 
 
 def step_bytes(batch_size: int, feed: Feed, shapes: dict[str, tuple[int, ...]]) -> float:

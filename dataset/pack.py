@@ -190,7 +190,12 @@ def frame_sizes(files: FrameFiles) -> np.ndarray:
     return files.sizes
 
 
-def stored_size(sizes: np.ndarray, short_side: int | None = None) -> tuple[int, int]:
+def stored_size(first_frames: Iterable[Path], short_side: int | None = None) -> tuple[int, int]:
+    """`common_size` of frames by their paths."""
+    return common_size(np.array([frame_size(path) for path in first_frames]), short_side)
+
+
+def common_size(sizes: np.ndarray, short_side: int | None = None) -> tuple[int, int]:
     """Height and width that the pack keeps: the most common of `sizes` (N, 2), shrunk to `short_side`.
 
     Frames of another size are resized to it.

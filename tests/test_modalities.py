@@ -252,7 +252,7 @@ def test_arrays_of_different_lengths_are_told_of_sequences(tmp_path):
         load_five(root)
     modalities = [*MODALITIES[:-1], MODALITIES[-1] | {"encoder": "gru"}]
     (root / "dataset.json").write_text(json.dumps({"modalities": modalities}))
-    with pytest.raises(UserError, match=r'gru of touch: takes sequences, .* \(6, 4\); .* the kind "sequence"'):
+    with pytest.raises(UserError, match=r'gru of touch: takes sequences, .* \(6, 4\); give them the kind "sequence"'):
         build_model(spec_of("folder", root).modalities, {"audio": (33, 20), "text": (9, 5), "touch": (6, 4)}, 3)
 
 

@@ -18,6 +18,7 @@ from helpers import make_folder
 from dataset import pack as pack_module
 from dataset.folder import Folder, load_folder
 from dataset.pack import (
+    common_size,
     frame_size,
     frame_sizes,
     is_packed,
@@ -149,7 +150,8 @@ def test_sizes(folder):
     cv2.imwrite(str(files[0][0]), np.zeros((90, 20, 3), np.uint8))
     first = frame_sizes(files)
     assert first.tolist() == [[90, 20]] + [[40, 48]] * 23 and frame_sizes(files) is first
-    assert stored_size(first) == (40, 48) and stored_size(first, 20) == (20, 24) and stored_size(first, 64) == (40, 48)
+    assert common_size(first) == (40, 48) and common_size(first, 20) == (20, 24) and common_size(first, 64) == (40, 48)
+    assert stored_size([paths[0] for paths in files]) == (40, 48)
     assert shrink((90, 120), None) == (90, 120)
 
 
