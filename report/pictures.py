@@ -124,7 +124,9 @@ def stored(modality: Modality, files: list[Path] | Path) -> np.ndarray:
         height = min(len(frame) for frame in frames)
         return np.concatenate([frame[:height] for frame in frames], axis=1)  # (H, W, 3)
     array = np.load(files, allow_pickle=False)
-    return array.T if modality.recipe == "fbank" else array  # that recipe stores (time, mel)
+    return (
+        array.T if modality.recipe is not None and modality.recipe.name == "fbank" else array
+    )  # that recipe stores (time, mel)
 
 
 # ------------------------------------------------------------------------------------------------------- figures
