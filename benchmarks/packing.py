@@ -26,7 +26,7 @@ from benchmarks.common import generate_folder, machine, save
 from dataset import pack
 from dataset.clips import Feed, make_clips
 from dataset.folder import load_folder
-from dataset.specs import VIDEO, get_spec
+from dataset.specs import AUDIO, VIDEO, get_spec
 from models import build_model
 from remix import batches_of
 from utils.cli import number
@@ -83,7 +83,7 @@ def measure(folder: Path, clips: int, shard_mb: int) -> list[dict]:
     for count in (clips // 8, clips // 4, clips // 2, clips):
         root = folder / str(count)
         root.mkdir()
-        for name in ("visual", "audio", "test.csv", "stat.csv"):
+        for name in ("visual", AUDIO, "test.csv", "stat.csv"):
             (root / name).symlink_to(whole / name)
         (root / "train.csv").write_text("".join(lines[:count]))
         for name in STAGES:

@@ -25,7 +25,7 @@ from benchmarks.raw_samples import cremad_names, write_video, write_wav
 from benchmarks.saving import new_result
 from dataset.prepare import engine
 from dataset.prepare.engine import Clip, Options, prepare_clips
-from dataset.specs import AUDIO_RECIPES, get_spec
+from dataset.specs import AUDIO, AUDIO_RECIPES, get_spec
 from utils.cli import Parser, number
 from utils.errors import run_main
 
@@ -113,7 +113,7 @@ def compare(raw: Path, other: Path, folder: Path, count: int, repeats: int) -> d
             subprocess.run(command, cwd=root, check=True, capture_output=True)
             rates[name].append(count / (time.monotonic() - begin))
             busy[name].append(1000 * (_children_seconds() - before) / count)
-    same = {kind: _same_files(folder / "here0" / kind, folder / "other0" / kind) for kind in ("visual", "audio")}
+    same = {kind: _same_files(folder / "here0" / kind, folder / "other0" / kind) for kind in ("visual", AUDIO)}
     found = {"against": str(other), "workers": workers, "clips": count, "identical_files": same}
     for name in rates:
         found[f"{name}_clips_per_second"] = [round(rate, 2) for rate in sorted(rates[name])]

@@ -27,6 +27,7 @@ MAY_NAME_THEM = {
     "train.py": ("make_parser", "loss_weights"),
     "report/people.py": None,
     "dataset/prepare": None,
+    "benchmarks/media.py": None,  # about the video and audio streams of media files
     "tests": None,
 }
 
