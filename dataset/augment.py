@@ -3,7 +3,8 @@
 Drawing and applying are apart, so that every data path (files or resident, host or GPU) sees the same crops for the
 same seed, and a resumed epoch the same as an uninterrupted one.
 
-Shapes: N clips, T frames picked per clip, M frames in a call, H x W stored pixels, S x S fed pixels.
+Shapes: N clips, T frames picked per clip, M frames in a call, c channels (3 RGB, 2 optical flow), H x W stored pixels,
+S x S fed pixels.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+FLOW_CHANNELS = 2
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 LARGE = 64 * 64  # pixels of a frame from which the CPU is faster frame by frame
@@ -106,21 +108,32 @@ def draw_views(
 def crop_resize(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     """Cut a box out of each frame, resize it to `size` x `size` and mirror it where asked.
 
-    frames (M, 3, H, W) uint8, boxes (M, 4), flips (M,), all on one device -> (M, 3, S, S) float32 in [0, 255].
+    frames (M, c, H, W) uint8, boxes (M, 4), flips (M,), all on one device -> (M, c, S, S) float32 in [0, 255].
     Bilinear with antialiasing as PIL's, on either of two ways, by what is faster there: on a GPU, and for small frames,
-    all at once; on the CPU large frames one by one.
+    all at once; on the CPU large frames one by one. In a mirrored flow the motion along x is reversed too.
     """
     if frames.device.type == "cpu" and frames.shape[-2] * frames.shape[-1] >= LARGE:
-        return crop_resize_singly(frames, boxes, flips, size)
-    return crop_resize_at_once(frames, boxes, flips, size)
+        pixels = crop_resize_singly(frames, boxes, flips, size)
+    else:
+        pixels = crop_resize_at_once(frames, boxes, flips, size)
+    return reverse_flow(pixels, flips) if frames.shape[1] == FLOW_CHANNELS else pixels
+
+
+def reverse_flow(pixels: Tensor, flips: Tensor) -> Tensor:
+    """Optical flow (M, 2, S, S) in [0, 255] with the motion along x reversed where `flips` (M,): 255 - x, as mmaction2.
+
+    A level p stands for a motion of (p - 127.5) * 40 / 255 pixels, so this is exactly the negative.
+    """
+    x, y = pixels.unbind(1)
+    return torch.stack([torch.where(flips[:, None, None], 255 - x, x), y], dim=1)
 
 
 def crop_resize_singly(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
     """`crop_resize` frame by frame in whole levels of 255, as PIL: work in proportion to the box, on the CPU."""
-    pixels = torch.empty(len(frames), 3, size, size)
+    pixels = torch.empty(*frames.shape[:2], size, size)
     for frame, (top, left, h, w), flip, out in zip(frames, boxes.tolist(), flips.tolist(), pixels, strict=True):
         box = frame[None, :, top : top + h, left : left + w]
-        resized = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]  # (3, S, S) uint8
+        resized = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]  # (c, S, S) uint8
         out.copy_(resized.flip(2) if flip else resized)
     return pixels
 
@@ -135,8 +148,8 @@ def crop_resize_at_once(frames: Tensor, boxes: Tensor, flips: Tensor, size: int)
     rows = resize_weights(boxes[:, 0], boxes[:, 2], height, size)  # (M, S, H)
     columns = resize_weights(boxes[:, 1], boxes[:, 3], width, size)  # (M, S, W)
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
-    pixels = frames.float() @ columns.transpose(1, 2)[:, None]  # (M, 3, H, S)
-    return rows[:, None] @ pixels  # (M, 3, S, S)
+    pixels = frames.float() @ columns.transpose(1, 2)[:, None]  # (M, c, H, S)
+    return rows[:, None] @ pixels  # (M, c, S, S)
 
 
 def resize_weights(start: Tensor, extent: Tensor, length: int, size: int) -> Tensor:
@@ -153,7 +166,12 @@ def resize_weights(start: Tensor, extent: Tensor, length: int, size: int) -> Ten
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """(..., 3, S, S) in [0, 255] to ImageNet's mean 0 and standard deviation 1 per channel."""
+    """Pixels (..., c, S, S) in [0, 255], normalised.
+
+    RGB to ImageNet's mean 0 and standard deviation 1 per channel; optical flow to [-1, 1], 0 for no motion.
+    """
+    if pixels.shape[-3] == FLOW_CHANNELS:
+        return pixels / 127.5 - 1
     mean, std = _imagenet(pixels.device, pixels.dtype)
     return (pixels - mean) / std
 

@@ -42,6 +42,7 @@ class Data(NamedTuple):
         if self.folder.missing:
             told.append(f"left out: {len(self.folder.missing)} clips with missing files (--allow_missing); config.json "
                         "has their number")  # fmt: skip
+        told += self.folder.notes
         for name, part in self.clips.items():
             present = set(part.labels.tolist())
             absent = [label for i, label in enumerate(self.classes) if i not in present]

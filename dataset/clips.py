@@ -2,12 +2,12 @@
 
 Both draw the same views for the same generator, so they feed the same images.
 
-Shapes: N clips, B clips of a batch on this process, T frames, S x S pixels, (F, W) spectrogram.
+Shapes: N clips, B clips of a batch on this process, T frames, c channels, S x S pixels, (F, W) spectrogram.
 """
 
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.augment import Views, crop_resize, draw_views, normalise
+from dataset.augment import FLOW_CHANNELS, Views, crop_resize, draw_views, normalise
 from dataset.folder import Part
 from dataset.pack import (
     Pack,
+    Rows,
+    common_size,
     fit,
-    frame_size,
+    frame_sizes,
     is_packed,
     open_pack,
     pack_bytes,
@@ -29,9 +31,9 @@ from dataset.pack import (
     read_frame,
     room_for_packs,
     shrink,
-    stored_size,
 )
 from dataset.specs import Modality
+from models.encoders import Sequences, steps_of
 from utils.distributed import barrier, is_first_here, local_processes, lowest, rank, world_size
 from utils.errors import UserError
 from utils.memory import available_ram, gigabytes
@@ -46,14 +48,14 @@ SHARE_OF_DEVICE = 0.6
 class ClipBatch(NamedTuple):
     """This process's share of one planned batch, on the device.
 
-    clips (B,) indices into the part; fed: the modalities given to the network; inputs: images (B, T, 3, S, S), arrays
-    (B, 1, F, W) or vectors (B, D) by modality, masked ones only where they were asked for; labels (B,); total: clips of
-    the batch over all processes; share: this process's part of the batch, all shares adding up to 1.
+    clips (B,) indices into the part; fed: the modalities given to the network; inputs: images (B, T, c, S, S), arrays
+    (B, 1, F, W), vectors (B, D) or `Sequences` by modality, masked ones only where they were asked for; labels (B,);
+    total: clips of the batch over all processes; share: this process's part of the batch, all shares adding up to 1.
     """
 
     clips: Tensor
     fed: tuple[str, ...]
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor | Sequences]
     labels: Tensor
     total: int
     share: float
@@ -98,12 +100,14 @@ class Clips:
     def __init__(self, part: Part, feed: Feed):
         self.names, self.feed, self.device = part.clips, feed, feed.device
         self.modalities = {modality.name: modality for modality in feed.modalities}
-        images = [modality.name for modality in feed.modalities if modality.kind == "frames"]
-        self.counts = {name: torch.tensor([len(paths) for paths in part.files[name]]) for name in images}
-        # (N, 2) height and width of each clip's frames, pack_size applied
+        images = [modality for modality in feed.modalities if modality.kind == "frames"]
+        self.counts = {modality.name: torch.as_tensor(part.files[modality.name].counts) for modality in images}
+        # (N, 2) height and width of each clip's frames, pack_size applied; boxes are drawn in them. Modalities that
+        # share their views share the sizes too.
         self.sizes = {
-            name: torch.tensor([shrink(frame_size(paths[0]), feed.pack_size) for paths in part.files[name]])
-            for name in images
+            modality.name: torch.tensor([shrink((height, width), feed.pack_size) for height, width in sizes.tolist()])
+            for modality in images
+            for sizes in [frame_sizes(part.files[modality.like or modality.name])]
         }
         self.labels = torch.as_tensor(part.labels).to(feed.device)
 
@@ -127,7 +131,9 @@ class Clips:
         views = {
             name: draw_views(counts[order], self.sizes[name][order], self.modalities[name].frames, generator, *crops)
             for name, counts in self.counts.items()
+            if self.modalities[name].like is None
         }
+        views |= {name: views[other] for name in self.counts if (other := self.modalities[name].like) is not None}
         jobs, shares, start = [], [], 0  # a share: the places in `order` that are this process's
         for batch in plan:
             total, places = len(batch.clips), torch.arange(start, start + len(batch.clips))
@@ -146,14 +152,16 @@ class Clips:
             inputs = {name: self._shaped(name, loaded[name]) for name in job.load}
             yield ClipBatch(mine, job.fed, inputs, labels, job.total, job.share)
 
-    def _shaped(self, name: str, values: Tensor) -> Tensor:
-        """Pixels (B*T, 3, S, S) in [0, 255] normalised to (B, T, 3, S, S); arrays (B, F, W) to (B, 1, F, W)."""
+    def _shaped(self, name: str, values: Tensor | Sequences) -> Tensor | Sequences:
+        """Pixels (B*T, c, S, S) in [0, 255] normalised to (B, T, c, S, S); arrays (B, F, W) to (B, 1, F, W)."""
+        if isinstance(values, Sequences):
+            return values
         if name in self.counts:
             return normalise(values).unflatten(0, (-1, self.modalities[name].frames))
         return values[:, None] if values.dim() == 3 else values
 
-    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor]]:
-        """For each job and modality, arrays (B, ...) or pixels (B*T, 3, S, S) in [0, 255], float32 on the device."""
+    def _load(self, jobs: list[Job]) -> Iterator[Mapping[str, Tensor | Sequences]]:
+        """For each job and modality, arrays (B, ...), pixels (B*T, c, S, S) in [0, 255] or sequences, on the device."""
         raise NotImplementedError
 
 
@@ -163,22 +171,24 @@ class ResidentClips(Clips):
     def __init__(self, part: Part, pack: Pack, feed: Feed):
         super().__init__(part, feed)
         self.store = store = feed.device if feed.cache == "device" else torch.device("cpu")
-        # Memory-mapped arrays are read-only, which PyTorch warns of; nothing here writes to them.
-        self.arrays = {name: _as_tensor(array).to(store) for name, array in pack.arrays.items()}
+        self.arrays = {name: _Stored(array, store) for name, array in pack.arrays.items()}
+        self.lengths = {name: torch.as_tensor(pack.counts[name]) for name in pack.counts if name not in self.counts}
         self.first = {name: torch.as_tensor(rows) for name, rows in pack.first.items()}
         # Boxes are drawn in original coordinates, then rescaled to the packed size: (N, 2), None where they are equal.
         self.scale: dict[str, Tensor | None] = {}
         for name, sizes in self.sizes.items():
-            kept = torch.tensor(pack.arrays[name].shape[-2:])
+            kept = torch.tensor(self.arrays[name].shape[-2:])
             self.scale[name] = kept / sizes if (sizes != kept).any() else None
 
-    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor]]:
+    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor | Sequences]]:
         clips = _to_device([job.clips for job in jobs], self.store)
         images = {name: self._placed(name, jobs) for name in self.counts}
         for i, (job, clip) in enumerate(zip(jobs, clips, strict=True)):
             loaded = {}
             for name in job.load:
-                if name in images:
+                if name in self.lengths:
+                    loaded[name] = self._sequences(name, job.clips)
+                elif name in images:
                     row, box, flip = (values[i] for values in images[name])
                     loaded[name] = crop_resize(self._take(self.arrays[name], row), box, flip, self.feed.image_size)
                 else:
@@ -203,13 +213,48 @@ class ResidentClips(Clips):
         first = torch.minimum(first, torch.tensor(self.arrays[name].shape[-2:]).double() - 1)
         return torch.cat([first, (last - first).clamp(min=1)], dim=2).long()
 
-    def _take(self, array: Tensor, rows: Tensor) -> Tensor:
+    def _sequences(self, name: str, clips: Tensor) -> Sequences:
+        lengths = self.lengths[name][clips]
+        rows = self.first[name][clips].repeat_interleave(lengths) + steps_of(lengths)
+        taken = self._take(self.arrays[name], _send(rows, self.store))
+        places = Sequences.of(taken, lengths)
+        return places._replace(lengths=_send(lengths, self.device), slots=_send(places.slots, self.device))
+
+    def _take(self, array: "_Stored", rows: Tensor) -> Tensor:
         """Rows of `array` on the device, from the host by way of pinned memory: the host need not wait for the copy."""
         if self.store == self.device:
-            return array[rows]
+            return array.pick(rows)
         pinned = torch.empty(len(rows), *array.shape[1:], dtype=array.dtype, pin_memory=True)
-        torch.index_select(array, 0, rows, out=pinned)
-        return pinned.to(self.device, non_blocking=True)
+        return array.pick(rows, pinned).to(self.device, non_blocking=True)
+
+
+class _Stored:
+    """An array of a pack: on a GPU in one piece, on the host as the memory-mapped shards that it lies in."""
+
+    def __init__(self, array: Rows, store: torch.device):
+        shards = [_as_tensor(shard) for shard in array.shards]
+        self.shape, self.dtype, self.per_shard = array.shape, shards[0].dtype, array.per_shard
+        if store.type != "cpu":
+            whole, start = torch.empty(self.shape, dtype=self.dtype, device=store), 0
+            for shard in shards:
+                whole[start : start + len(shard)] = shard
+                start += len(shard)
+            shards = [whole]
+        self.shards = shards
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.shards[row // self.per_shard][row % self.per_shard] if len(self.shards) > 1 else self.shards[0][row]
+
+    def pick(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """The rows (B, ...) with these numbers, in `out` where it is given."""
+        if len(self.shards) == 1:
+            return self.shards[0][rows] if out is None else torch.index_select(self.shards[0], 0, rows, out=out)
+        out = torch.empty(len(rows), *self.shape[1:], dtype=self.dtype) if out is None else out
+        shard = rows // self.per_shard
+        for i in shard.unique().tolist():
+            here = shard == i
+            out[here] = self.shards[i][rows[here] - i * self.per_shard]
+        return out
 
 
 class FileClips(Clips):
@@ -219,7 +264,7 @@ class FileClips(Clips):
         super().__init__(part, feed)
         self.jobs: list[Job] = []
         self.loader = DataLoader(
-            _JobReader(part, feed.image_size, shapes, {name: sizes.tolist() for name, sizes in self.sizes.items()}),
+            _JobReader(part, feed.image_size, shapes, {name: sizes.numpy() for name, sizes in self.sizes.items()}),
             sampler=self.jobs,  # filled anew for each epoch, so that the workers live on
             batch_size=None,
             num_workers=feed.workers,
@@ -230,12 +275,18 @@ class FileClips(Clips):
             pin_memory=feed.device.type == "cuda",
         )
 
-    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor]]:
+    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor | Sequences]]:
         self.jobs[:] = jobs
         for loaded, mistake in self.loader:
             if mistake:
                 raise UserError(mistake)
-            yield {name: values.to(self.device, non_blocking=True).float() for name, values in loaded.items()}
+            yield {name: self._moved(values) for name, values in loaded.items()}
+
+    def _moved(self, values: Tensor | Sequences) -> Tensor | Sequences:
+        if isinstance(values, Sequences):
+            rows, lengths, slots = (_send(field, self.device) for field in (values.rows, values.lengths, values.slots))
+            return Sequences(rows, lengths, slots, values.longest)
+        return values.to(self.device, non_blocking=True).float()
 
 
 def _ignore_signals(_: int) -> None:
@@ -245,34 +296,43 @@ def _ignore_signals(_: int) -> None:
 
 
 class _JobReader(Dataset):
-    """Reads a whole batch in a worker: arrays (B, ...) float32 and frames (B*T, 3, S, S) uint8, by modality."""
+    """Reads a whole batch in a worker: arrays (B, ...), frames (B*T, c, S, S) uint8 and sequences, by modality."""
 
-    def __init__(self, part: Part, image_size: int, shapes: dict[str, tuple[int, ...]], sizes: dict[str, list]):
+    def __init__(self, part: Part, image_size: int, shapes: dict[str, tuple[int, ...]], sizes: dict[str, np.ndarray]):
         self.part, self.image_size, self.shapes = part, image_size, shapes
         self.sizes = sizes  # (height, width) the clip's boxes are for, which every frame of it is resized to
 
-    def __getitem__(self, job: Job) -> tuple[dict[str, Tensor], str]:
+    def __getitem__(self, job: Job) -> tuple[dict[str, Tensor | Sequences], str]:
         try:
             return {name: self._images(name, job) if name in job.views else self._arrays(name, job)
                     for name in job.load}, ""  # fmt: skip
         except UserError as error:  # one line in the main process instead of a worker's stack trace
             return {}, str(error)
 
-    def _arrays(self, name: str, job: Job) -> Tensor:
-        arrays = [read_array(self.part.files[name][i], self.shapes[name]) for i in job.clips.tolist()]
-        return torch.from_numpy(np.stack(arrays))
+    def _arrays(self, name: str, job: Job) -> Tensor | Sequences:
+        files, shape = self.part.files[name], self.shapes[name]
+        if files.lengths is None:
+            return torch.from_numpy(np.stack([read_array(files[i], shape) for i in job.clips.tolist()]))
+        lengths = files.lengths[job.clips.numpy()]
+        steps = [
+            read_array(files[i], (n, *shape[1:])) for i, n in zip(job.clips.tolist(), lengths.tolist(), strict=True)
+        ]
+        return Sequences.of(torch.from_numpy(np.concatenate(steps)), torch.from_numpy(lengths))
 
     def _images(self, name: str, job: Job) -> Tensor:
         from torchvision.transforms.v2 import functional as vision  # late: importing it takes seconds
 
-        frames, side = [], [self.image_size, self.image_size]
+        frames, side, files = [], [self.image_size, self.image_size], self.part.files[name]
         rows = zip(job.clips.tolist(), *(field.tolist() for field in job.views[name]), strict=True)
         for clip, picks, boxes, flips in rows:
+            paths, size = files[clip], tuple(self.sizes[name][clip].tolist())
             for pick, box, flip in zip(picks, boxes, flips, strict=True):
-                image = fit(read_frame(self.part.files[name][clip][pick]), tuple(self.sizes[name][clip]))
-                image = torch.from_numpy(image).permute(2, 0, 1)
+                image = torch.from_numpy(fit(read_frame(paths[pick]), size)).permute(2, 0, 1)[: files.channels]
                 image = vision.resized_crop(image, *box, size=side, antialias=True)
-                frames.append(image.flip(2) if flip else image)
+                image = image.flip(2) if flip else image
+                if flip and files.channels == FLOW_CHANNELS:
+                    image[0] = 255 - image[0]  # motion along x is reversed
+                frames.append(image)
         return torch.stack(frames)
 
 
@@ -291,7 +351,7 @@ def make_clips(root: Path, name: str, part: Part, shapes: dict[str, tuple[int, .
 def stored_sizes(part: Part, feed: Feed) -> dict[str, tuple[int, int]]:
     """Height and width at which the frames of each modality of images are packed."""
     images = [modality.name for modality in feed.modalities if modality.kind == "frames"]
-    return {name: stored_size([paths[0] for paths in part.files[name]], feed.pack_size) for name in images}
+    return {name: common_size(frame_sizes(part.files[name]), feed.pack_size) for name in images}
 
 
 def step_bytes(batch_size: int, feed: Feed, shapes: dict[str, tuple[int, ...]]) -> float:
@@ -302,7 +362,8 @@ def step_bytes(batch_size: int, feed: Feed, shapes: dict[str, tuple[int, ...]]) 
     thinner trunks and for bf16.
     """
     images = sum(modality.frames for modality in feed.modalities if modality.kind == "frames") * feed.image_size**2
-    return 1.5e9 + 700 * batch_size * (images + sum(int(np.prod(shape)) for shape in shapes.values()))
+    arrays = {modality.name for modality in feed.modalities if modality.kind == "array"}
+    return 1.5e9 + 700 * batch_size * (images + sum(int(np.prod(shapes[name])) for name in arrays if name in shapes))
 
 
 def choose_cache(
@@ -344,6 +405,11 @@ def _as_tensor(array) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
+
+
+def _send(values: Tensor, device: torch.device) -> Tensor:
+    """`values` of the host on the device, without the host waiting for the copy."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def _to_device(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:

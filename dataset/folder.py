@@ -3,13 +3,14 @@
 import hashlib
 import shlex
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.inspect import Files, Problem, Report, inspect_folder
+from dataset.files import ArrayFiles, FrameFiles
+from dataset.inspect import Problem, Report, inspect_folder
 from dataset.lists import read_record
-from dataset.specs import DatasetSpec
+from dataset.specs import DatasetSpec, Modality
 from dataset.splits import VALIDATION_SEED, actor_of, actor_test, hold_out, hold_out_groups
 from utils.errors import UserError
 
@@ -21,17 +22,18 @@ LIST_KINDS += ("clip_in_two_parts", "no_group")
 class Part(NamedTuple):
     """N clips: ids, class indices (N,) int64, and `files[modality][i]`, the files of clip i in each modality.
 
-    Those are a sorted list of paths for frames, one path for an array.
+    Those are a list of paths for frames (`FrameFiles`), one path for an array or a sequence (`ArrayFiles`).
     """
 
     clips: list[str]
     labels: np.ndarray
-    files: dict[str, list]
+    files: dict[str, Any]
 
 
 class Folder(NamedTuple):
     """A training folder. `shapes` is the shape of each array modality, `split` the content of split.json or {}.
 
+    For sequences it is (steps of the longest, D). `notes` are lines for the user, such as on arrays that are cast.
     `missing` are the problems of the clips left out. `groups` maps each clip to its group (its actor, its speaker, its
     recorder) where no group may be both in train and in validation, else it is None.
     """
@@ -44,6 +46,7 @@ class Folder(NamedTuple):
     missing: list[Problem]
     split: dict
     groups: dict[str, str] | None
+    notes: tuple[str, ...] = ()
 
 
 def load_folder(
@@ -70,7 +73,8 @@ def load_folder(
     groups = report.groups
     if groups is None and split.get("name") == "actor":
         groups = {clip: actor_of(clip) for part in parts.values() for clip in part.clips}
-    return Folder(report.root, spec, report.classes, parts, report.shapes, report.problems, split, groups)
+    notes = tuple(f"{warning.path}: {warning.reason}" for warning in report.warnings if warning.kind == "cast")
+    return Folder(report.root, spec, report.classes, parts, report.shapes, report.problems, split, groups, notes)
 
 
 def split_validation(part: Part, fraction: float, groups: dict[str, str] | None) -> tuple[Part, Part]:
@@ -115,24 +119,26 @@ def digest(part: Part) -> str:
 
 def _select(part: Part, mask: np.ndarray) -> Part:
     rows = np.flatnonzero(mask)
-    files = {name: [paths[i] for i in rows] for name, paths in part.files.items()}
+    files = {name: own.select(rows) for name, own in part.files.items()}
     return Part([part.clips[i] for i in rows], part.labels[rows], files)
 
 
 def _part(report: Report, spec: DatasetSpec, name: str) -> Part:
     index = {label: i for i, label in enumerate(report.classes)}
-    rows = [(clip, index[label], report.files[clip]) for clip, label in report.parts[name] if clip in report.files]
-    return Part(
-        [clip for clip, _, _ in rows],
-        np.array([label for _, label, _ in rows], dtype=np.int64),
-        {modality: [_paths(files, modality) for _, _, files in rows] for modality in spec.names},
-    )
+    rows = [(clip, index[label]) for clip, label in report.parts[name] if clip in report.files]
+    clips = [clip for clip, _ in rows]
+    files = {modality.name: _files(report, modality, clips) for modality in spec.modalities}
+    return Part(clips, np.array([label for _, label in rows], dtype=np.int64), files)
 
 
-def _paths(files: Files, modality: str) -> list[Path] | Path:
-    if modality in files.frames:
-        return [Path(path) for path in files.frames[modality]]
-    return Path(files.arrays[modality])
+def _files(report: Report, modality: Modality, clips: list[str]) -> FrameFiles | ArrayFiles:
+    folder, name = f"{report.root}/{modality.folder}", modality.name
+    if modality.kind == "frames":
+        return FrameFiles(folder, clips, [report.files[clip].frames[name] for clip in clips], modality.channels)
+    lengths = None
+    if modality.kind == "sequence":
+        lengths = np.array([report.files[clip].shapes[name][0] for clip in clips], dtype=np.int64)
+    return ArrayFiles(folder, clips, lengths)
 
 
 def _complaint(report: Report, problems: list[Problem], spec: DatasetSpec, only_files: bool) -> str:

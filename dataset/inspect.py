@@ -5,7 +5,9 @@ and `read_array` check what they decode anyway, and the doctor (`python -m datas
 """
 
 import os
+import re
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -14,12 +16,14 @@ from numpy.lib import format as npy
 from tqdm import tqdm
 
 from dataset.lists import Fault, read_classes, read_record, scan_clips, scan_groups
-from dataset.specs import AUDIO, AUDIO_RECIPES, DESCRIPTION, DatasetSpec, Modality
+from dataset.specs import AUDIO, DatasetSpec, Modality, recipe_of
 from dataset.splits import actor_of
 from utils.errors import UserError
 
 LFS_HEADER = b"version https://git-lfs"  # what a file holds when git-lfs was not run
 PARTS = ("train", "test", "val")
+FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 class Problem(NamedTuple):
@@ -33,18 +37,41 @@ class Problem(NamedTuple):
 
 
 class Files(NamedTuple):
-    """The files of one clip by modality: `frames` in sorted order, `arrays`, and the `shapes` of the arrays."""
+    """What one clip has in each modality, one object for all clips that have the same.
 
-    frames: dict[str, list[str]]
-    arrays: dict[str, str]
+    `frames` are the names of the frames, in order, `shapes` those of the arrays; `casts` says in words how the file of
+    an array differs from row-ordered float32, where it does. `dataset.folder` makes paths of them.
+    """
+
+    frames: dict[str, tuple[str, ...]]
     shapes: dict[str, tuple[int, ...]]
+    casts: dict[str, str]
+
+
+class Header(NamedTuple):
+    """What the header of a .npy file says; `start` is where the numbers begin, in bytes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran: bool
+    start: int
+
+    @property
+    def cast(self) -> str:
+        """How the array differs from what is fed, '' for row-ordered float32."""
+        words = [] if self.dtype == np.dtype("<f4") else [self.dtype.name]
+        return ", ".join([*words, "column order"] if self.fortran and len(self.shape) > 1 else words)
+
+
+Headers = dict[bytes, Header]  # parsed headers by their bytes: 15,000 files share one
 
 
 class Report(NamedTuple):
     """The result of an inspection. `parts` holds the (clip, label) rows of each list, `files` the valid clips' files.
 
-    `shapes` is the shape of each array modality; `groups` is the group of each clip as groups.csv says, None where
-    there is no such file. A folder is valid exactly when `problems` is empty; `warnings` do not stop training.
+    `shapes` is the shape of each array modality, (steps of the longest, D) for sequences; `groups` is the group of each
+    clip as groups.csv says, None where there is no such file. A folder is valid exactly when `problems` is empty;
+    `warnings` do not stop training.
     """
 
     root: Path
@@ -64,69 +91,98 @@ class Report(NamedTuple):
 
 
 def frame_fault(data: bytes) -> str:
-    """Why `data` is not a whole JPEG file, '' if it looks like one. Its pixels are the decoder's to check."""
+    """Why `data` is not a whole JPEG or PNG file, '' if it looks like one. Its pixels are the decoder's to check."""
     if not data:
         return "empty file"
     if data.startswith(LFS_HEADER):
         return "git-lfs pointer; run git lfs pull"
-    if not data.startswith(b"\xff\xd8"):
-        return "not a JPEG file"
     # Decoders fill what is missing with grey and do not say so. Some cameras pad behind the end marker.
-    return "" if b"\xff\xd9" in data[-64:] else "truncated JPEG (no end marker)"
+    if data.startswith(b"\xff\xd8"):
+        return "" if b"\xff\xd9" in data[-64:] else "truncated JPEG (no end marker)"
+    if data.startswith(PNG_START):
+        return "" if PNG_END in data[-64:] else "truncated PNG (no end marker)"
+    return "not a JPEG or PNG file"
 
 
-def array_fault(path: str, headers: dict[bytes, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
-    """(reason, shape) of a .npy file: the reason is '' for a whole float32 array; header and size only, no pickles.
+def array_fault(path: str, headers: Headers) -> tuple[str, tuple[int, ...]]:
+    """(reason, shape) of a .npy file: the reason is '' for a whole array of real numbers; header and size only.
 
-    `headers` caches parsed headers: 15,000 files share one, and parsing it takes longer than reading it.
+    `headers` caches parsed headers: parsing one takes longer than reading it.
     """
+    try:
+        return "", array_header(path, headers).shape
+    except ValueError as error:
+        return str(error), ()
+
+
+def array_header(path: str, headers: Headers) -> Header:
+    """The header of a .npy file of real numbers. Raises `ValueError` with the reason where it is not a whole one."""
     head = b""
     try:
         with open(path, "rb") as file:
-            head, start = file.read(128), 128
-            shape = headers.get(head)
-            if shape is None:
+            head = file.read(128)
+            header = headers.get(head)
+            if header is None:
                 if not head:
-                    return "empty file", ()
+                    raise _Fault("empty file")
                 file.seek(0)
-                shape, dtype, start = _npy_header(file)
-                if dtype != np.dtype("<f4"):
-                    return f"array of type {dtype}, not float32", ()
+                header = _npy_header(file)
+                shape, dtype = header.shape, header.dtype
+                if dtype.kind not in "fiub" or dtype.itemsize > 8:
+                    raise _Fault(f"array of type {dtype}; real numbers of 64 bits at most are needed")
                 if not shape or min(shape) < 1:
-                    return f"array of shape {shape}; one or more dimensions of at least 1 are needed", ()
-                if start == 128:
-                    headers[head] = shape
+                    raise _Fault(f"array of shape {shape}; one or more dimensions of at least 1 are needed")
+                if header.start == 128:
+                    headers[head] = header
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        return "no such file", ()
+        raise _Fault("no such file") from None
     except OSError as error:
-        return f"cannot be read ({error.strerror})", ()
+        raise _Fault(f"cannot be read ({error.strerror})") from None
+    except _Fault:
+        raise
     except (ValueError, SyntaxError, TypeError, EOFError, RecursionError, MemoryError) as error:
         pointer = head.startswith(LFS_HEADER)
-        return "git-lfs pointer; run git lfs pull" if pointer else f"not a .npy file ({short(error)})", ()
-    expected = start + 4 * int(np.prod(shape, dtype=object))
-    return ("", shape) if size == expected else (f"truncated .npy file ({size} bytes, {expected} expected)", ())
+        reason = "git-lfs pointer; run git lfs pull" if pointer else f"not a .npy file ({short(error)})"
+        raise _Fault(reason) from None
+    expected = header.start + header.dtype.itemsize * int(np.prod(header.shape, dtype=object))
+    if size != expected:
+        raise _Fault(f"truncated .npy file ({size} bytes, {expected} expected)")
+    return header
 
 
-def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype, int]:
-    """(shape, dtype, offset of the data) of an open .npy file. Raises ValueError."""
+class _Fault(ValueError):
+    """What is wrong with an array file, in words for the user."""
+
+
+def _npy_header(file: BinaryIO) -> Header:
+    """The header of an open .npy file. Raises ValueError."""
     version = npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"version {version}")
     shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
-    if fortran and len(shape) > 1:
-        raise ValueError("column order; save it with numpy.ascontiguousarray")
-    return shape, dtype, file.tell()
+    return Header(shape, dtype, fortran, file.tell())
 
 
 def list_frames(folder: str) -> list[tuple[str, int]]:
-    """(name, bytes) of each .jpg in a clip's folder, sorted; hidden files are not frames. Raises OSError."""
+    """(name, bytes) of each frame in a clip's folder, in the order of their numbers. Raises OSError.
+
+    Frames end in .jpg, .jpeg or .png; hidden files are none.
+    """
     with os.scandir(folder) as entries:
-        return sorted(
+        found = [
             (entry.name, entry.stat().st_size)
             for entry in entries
-            if entry.name.lower().endswith(".jpg") and not entry.name.startswith(".")
-        )
+            if entry.name.lower().endswith(FRAME_SUFFIXES) and not entry.name.startswith(".")
+        ]
+    return sorted(found, key=lambda frame: frame_order(frame[0]))
+
+
+@lru_cache(maxsize=65_536)  # names repeat from clip to clip
+def frame_order(name: str) -> tuple:
+    """The key by which frames are sorted: numbers in a name count as numbers, so `frame_9` precedes `frame_10`."""
+    words = re.split(r"([0-9]+)", name)
+    return tuple(int(word) if i % 2 else word for i, word in enumerate(words)), name
 
 
 def short(error: BaseException) -> str:
@@ -161,6 +217,7 @@ def inspect_folder(root: Path | str, spec: DatasetSpec, quiet: bool = True) -> R
     problems += _in_two_parts(root, parts)
     groups = _groups(root, parts, problems)
     files, shapes = _inspect_clips(root, spec, parts, problems, quiet)
+    warnings += _casts(root, spec, files)
     numbers = _numbers(spec, read_record(root, "split.json"), classes, parts, groups, warnings)
     return Report(root, "training", classes, parts, files, shapes, problems, warnings, numbers, groups)
 
@@ -170,31 +227,50 @@ def part_of_clip(parts: dict[str, list[tuple[str, str]]]) -> dict[str, str]:
     return {clip: part for part, rows in parts.items() for clip, _ in rows}
 
 
-def inspect_clip(
-    root: str, clip: str, modalities: tuple[Modality, ...], headers: dict[bytes, tuple[int, ...]]
-) -> Files | Problem:
+def inspect_clip(root: str, clip: str, modalities: tuple[Modality, ...], headers: Headers) -> Files | Problem:
     """The files of one clip in every modality, or the first thing wrong with them. `headers` as in `array_fault`."""
     files = Files({}, {}, {})
     for modality in modalities:
         if modality.kind == "frames":
-            folder = f"{root}/{modality.folder}/{clip}"
-            try:
-                frames = list_frames(folder)
-            except OSError:
-                return Problem("missing_frames", clip, folder, "no folder of frames", "")
-            if not frames:
-                return Problem("missing_frames", clip, folder, "no .jpg in it", "")
-            for name, size in frames:
-                if not size:
-                    return Problem("bad_frame", clip, f"{folder}/{name}", "empty file", "")
-            files.frames[modality.name] = [f"{folder}/{name}" for name, _ in frames]
+            names = _clip_frames(f"{root}/{modality.folder}/{clip}", clip)
+            if isinstance(names, Problem):
+                return names
+            files.frames[modality.name] = names
         else:
             path = f"{root}/{modality.folder}/{clip}.npy"
-            reason, shape = array_fault(path, headers)
-            if reason:
-                return Problem("missing_array" if reason == "no such file" else "bad_array", clip, path, reason, "")
-            files.arrays[modality.name], files.shapes[modality.name] = path, shape
+            try:
+                header = array_header(path, headers)
+            except ValueError as error:
+                kind = "missing_array" if str(error) == "no such file" else "bad_array"
+                return Problem(kind, clip, path, str(error), "")
+            files.shapes[modality.name] = header.shape
+            if header.cast:
+                files.casts[modality.name] = header.cast
+    for modality in modalities:
+        if modality.like is not None and modality.like in files.frames:
+            own, other = (len(files.frames[name]) for name in (modality.name, modality.like))
+            if own != other:
+                reason = f"{own} frames; {modality.like} has {other}, and both are picked together"
+                return Problem("frame_counts", clip, f"{root}/{modality.folder}/{clip}", reason, "")
     return files
+
+
+def _clip_frames(folder: str, clip: str) -> tuple[str, ...] | Problem:
+    """The names of a clip's frames, in order, or what is wrong with them."""
+    try:
+        frames = list_frames(folder)
+    except OSError:
+        return Problem("missing_frames", clip, folder, "no folder of frames", "")
+    if not frames:
+        return Problem("missing_frames", clip, folder, "no .jpg or .png in it", "")
+    for name, size in frames:
+        if not size:
+            return Problem("bad_frame", clip, f"{folder}/{name}", "empty file", "")
+    stems = Counter(name.rpartition(".")[0] for name, _ in frames)
+    if len(stems) < len(frames):
+        twice = next(stem for stem, count in stems.items() if count > 1)
+        return Problem("bad_frame", clip, f"{folder}/{twice}", "there with two endings; delete one of the files", "")
+    return tuple(name for name, _ in frames)
 
 
 def _list_problem(root: Path, part: str, fault: Fault) -> Problem:
@@ -230,39 +306,78 @@ def _inspect_clips(
 ) -> tuple[dict[str, Files], dict[str, tuple[int, ...]]]:
     """The valid clips' files and the shape of each array modality; adds the other clips to `problems`."""
     files: dict[str, Files] = {}
-    headers: dict[bytes, tuple[int, ...]] = {}
+    same: dict = {}  # one object for equal names of frames, and for equal files
+    headers: Headers = {}
     part_of = part_of_clip(parts)
     for clip in tqdm(part_of, desc="checking", unit="clip", disable=quiet, leave=False):
         found = inspect_clip(str(root), clip, spec.modalities, headers)
         if isinstance(found, Problem):
             problems.append(found._replace(part=part_of[clip]))
         else:
-            files[clip] = found
-    shapes = {m.name: _wanted_shape(root, m, files) for m in spec.modalities if m.kind == "array" and files}
+            for name, frames in found.frames.items():
+                found.frames[name] = same.setdefault(frames, frames)
+            files[clip] = same.setdefault(tuple(tuple(field.items()) for field in found), found)
+    arrays = [modality for modality in spec.modalities if modality.kind != "frames"] if files else []
+    wanted = {modality.name: _wanted_shape(root, modality, files) for modality in arrays}
     for clip, found in list(files.items()):
-        for name, wanted in shapes.items():
-            if found.shapes[name] != wanted:
-                advice = "prepare the folder again with one --audio_recipe" if name == AUDIO else "make it again"
-                reason = f"array of shape {found.shapes[name]}, not {wanted}; {advice}"
-                problems.append(Problem("bad_array", clip, found.arrays[name], reason, part_of[clip]))
+        for modality in arrays:
+            reason = _shape_fault(modality, found.shapes[modality.name], wanted[modality.name])
+            if reason:
+                path = f"{root}/{modality.folder}/{clip}.npy"
+                problems.append(Problem("bad_array", clip, path, reason, part_of[clip]))
                 files.pop(clip, None)
-    return files, shapes
+                break
+    for modality in arrays:
+        if modality.kind == "sequence":
+            longest = max((found.shapes[modality.name][0] for found in files.values()), default=1)
+            wanted[modality.name] = (longest, *wanted[modality.name][1:])
+    return files, wanted
+
+
+def _shape_fault(modality: Modality, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Why an array of `shape` does not go with the `wanted` one, '' if it does. Sequences may have any length."""
+    if modality.kind == "sequence":
+        if len(shape) != 2:
+            return f"array of shape {shape}; a sequence has two dimensions (steps, numbers)"
+        return "" if shape[1:] == wanted[1:] else f"steps of {shape[1]} numbers, not {wanted[1]}; make it again"
+    if shape == wanted:
+        return ""
+    advice = "prepare the folder again with one --audio_recipe" if modality.name == AUDIO else "make it again"
+    if len(shape) == len(wanted) == 2 and shape[1] == wanted[1] and modality.recipe is None:
+        advice += ', or give this modality the kind "sequence" in dataset.json'
+    return f"array of shape {shape}, not {wanted}; {advice}"
 
 
 def _wanted_shape(root: Path, modality: Modality, files: dict[str, Files]) -> tuple[int, ...]:
-    """The shape that every array of `modality` must have.
+    """The shape that every array of `modality` must have; of sequences only the second number counts.
 
     For sound it is that of the recipe in prepare.json or else in the spec; without a recipe, the most common one.
     """
-    recipe, source = modality.recipe, DESCRIPTION
+    recipe = modality.recipe
     if modality.name == AUDIO and "audio_recipe" in (record := read_record(root, "prepare.json")):
-        recipe, source = record["audio_recipe"], "prepare.json"
-    if recipe is None:
-        return Counter(found.shapes[modality.name] for found in files.values()).most_common(1)[0][0]
-    if not isinstance(recipe, str) or recipe not in AUDIO_RECIPES:
-        again = "prepare the folder again" if source != DESCRIPTION else f"allowed: {', '.join(AUDIO_RECIPES)}"
-        raise UserError(f"{root / source}: audio_recipe {recipe!r} is unknown; {again}")
-    return AUDIO_RECIPES[recipe].shape
+        try:
+            recipe = recipe_of(record["audio_recipe"])
+        except ValueError as error:
+            raise UserError(f"{root / 'prepare.json'}: audio_{error}; prepare the folder again") from None
+    if recipe is not None and modality.kind == "array":
+        return recipe.shape
+    shapes = Counter(found.shapes[modality.name] for found in files.values())
+    if modality.kind == "sequence":
+        widths = Counter()
+        for shape, count in shapes.items():
+            widths[shape[1] if len(shape) == 2 else 0] += count
+        return (1, max((width for width in widths if width), key=lambda width: widths[width], default=0))
+    return shapes.most_common(1)[0][0]
+
+
+def _casts(root: Path, spec: DatasetSpec, files: dict[str, Files]) -> list[Problem]:
+    """A warning for each modality whose arrays are cast, or read in another order."""
+    found = Counter(cast for own in files.values() for cast in own.casts.items())
+    folders = {modality.name: root / modality.folder for modality in spec.modalities}
+    return [
+        Problem("cast", "", str(folders[name]), f"{count:,} arrays are {cast}; they are read as float32", "")
+        for (name, cast), count in found.items()
+    ]
 
 
 def _numbers(

@@ -1,12 +1,14 @@
-"""The pack: every frame of a part decoded once to uint8, every array modality in one array, all memory-mappable.
+"""The pack: every frame of a part decoded once to uint8, every array and sequence in one array, all memory-mappable.
 
-It lies in the training folder as `<root>/.pack/<part>-<key>/`, one `<modality>.npy` per modality. The key is a digest
-of the sources (clips, and the size and time of each file): a changed source has another key, so an outdated pack is
-never read. The folder is made under a temporary name and renamed when it is whole. `<root>/.pack/lock` is held
-meanwhile, so whatever has a temporary name while nobody holds the lock was abandoned.
+It lies in the training folder as `<root>/.pack/<part>-<key>/`, in shards `<modality>-<number>.npy` of at most `SHARD`
+bytes each. The key is a digest of the sources (clips, and the size and time of each file): a changed source has another
+key, so an outdated pack is never read. The folder is made under a temporary name and renamed when it is whole.
+`<root>/.pack/lock` is held meanwhile, so whatever has a temporary name while nobody holds the lock was abandoned.
 
-Shapes: N clips, K frames in all, H x W stored pixels. `sizes` (modality -> (H, W)) names the modalities of frames to
-pack, `shapes` (modality -> shape of one clip's array) those of arrays.
+Memory does not grow with the number of clips: a few clips are decoded at a time and appended to the open shard.
+
+Shapes: N clips, K frames or steps in all, H x W stored pixels, c channels (3 RGB, 2 optical flow). `sizes` (modality ->
+(H, W)) names the modalities of frames to pack, `shapes` (modality -> shape of one clip's array) the others.
 """
 
 import errno
@@ -16,19 +18,19 @@ import os
 import shlex
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import cache
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 from tqdm import tqdm
 
+from dataset.files import FrameFiles
 from dataset.folder import Part
 from dataset.inspect import frame_fault, short
 from utils.distributed import local_processes
@@ -37,29 +39,89 @@ from utils.files import Busy, atomic_folder, locked, remove_leftovers
 from utils.memory import available_ram, gigabytes
 
 KEPT_SECONDS = 24 * 3600  # a pack that no run has opened for so long is deleted when the next one is made
-FORMAT = 2  # raise when the layout changes, so that older packs are made again
+SHARD = 2 * 10**9  # bytes of a file at most, but for a single row that is larger
+FORMAT = 3  # raise when the layout changes, so that older packs are made again
 
 Sizes = dict[str, tuple[int, int]]
 Shapes = dict[str, tuple[int, ...]]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Rows:
+    """An array (K, ...) in shards: `shards[i]` holds the rows from `i * per_shard` on."""
+
+    def __init__(self, shards: list[np.ndarray], per_shard: int):
+        self.shards, self.per_shard = shards, per_shard
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(map(len, self.shards)), *self.shards[0].shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.shards[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+        """Rows by number, slice or array of numbers from 0 on."""
+        if isinstance(index, (int, np.integer)):
+            return self.shards[index // self.per_shard][index % self.per_shard]
+        rows = np.arange(len(self))[index] if isinstance(index, slice) else np.asarray(index)
+        picked = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        shard = rows // self.per_shard
+        for i in np.unique(shard):
+            picked[shard == i] = self.shards[i][rows[shard == i] - i * self.per_shard]
+        return picked
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        whole = np.concatenate(self.shards)
+        return whole if dtype is None else whole.astype(dtype)
 
 
 class Pack(NamedTuple):
-    """`arrays` by modality: frames (K, 3, H, W) uint8 RGB, others (N, *shape) float32.
+    """`arrays` by modality: frames (K, c, H, W) uint8, sequences (K, D) float32, others (N, *shape) float32.
 
-    `first` and `counts` (N,) int64, of the modalities of frames: clip i has the rows first[i] ... first[i] + counts[i]
-    - 1 of its array.
+    `first` and `counts` (N,) int64, of the modalities of frames and sequences: clip i has the rows first[i] ...
+    first[i] + counts[i] - 1 of its array.
     """
 
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, Rows]
     first: dict[str, np.ndarray]
     counts: dict[str, np.ndarray]
+
+
+class Layout(NamedTuple):
+    """The array of one modality: number of rows, shape and type of each."""
+
+    rows: int
+    row: tuple[int, ...]
+    kind: type
+
+    @property
+    def bytes(self) -> int:
+        return self.rows * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return prod(self.row) * np.dtype(self.kind).itemsize
+
+    @property
+    def per_shard(self) -> int:
+        return max(1, SHARD // max(1, self.row_bytes))
+
+    @property
+    def shards(self) -> list[int]:
+        """The number of rows in each shard."""
+        return [min(self.per_shard, self.rows - start) for start in range(0, self.rows, self.per_shard)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One file
 
 
-@cache  # asked for when the path is chosen, and again when the clips are opened
 def frame_size(path: Path) -> tuple[int, int]:
     """Height and width in pixels, from the file's header. Raises `UserError` if the file is not an image."""
     from PIL import Image
@@ -76,7 +138,7 @@ def frame_size(path: Path) -> tuple[int, int]:
 
 
 def read_frame(path: Path) -> np.ndarray:
-    """One frame, (H, W, 3) uint8 RGB. Raises `UserError` unless it is a whole JPEG file."""
+    """One frame, (H, W, 3) uint8 RGB. Raises `UserError` unless it is a whole JPEG or PNG file."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -93,16 +155,21 @@ def read_frame(path: Path) -> np.ndarray:
 
 
 def read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """One clip's array, float32 of `shape`. Raises `UserError` if the file is unreadable, misshapen or not finite."""
+    """One clip's array of `shape`, cast to float32. Raises `UserError` if it is unreadable, misshapen or not finite."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError) as error:  # a header may claim more than there is memory
         raise _bad_file(path, f"cannot be read ({getattr(error, 'strerror', None) or short(error)})", 1) from None
     if array.shape != tuple(shape):
         raise _bad_file(path, f"array of shape {array.shape}, not {tuple(shape)}", 1)
-    if not np.isfinite(array).all():
-        raise _bad_file(path, "NaN or infinity in it", 1)
-    return array.astype(np.float32, copy=False)
+    if array.dtype.kind not in "fiub":
+        raise _bad_file(path, f"array of type {array.dtype}", 1)
+    with np.errstate(over="ignore"):  # a float64 that float32 cannot hold is infinite then, and named below
+        values = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(values).all():
+        finite = array.dtype.kind != "f" or np.isfinite(array).all()
+        raise _bad_file(path, "a number too large for float32 in it" if finite else "NaN or infinity in it", 1)
+    return values
 
 
 def _bad_frame(path: Path, reason: str) -> UserError:
@@ -115,12 +182,25 @@ def _bad_file(path: Path, reason: str, depth: int) -> UserError:
     return UserError(f"{path}: {reason}; {doctor} lists all; replace the file, or delete it and pass --allow_missing")
 
 
+def frame_sizes(files: FrameFiles) -> np.ndarray:
+    """Height and width (N, 2) of each clip's first frame, read once from their headers and kept in `files`."""
+    if files.sizes is None:
+        sizes = [frame_size(Path(files.paths(i)[0])) for i in range(len(files))]
+        files.sizes = np.array(sizes, dtype=np.int32).reshape(-1, 2)
+    return files.sizes
+
+
 def stored_size(first_frames: Iterable[Path], short_side: int | None = None) -> tuple[int, int]:
-    """Height and width that the pack keeps: the most common size of the clips' first frames, shrunk to `short_side`.
+    """`common_size` of frames by their paths."""
+    return common_size(np.array([frame_size(path) for path in first_frames]), short_side)
+
+
+def common_size(sizes: np.ndarray, short_side: int | None = None) -> tuple[int, int]:
+    """Height and width that the pack keeps: the most common of `sizes` (N, 2), shrunk to `short_side`.
 
     Frames of another size are resized to it.
     """
-    return shrink(Counter(frame_size(path) for path in first_frames).most_common(1)[0][0], short_side)
+    return shrink(Counter(map(tuple, sizes.tolist())).most_common(1)[0][0], short_side)
 
 
 def shrink(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
@@ -132,7 +212,7 @@ def shrink(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
 
 
 def fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A frame (H, W, 3) at `size` (height, width): by area where it shrinks, else bilinear."""
+    """A frame (H, W, c) at `size` (height, width): by area where it shrinks, else bilinear."""
     if image.shape[:2] == size:
         return image
     shrinks = image.shape[0] > size[0]
@@ -145,7 +225,7 @@ def fit(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def pack_bytes(part: Part, sizes: Sizes, shapes: Shapes) -> int:
     """Bytes that the pack of a part takes in memory or on disk."""
-    return sum(prod(shape) * np.dtype(kind).itemsize for shape, kind in _layout(part, sizes, shapes).values())
+    return sum(layout.bytes for layout in _layouts(part, sizes, shapes).values())
 
 
 def open_pack(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -> Pack:
@@ -154,7 +234,8 @@ def open_pack(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -
     Raises `UserError` for a file that cannot be read. Where `root` cannot be written, the arrays are held in memory
     instead, and a line says so; a `UserError` if they do not fit, once for each process of the machine.
     """
-    counts = {name: np.array([len(paths) for paths in part.files[name]], dtype=np.int64) for name in sizes}
+    counts = {name: part.files[name].counts for name in sizes}
+    counts |= {name: part.files[name].lengths for name in shapes if part.files[name].lengths is not None}
     first = {name: rows.cumsum() - rows for name, rows in counts.items()}
     folder = _folder(root, name, part, sizes, shapes)
     arrays = _load(folder, part, sizes, shapes)
@@ -169,7 +250,7 @@ def open_pack(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -
                     f"of which {gigabytes(free)} are free; pass --cache none"
                 ) from None
             print(f"{root}: no pack written ({error.strerror}); holding the clips in this process's memory instead")
-            return Pack(_decode(part, sizes, shapes, lambda _, shape, kind: np.empty(shape, kind)), first, counts)
+            return Pack(_held(part, sizes, shapes), first, counts)
         arrays = _load(folder, part, sizes, shapes)
         if arrays is None:
             raise UserError(f"{folder}: unreadable right after it was written; delete it and run again")
@@ -198,13 +279,18 @@ def room_for_packs(root: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def _layout(part: Part, sizes: Sizes, shapes: Shapes) -> dict[str, tuple[tuple[int, ...], type]]:
-    """Shape and type of the array of each modality."""
-    frames = {name: sum(len(paths) for paths in part.files[name]) for name in sizes}
-    layout: dict[str, tuple[tuple[int, ...], type]] = {
-        name: ((frames[name], 3, *size), np.uint8) for name, size in sizes.items()
-    }
-    return layout | {name: ((len(part.clips), *shape), np.float32) for name, shape in shapes.items()}
+def _layouts(part: Part, sizes: Sizes, shapes: Shapes) -> dict[str, Layout]:
+    layouts = {}
+    for name, size in sizes.items():
+        files = part.files[name]
+        layouts[name] = Layout(int(files.counts.sum()), (files.channels, *size), np.uint8)
+    for name, shape in shapes.items():
+        lengths = part.files[name].lengths
+        ragged = lengths is not None
+        layouts[name] = Layout(
+            int(lengths.sum()) if ragged else len(part.clips), shape[1:] if ragged else shape, np.float32
+        )
+    return layouts
 
 
 def _folder(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -> Path:
@@ -212,30 +298,39 @@ def _folder(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -> 
 
 
 def _key(part: Part, sizes: Sizes, shapes: Shapes) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {sorted(sizes.items())} {sorted(shapes)}".encode())
-    modalities = sorted([*sizes, *shapes])
+    channels = {name: part.files[name].channels for name in sorted(sizes)}
+    ragged = [name for name in sorted(shapes) if part.files[name].lengths is not None]
+    digest = hashlib.sha256(f"{FORMAT} {SHARD} {sorted(sizes.items())} {channels} {sorted(shapes)} {ragged}".encode())
+    modalities = [part.files[name] for name in sorted([*sizes, *shapes])]
     for i, clip in enumerate(part.clips):
         digest.update(clip.encode())
-        for modality in modalities:
-            files = part.files[modality][i]
-            for path in files if modality in sizes else [files]:
+        for files in modalities:
+            for path in files.paths(i):
                 status = os.stat(path)
-                digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+                digest.update(f"{os.path.basename(path)} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
-def _load(folder: Path, part: Part, sizes: Sizes, shapes: Shapes) -> dict[str, np.ndarray] | None:
+def _shard(folder: Path, name: str, number: int) -> Path:
+    return folder / f"{name}-{number:05d}.npy"
+
+
+def _load(folder: Path, part: Part, sizes: Sizes, shapes: Shapes) -> dict[str, Rows] | None:
     """The arrays, None where they are missing or damaged (a file cut short by hand or a failing disk)."""
     if not (folder / "pack.json").exists():
         return None
     arrays = {}
-    for name, (shape, kind) in _layout(part, sizes, shapes).items():
-        try:
-            arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
-        if arrays[name].shape != shape or arrays[name].dtype != kind:
-            return None
+    for name, layout in _layouts(part, sizes, shapes).items():
+        shards = []
+        for number, rows in enumerate(layout.shards):
+            try:
+                shard = np.load(_shard(folder, name, number), mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError):
+                return None
+            if shard.shape != (rows, *layout.row) or shard.dtype != layout.kind:
+                return None
+            shards.append(shard)
+        arrays[name] = Rows(shards, layout.per_shard)
     return arrays
 
 
@@ -250,9 +345,7 @@ def _make(folder: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -> 
         if pack_bytes(part, sizes, shapes) > shutil.disk_usage(packs).free:
             raise OSError(errno.ENOSPC, "not enough room on the disk")
         with atomic_folder(folder) as temporary:
-            make_array = _mapped(temporary)
-            for array in _decode(part, sizes, shapes, make_array).values():
-                array.flush()
+            _write(temporary, part, sizes, shapes)
             about = {"clips": len(part.clips), "sizes": sizes, "shapes": shapes, "format": FORMAT}
             (temporary / "pack.json").write_text(json.dumps(about))
         for old in packs.glob(f"{name}-*/pack.json"):
@@ -261,36 +354,101 @@ def _make(folder: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -> 
                 shutil.rmtree(old.parent, ignore_errors=True)
 
 
-def _mapped(folder: Path) -> Callable[[str, tuple[int, ...], type], np.memmap]:
-    """A function that makes an array of a modality as a memory-mapped file in `folder`."""
+class _Writer:
+    """Appends rows to the shards of one modality, each opened when the one before it is full."""
 
-    def make_array(name: str, shape: tuple[int, ...], kind: type) -> np.memmap:
-        path = folder / f"{name}.npy"
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-        # Reserve the blocks: a disk that fills up under a mapped file ends the process without a message.
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "rb+") as reserved:
-                os.posix_fallocate(reserved.fileno(), 0, os.fstat(reserved.fileno()).st_size)
-        return array
+    def __init__(self, folder: Path, name: str, layout: Layout):
+        self.folder, self.name, self.layout = folder, name, layout
+        self.left = list(layout.shards)[::-1]  # rows of the shards not opened yet, the next one last
+        self.number, self.room = 0, 0
+        self.file: BinaryIO | None = None
 
-    return make_array
+    def append(self, rows: np.ndarray) -> None:
+        """Write rows (k, ...) in their order. Raises `OSError`."""
+        while len(rows):
+            file = self.file if self.file is not None and self.room else self._open()
+            now = rows[: self.room]
+            file.write(np.ascontiguousarray(now, dtype=self.layout.kind).data)
+            self.room, rows = self.room - len(now), rows[len(now) :]
+
+    def _open(self) -> BinaryIO:
+        self.close()
+        self.room = self.left.pop()
+        self.file = file = open(_shard(self.folder, self.name, self.number), "wb")  # noqa: SIM115  (closed by `close`)
+        descr = np.lib.format.dtype_to_descr(np.dtype(self.layout.kind))
+        shape = (self.room, *self.layout.row)
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        self.number += 1
+        return file
+
+    def close(self) -> None:
+        """Flush the open shard to disk."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.file = None
 
 
-def _decode(part: Part, sizes: Sizes, shapes: Shapes, make_array: Callable) -> dict:
-    """Read every file of the part into arrays that `make_array(modality, shape, type)` makes."""
-    arrays = {name: make_array(name, *layout) for name, layout in _layout(part, sizes, shapes).items()}
-    first = {name: np.cumsum([0, *(len(paths) for paths in part.files[name])]) for name in sizes}
+def _write(folder: Path, part: Part, sizes: Sizes, shapes: Shapes) -> None:
+    with ExitStack() as stack:
+        writers = {name: _Writer(folder, name, layout) for name, layout in _layouts(part, sizes, shapes).items()}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        for rows in _decoded(part, sizes, shapes):
+            for name, values in rows.items():
+                writers[name].append(values)
 
-    def decode(i: int) -> None:
-        for name, size in sizes.items():
-            for row, path in enumerate(part.files[name][i], start=first[name][i]):
-                arrays[name][row] = fit(read_frame(path), size).transpose(2, 0, 1)
+
+def _held(part: Part, sizes: Sizes, shapes: Shapes) -> dict[str, Rows]:
+    """The arrays in this process's memory."""
+    layouts = _layouts(part, sizes, shapes)
+    arrays = {name: np.empty((layout.rows, *layout.row), layout.kind) for name, layout in layouts.items()}
+    filled = dict.fromkeys(arrays, 0)
+    for rows in _decoded(part, sizes, shapes):
+        for name, values in rows.items():
+            arrays[name][filled[name] : filled[name] + len(values)] = values
+            filled[name] += len(values)
+    return {name: Rows([array], max(1, len(array))) for name, array in arrays.items()}
+
+
+def _decoded(part: Part, sizes: Sizes, shapes: Shapes) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of each clip by modality, in the order of the clips."""
+
+    def decode(i: int) -> dict[str, np.ndarray]:
+        rows = {name: read_frames(part.files[name], i, size) for name, size in sizes.items()}
         for name, shape in shapes.items():
-            arrays[name][i] = read_array(part.files[name][i], shape)
+            files = part.files[name]
+            if files.lengths is None:
+                rows[name] = read_array(files[i], shape)[None]
+            else:
+                rows[name] = read_array(files[i], (int(files.lengths[i]), *shape[1:]))
+        return rows
 
     # Threads suffice: OpenCV decodes outside Python's lock.
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        jobs = pool.map(decode, range(len(part.clips)))
-        for _ in tqdm(jobs, total=len(part.clips), desc="pack clips", unit="clip", leave=False):
-            pass
-    return arrays
+    threads = min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        clips = in_order(pool, decode, range(len(part.clips)), 2 * threads)
+        yield from tqdm(clips, total=len(part.clips), desc="pack clips", unit="clip", leave=False)
+
+
+def read_frames(files: FrameFiles, clip: int, size: tuple[int, int]) -> np.ndarray:
+    """All frames of a clip at `size`, (T, c, H, W) uint8."""
+    frames = [fit(read_frame(path)[..., : files.channels], size) for path in files[clip]]
+    return np.stack(frames).transpose(0, 3, 1, 2)
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """`pool.map` with at most `ahead` items begun or waiting, so that memory does not grow with their number."""
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

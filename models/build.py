@@ -6,8 +6,10 @@ from typing import Protocol
 import torch
 
 from models.classifier import MultimodalClassifier
-from models.encoders import ENCODERS, IMAGE_ENCODERS
+from models.encoders import ENCODERS
 from utils.errors import UserError
+
+DEFAULT_ENCODERS = {"vector": "mlp", "sequence": "gru"}
 
 
 class ModalityLike(Protocol):
@@ -19,6 +21,8 @@ class ModalityLike(Protocol):
     def kind(self) -> str: ...
     @property
     def encoder(self) -> str | None: ...
+    @property
+    def channels(self) -> int: ...
 
 
 def build_model(
@@ -32,25 +36,37 @@ def build_model(
 ) -> MultimodalClassifier:
     """The network for a dataset's `modalities`, on `device` in channels-last memory format.
 
-    `shapes` holds the shape of one clip's array for each modality of kind "array": (F, W) is an image of one channel,
-    (D,) a vector. `model` is the image encoder of the modalities that name none. Raises `UserError` for an encoder that
-    does not exist or does not take such an input, and for a fusion head that is not defined for these modalities.
+    `shapes` holds the shape of one clip's array for each modality that is not frames: (F, W) is an image of one
+    channel, (D,) a vector; of a sequence (L, D) only D matters. `model` is the image encoder of the modalities that
+    name none. Raises `UserError` for an encoder that does not exist or does not take such an input, and for a fusion
+    head that is not defined for these modalities.
     """
     inputs = {}
     for modality in modalities:
-        frames, shape = modality.kind == "frames", tuple(shapes.get(modality.name, ()))
-        dimensions = len(shape)
-        image = frames or dimensions == 2
-        name = modality.encoder or (model if image else "mlp")
+        shape = tuple(shapes.get(modality.name, ()))
+        takes, size = _input(modality, shape)
+        name = modality.encoder or (model if takes == "image" else DEFAULT_ENCODERS.get(takes, "mlp"))
         if name not in ENCODERS:
             raise UserError(f"encoder {name} of {modality.name}: unknown; allowed: {', '.join(ENCODERS)}")
-        if (name in IMAGE_ENCODERS) != image or (modality.kind == "array" and dimensions > 2):
-            given = "frames" if frames else f"arrays of shape {shape}"
-            wanted = ENCODERS[name].takes
-            raise UserError(f"encoder {name} of {modality.name}: takes {wanted}s, the clips have {given}; use another")
-        inputs[modality.name] = name, 3 if frames else 1 if image else shape[0]
+        wanted = ENCODERS[name].takes
+        if wanted != takes:
+            given = "frames" if modality.kind == "frames" else f"{modality.kind}s of shape {shape}"
+            advice = 'give them the kind "sequence" in dataset.json' if wanted == "sequence" else "use another"
+            raise UserError(f"encoder {name} of {modality.name}: takes {wanted}s, the clips have {given}; {advice}")
+        inputs[modality.name] = name, size
     try:
         network = MultimodalClassifier(inputs, n_classes, fusion_method, precision == "bf16")
     except ValueError as error:
         raise UserError(str(error)) from None
     return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _input(modality: ModalityLike, shape: tuple[int, ...]) -> tuple[str, int]:
+    """(what an encoder must take, channels or numbers of it) for the clips of a modality."""
+    if modality.kind == "frames":
+        return "image", modality.channels
+    if modality.kind == "sequence":
+        return "sequence", shape[-1]
+    if len(shape) == 2:
+        return "image", 1
+    return ("vector", shape[0]) if len(shape) == 1 else ("", 0)

@@ -3,13 +3,14 @@
 Shapes: B batch, T frames, F x W spectrogram, S x S pixels, D_m features of modality m (512 for ResNet-18), C classes.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.encoders import ENCODERS
+from models.encoders import ENCODERS, Sequences
 from models.fusion import Fusion, make_fusion
 
 
@@ -54,18 +55,18 @@ class MultimodalClassifier(nn.Module):
         """The modalities, in order."""
         return tuple(self.widths)
 
-    def encode(self, name: str, x: Tensor) -> Tensor:
-        """The features (B, D_m) of an input (B, c, H, W), (B, D) or (B, T, c, H, W).
+    def encode(self, name: str, x: Tensor | Sequences) -> Tensor:
+        """The features (B, D_m) of an input (B, c, H, W), (B, D), (B, T, c, H, W) or of B sequences.
 
         Frames share the batch dimension in the encoder and are averaged after it.
         """
-        frames = x.shape[:2] if x.dim() == 5 else None
+        frames = x.shape[:2] if isinstance(x, Tensor) and x.dim() == 5 else None
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            features = self.encoders[name](x.flatten(0, 1) if frames else x)
+            features = self.encoders[name](x.flatten(0, 1) if isinstance(x, Tensor) and frames else x)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         return features.unflatten(0, frames).mean(dim=1) if frames else features  # (B, D_m)
 
-    def forward(self, inputs: dict[str, Tensor], fed: tuple[str, ...]) -> Output:
+    def forward(self, inputs: Mapping[str, Tensor | Sequences], fed: tuple[str, ...]) -> Output:
         """Logits of all heads where the modalities `fed` are given to the network and the others are masked.
 
         The feature of a masked modality is zero. Its encoder runs only if its input is given (the official code's

@@ -2,7 +2,8 @@
 
 torchvision is imported where it is used: importing it takes as long as importing torch.
 
-Shapes: B images, c input channels, H x W pixels, D features.
+Shapes: B clips or images, c input channels, H x W pixels, D features (or numbers of a step), L steps of the longest
+sequence of a batch, R steps of all of them.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,46 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Sequences(NamedTuple):
+    """A batch of B sequences of different lengths, without padding.
+
+    rows (R, D): the steps of the first sequence, of the second, ...; lengths (B,); slots (R,): the place of each row in
+    the padded batch (B * L, D); longest: L.
+    """
+
+    rows: Tensor
+    lengths: Tensor
+    slots: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, rows: Tensor, lengths: Tensor) -> "Sequences":
+        """From rows (R, D) and lengths (B,) on the CPU."""
+        inside, longest = steps_of(lengths), int(lengths.max())
+        start = torch.arange(len(lengths)) * longest
+        return cls(rows, lengths, start.repeat_interleave(lengths) + inside, longest)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def padded(self, rows: Tensor) -> Tensor:
+        """Rows (R, D) of these sequences as (B, L, D), zeros behind the last step of each."""
+        slots = rows.new_zeros(len(self.lengths) * self.longest, rows.shape[1])
+        return slots.index_copy(0, self.slots, rows).unflatten(0, (-1, self.longest))
+
+    def mean(self, padded: Tensor) -> Tensor:
+        """The mean over the valid steps of (B, L, D): (B, D)."""
+        valid = torch.arange(self.longest, device=padded.device) < self.lengths[:, None]  # (B, L)
+        return torch.where(valid[..., None], padded, 0.0).sum(dim=1) / self.lengths[:, None]
+
+
+def steps_of(lengths: Tensor) -> Tensor:
+    """0 ... length - 1 for each of `lengths` (B,), one after another: (R,)."""
+    ends = lengths.cumsum(0)
+    return torch.arange(int(ends[-1])) - (ends - lengths).repeat_interleave(lengths)
 
 
 class MeanPool(nn.Module):
@@ -76,6 +117,37 @@ def _mlp(inputs: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm1d(inputs), nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
 
 
+class MeanSteps(nn.Module):
+    """The mean over a sequence's steps, through the two layers of `mlp`."""
+
+    def __init__(self, inputs: int):
+        super().__init__()
+        self.mlp = _mlp(inputs)
+
+    def forward(self, x: Sequences) -> Tensor:
+        """B sequences of steps (D,) -> (B, 128)."""
+        return self.mlp(x.mean(x.padded(x.rows)))
+
+
+class GRU(nn.Module):
+    """A GRU over normalised steps; its outputs are averaged over the valid ones.
+
+    BatchNorm sees the steps without padding. Steps behind the end of a sequence come after all of its own, so they
+    change none of the outputs that are averaged.
+    """
+
+    def __init__(self, inputs: int, width: int = 128):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(inputs)
+        self.gru = nn.GRU(inputs, width, batch_first=True)
+
+    def forward(self, x: Sequences) -> Tensor:
+        """B sequences of steps (D,) -> (B, 128), in float32 also under autocast: recurrence adds rounding up."""
+        with torch.autocast(x.device.type, enabled=False):
+            outputs, _ = self.gru(x.padded(self.norm(x.rows)))  # (B, L, 128)
+            return x.mean(outputs)
+
+
 def _resnet18(channels: int) -> nn.Module:
     from torchvision.models import resnet18
 
@@ -83,7 +155,7 @@ def _resnet18(channels: int) -> nn.Module:
 
 
 class Encoder(NamedTuple):
-    """How to make an encoder: `make(n)` for n input channels (`takes` "image") or n numbers (`takes` "vector")."""
+    """How to make an encoder: `make(n)` for n input channels (`takes` "image") or n numbers ("vector", "sequence")."""
 
     make: Callable[[int], nn.Module]
     features: int
@@ -94,5 +166,7 @@ ENCODERS = {
     "resnet18": Encoder(_resnet18, 512),
     "resnet18_thin": Encoder(lambda channels: _as_encoder(ThinResNet(), channels), 128),
     "mlp": Encoder(_mlp, 128, "vector"),
+    "gru": Encoder(GRU, 128, "sequence"),
+    "mean": Encoder(MeanSteps, 128, "sequence"),
 }
 IMAGE_ENCODERS = tuple(name for name, encoder in ENCODERS.items() if encoder.takes == "image")

@@ -13,6 +13,7 @@ from helpers import make_folder
 from benchmarks.raw_samples import cremad_names, tone, write_video, write_wav
 from dataset.folder import load_folder
 from dataset.inspect import array_fault, inspect_folder
+from dataset.pack import read_array
 from dataset.prepare.__main__ import main
 from dataset.prepare.check import inspect_deep
 from dataset.specs import get_spec
@@ -42,18 +43,23 @@ def test_array_files(tmp_path):
     np.save(path, good)
     whole, headers = path.read_bytes(), {}
     assert array_fault(str(path), headers) == array_fault(str(path), headers) == ("", (12, 20))
-    for array in (good[0], good[None]):  # vectors, and more than two dimensions
+    others = [good.astype(kind) for kind in (np.float64, np.float16, np.int64, np.uint8, np.bool_, ">f4")]
+    for array in (good[0], good[None], np.asfortranarray(good), *others):
         np.save(path, array)
         assert array_fault(str(path), headers) == ("", array.shape)
+        assert np.array_equal(read_array(path, array.shape), array.astype(np.float32))
+        path.write_bytes(path.read_bytes()[:-1])
+        assert "truncated" in array_fault(str(path), headers)[0]
     path.write_bytes(whole[:-1])
     assert "truncated" in array_fault(str(path), headers)[0]
     path.write_bytes(whole + b"\0")
     assert "truncated" in array_fault(str(path), {})[0]
     for array, reason in (
-        (good.astype(np.float64), "float64"),
+        (good.astype(np.complex64), "type complex64"),
+        (good.astype(np.longdouble), "type float128"),
+        (np.array(["a"]), "type <U1"),
         (good[0, 0], "shape ()"),
         (good[:0], "shape (0, 20)"),
-        (np.asfortranarray(good), "column order"),
         (np.array([{}], dtype=object), "type object"),
     ):
         np.save(path, array)
@@ -86,7 +92,7 @@ def test_every_planted_fault_is_reported(tmp_path, capsys):
     sound[0].unlink()
     sound[1].write_bytes(b"")
     np.save(sound[2], np.zeros((5, 5), np.float32))
-    np.save(sound[3], np.zeros((33, 20), np.float64))
+    np.save(sound[3], np.full((33, 20), 1e300))
     np.save(sound[4], np.full((33, 20), np.nan, np.float32))
     np.save(sound[5], np.full((33, 20), np.inf, np.float32))
     np.save(sound[6], np.zeros((33, 20), np.float32))
@@ -122,7 +128,10 @@ def test_every_planted_fault_is_reported(tmp_path, capsys):
         ("unsafe_clip", "../up"),
         ("clip_in_two_parts", "test_0000"),
     }
-    assert [(warning["kind"], warning["clip"]) for warning in report["warnings"]] == [("constant", "train_0006")]
+    assert [(warning["kind"], warning["clip"]) for warning in report["warnings"]] == [
+        ("cast", ""),
+        ("constant", "train_0006"),
+    ]
     assert main(["--check", str(root)]) == 1
     printed = capsys.readouterr().out
     assert "NOT valid, 16 problem(s)" in printed and "bad_array: 5" in printed and "train_0009" in printed

@@ -200,7 +200,7 @@ def test_the_actor_split_keeps_files_with_their_clips(tmp_path):
     actors = {name: {clip[:4] for clip in part.clips} for name, part in again.parts.items()}
     assert not actors["train"] & actors["test"] and again.split["name"] == "actor"
     for part in again.parts.values():
-        assert part.files["text"] == [files[clip] for clip in part.clips]
+        assert list(part.files["text"]) == [files[clip] for clip in part.clips]
     assert sum(len(part.clips) for part in again.parts.values()) == 36 and again.groups == {c: c[:4] for c in files}
 
 

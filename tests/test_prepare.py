@@ -552,7 +552,7 @@ def test_lists_are_whole_or_refused(tmp_path):
         (["--dataset", "CREMAD"], "nothing to do"),
         (["--dataset", "demo", "--raw", "."], "prepare_demo.sh"),
         (["--dataset", "folder", "--raw", "."], "allowed: CREMAD, KineticSound"),
-        (["--dataset", "cremad", "--raw", "."], "allowed: demo, CREMAD"),
+        (["--dataset", "cremad", "--raw", "."], "unknown; allowed: CREMAD"),
         (["--dataset", "CREMAD", "--raw", "nowhere"], "nowhere: no such folder"),
         (["--dataset", "CREMAD", "--raw", "{raw}", "--out", "{raw}"], "is the raw folder itself"),
         (["--dataset", "CREMAD", "--raw", "{raw}", "--out", "{raw}/o", "--split", "actor"], "no file named like"),

@@ -1,7 +1,6 @@
 """The doctor behind `python -m dataset.prepare --check`: everything in a folder is read, and every fault is named."""
 
 import json
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.inspect import Files, Problem, Report, frame_fault, inspect_folder, part_of_clip, short
+from dataset.inspect import Problem, Report, frame_fault, inspect_folder, part_of_clip, short
 from dataset.lists import read_record
+from dataset.pack import in_order, read_array
 from dataset.prepare.published import published_split
 from dataset.prepare.raw import cremad_rows, index_raw, inspect_raw
 from dataset.specs import DESCRIPTION, SPECS, DatasetSpec, get_spec, spec_of, video
@@ -26,8 +26,12 @@ def inspect_deep(root: Path | str, spec: DatasetSpec, quiet: bool = True) -> Rep
     """
     report = inspect_folder(root, spec, quiet)
     part_of = part_of_clip(report.parts)
+
+    def look(clip: str) -> tuple[list[Problem], list[Problem]]:
+        return _inspect_content(report, spec, clip, part_of[clip])
+
     with ThreadPoolExecutor() as pool:  # decoders and reads let other threads run
-        contents = pool.map(lambda clip: _inspect_content(clip, report.files[clip], part_of[clip]), list(report.files))
+        contents = in_order(pool, look, list(report.files), ahead=64)
         for bad, constant in tqdm(contents, "reading", len(report.files), unit="clip", disable=quiet):
             report.problems.extend(bad)
             report.warnings.extend(constant)
@@ -36,22 +40,32 @@ def inspect_deep(root: Path | str, spec: DatasetSpec, quiet: bool = True) -> Rep
     return report
 
 
-def _inspect_content(clip: str, files: Files, part: str) -> tuple[list[Problem], list[Problem]]:
+def _inspect_content(report: Report, spec: DatasetSpec, clip: str, part: str) -> tuple[list[Problem], list[Problem]]:
     """(problems, warnings) of one clip's content."""
-    paths: Iterable[str] = (path for frames in files.frames.values() for path in frames)
-    bad = [Problem("bad_frame", clip, path, reason, part) for path in paths if (reason := _decoding_fault(path))]
-    constant = []
-    for path in files.arrays.values():
-        values = np.load(path, allow_pickle=False)
-        if not np.isfinite(values).all():
-            bad.append(Problem("bad_array", clip, path, "NaN or infinity in it", part))
-        elif values.size > 1 and np.ptp(values) < 1e-6:
-            constant.append(Problem("constant", clip, path, "one value everywhere, such as silence", part))
+    files, bad, constant = report.files[clip], [], []
+    for modality in spec.modalities:
+        path = f"{report.root}/{modality.folder}/{clip}"
+        for name in files.frames.get(modality.name, ()):
+            if reason := _decoding_fault(f"{path}/{name}"):
+                bad.append(Problem("bad_frame", clip, f"{path}/{name}", reason, part))
+        if modality.name in files.shapes:
+            try:
+                values = read_array(Path(f"{path}.npy"), files.shapes[modality.name])
+            except UserError as error:
+                reason = str(error).removeprefix(f"{path}.npy: ").split("; python -m")[0]
+                bad.append(Problem("bad_array", clip, f"{path}.npy", reason, part))
+            else:
+                if values.size > 1 and np.ptp(values) < 1e-6:
+                    reason = "one value everywhere, such as silence"
+                    constant.append(Problem("constant", clip, f"{path}.npy", reason, part))
     return bad, constant
 
 
 def _decoding_fault(path: str) -> str:
-    """Why the frame is not a whole JPEG file, '' if Pillow decodes it. OpenCV would fill what is missing with grey."""
+    """Why the frame is not a whole JPEG or PNG file, '' if Pillow decodes it.
+
+    OpenCV would fill what is missing with grey.
+    """
     from PIL import Image
 
     try:
