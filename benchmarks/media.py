@@ -31,7 +31,7 @@ FIELDS = ("file", "streams", "decodable", "video", "sound", "frames_compared", "
 
 
 def main() -> int:
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description="Odd media files through the real preparation.")
     parser.add_argument("folder", metavar="DIR", help="folder of media files")
     parser.add_argument("--workers", type=number(int, 1), default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--out", default=str(RESULTS / "media.csv"), metavar="FILE", help="(default: %(default)s)")
@@ -80,7 +80,7 @@ def row_of(path: Path, i: int, out: Path, faults: dict[str, str], probe: dict | 
     row["video"], row["sound"] = faults.get(f"v{i:03d}", ""), faults.get(f"s{i:03d}", "")
     if not row["video"]:
         frames = sorted((out / "visual" / f"v{i:03d}").iterdir())
-        height, width = cv2.imread(str(frames[0])).shape[:2]
+        height, width = np.asarray(cv2.imread(str(frames[0]))).shape[:2]
         row["video"] = f"{len(frames)} frames of {width}x{height}"
         row |= against_ffmpeg_frames(path)
     if not row["sound"]:

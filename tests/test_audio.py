@@ -296,7 +296,9 @@ def test_a_wav_that_holds_another_format(tmp_path):
     write_video(tmp_path / "a.mp4", 1.0, 25, (64, 48), wave, 16_000).rename(tmp_path / "b.wav")
     assert len(load_wave(tmp_path / "b.wav")[0]) > 15_000
     soundfile.write(tmp_path / "c.wav", wave, 16_000, subtype="IMA_ADPCM")
-    assert np.array_equal(load_wave(tmp_path / "c.wav")[0], soundfile.read(tmp_path / "c.wav", dtype="float32")[0])
+    expected = soundfile.read(tmp_path / "c.wav", dtype="float32")[0]
+    found = load_wave(tmp_path / "c.wav")[0]
+    assert np.abs(found - expected).max() < 3e-3, "equal since FFmpeg 8; earlier versions round steps otherwise"
     write_wav(tmp_path / "d.wav", 1.0).rename(tmp_path / "d.mp4")
     assert np.array_equal(load_wave(tmp_path / "d.mp4")[0], soundfile.read(tmp_path / "d.mp4", dtype="float32")[0])
 

@@ -246,6 +246,7 @@ def logmel(wave: np.ndarray, recipe: AudioRecipe = AUDIO_RECIPES["logmel"]) -> n
     """
     import torch
 
+    assert recipe.samples is not None
     samples = torch.from_numpy(_repeat(wave, recipe.samples)).double()
     with torch.no_grad():
         power = _mel(recipe)(samples)[:, : recipe.shape[1]]
@@ -256,6 +257,7 @@ def logmel(wave: np.ndarray, recipe: AudioRecipe = AUDIO_RECIPES["logmel"]) -> n
 def _mel(recipe: AudioRecipe):
     from torchaudio.transforms import MelSpectrogram
 
+    assert recipe.rate is not None and recipe.hop is not None
     window, bands = 2 * recipe.hop, recipe.shape[0]
     transform = MelSpectrogram(recipe.rate, n_fft=window, win_length=window, hop_length=recipe.hop, n_mels=bands)
     return transform.double()

@@ -31,13 +31,14 @@ def opened(path: Path | str, what: str) -> Iterator:
     """The PyAV container of `path`. Raises `UserError` ("no readable `what`") for what FFmpeg cannot read."""
     try:
         import av
+        from av.error import FFmpegError
     except ImportError:
         raise UserError(f"{path}: PyAV is needed to read it; pip install av") from None
     try:
         # An absolute path: FFmpeg takes "name:..." for a protocol. Titles in Latin-1 are no reason to lose a clip.
         with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             yield container
-    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+    except (FFmpegError, OSError, ValueError, MemoryError) as error:
         raise UserError(f"{path}: no readable {what} ({short(error)}); get the file again") from None
 
 
@@ -83,7 +84,8 @@ def decoded(container, stream, tally: Tally, start: float = 0.0, needed: Callabl
     `needed()` says how many frames are still to come until one is of use: where the file ends before, the rest is not
     decoded but counted in `tally.left`.
     """
-    import av
+    from av.error import EOFError as EndOfFile
+    from av.error import FFmpegError
 
     stream.codec_context.thread_count = 1  # the clips are what runs in parallel
     if start > SEEK:
@@ -104,9 +106,9 @@ def decoded(container, stream, tally: Tally, start: float = 0.0, needed: Callabl
         inside += packet.size > 0
         try:
             frames = packet.decode()
-        except av.EOFError:
+        except EndOfFile:
             return
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             tally.bad, tally.why = tally.bad + 1, short(error)
             continue
         inside -= len(frames)
@@ -120,11 +122,11 @@ def decoded(container, stream, tally: Tally, start: float = 0.0, needed: Callabl
 
 def seek(container, stream, time: float) -> None:
     """Go to the key frame at or before `time`, or stay at the beginning where the file cannot be sought in."""
-    import av
+    from av.error import FFmpegError
 
     try:
         container.seek(math.floor((time + beginning(container)) / stream.time_base), stream=stream)
-    except (av.FFmpegError, OSError):
+    except (FFmpegError, OSError):
         container.seek(0, any_frame=True)
 
 

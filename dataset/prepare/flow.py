@@ -18,7 +18,8 @@ def flow_between(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     import cv2
 
     grey = [cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY) for frame in (first, second)]
-    return cv2.calcOpticalFlowFarneback(grey[0], grey[1], None, **FARNEBACK)
+    start = np.zeros((*grey[0].shape, 2), dtype=np.float32)
+    return cv2.calcOpticalFlowFarneback(grey[0], grey[1], start, **FARNEBACK)
 
 
 def flow_picture(flow: np.ndarray) -> np.ndarray:

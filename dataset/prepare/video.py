@@ -116,8 +116,8 @@ class _Frames:
         with decode.opened(self.path, "video") as container:
             stream = decode.find_stream(container, self.path, "video")
             self._read_header(container, stream)
-            chosen = self._by_index if self.choice.fps is None else self._by_time
-            for kept in chosen(_with_neighbours(self._timed(container, stream))):
+            frames, fps = _with_neighbours(self._timed(container, stream)), self.choice.fps
+            for kept in self._by_index(frames) if fps is None else self._by_time(frames, fps):
                 self.kept += 1
                 yield kept
                 if self.kept == self.choice.most:
@@ -158,18 +158,18 @@ class _Frames:
                     yield kept
                 index += 1
 
-    def _by_time(self, frames: Iterable[tuple[float, Kept]]) -> Iterator[Kept]:
+    def _by_time(self, frames: Iterable[tuple[float, Kept]], fps: float) -> Iterator[Kept]:
         """The frame shown at each moment: the last one whose time stamp is not after it, else the first of all."""
         start, end = self._span()
         count, shown = 0, None
         for time, kept in frames:
-            while shown is not None and (wanted := start + count / self.choice.fps) < time - decode.SLACK:
+            while shown is not None and (wanted := start + count / fps) < time - decode.SLACK:
                 if wanted >= end - decode.SLACK:
                     return
                 yield shown
                 count += 1
             shown = kept
-        while shown is not None and (wanted := start + count / self.choice.fps) < min(end, self.until) - decode.SLACK:
+        while shown is not None and (wanted := start + count / fps) < min(end, self.until) - decode.SLACK:
             yield shown
             count += 1
 
@@ -223,11 +223,12 @@ class Pictures:
     """
 
     def __init__(self, path: Path | str, choice: Choice):
-        self.path, self.choice = path, choice
+        self.path, self.choice = Path(path), choice
         self.reformatter, self.sides = None, (0, 0)
 
     def __call__(self, frame) -> np.ndarray:
         import av
+        from av.error import FFmpegError
         from av.video.reformatter import VideoReformatter
 
         one_thread = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}  # the clips run in parallel
@@ -235,7 +236,7 @@ class Pictures:
             self.reformatter, self.sides = VideoReformatter(), (frame.width, frame.height)
         try:
             pixels = self.reformatter.reformat(frame, *self.sides, "bgr24", interpolation="BICUBIC", **one_thread)
-        except (av.FFmpegError, ValueError) as error:
+        except (FFmpegError, ValueError) as error:
             raise UserError(f"{self.path}: frames cannot be converted ({decode.short(error)}); get it again") from None
         picture = upright(pixels.to_ndarray(), display_matrix(frame))
         return _resized(_cropped(picture, self.choice.crop, self.path), self.choice.size)
