@@ -1,16 +1,21 @@
 """Clips per second of preparation at CREMA-D's geometry: 480 x 360 FLV1 of 2.5 s and a 16 kHz WAV, made on the fly.
 
-    python -m benchmarks.prepare [--clips 60] [--repeats 3]
+    python -m benchmarks.prepare [--clips 60] [--repeats 3] [--against DIR]
 
 Times the real engine (dataset/prepare/engine.py) with 1 worker and with one per core, and a second run over the
-finished folder. Prints machine and versions; writes benchmarks/results/prepare-<cpu>-<date>.json and .csv.
+finished folder. With `--against` the whole command is timed too, in turns with that of another checkout of this
+repository, and the files that both make are compared. Prints machine and versions; writes
+benchmarks/results/prepare-<cpu>-<date>.json and .csv.
 """
 
 import csv
 import json
 import os
+import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from importlib import metadata
@@ -19,12 +24,13 @@ from pathlib import Path
 from benchmarks.raw_samples import cremad_names, write_video, write_wav
 from benchmarks.saving import new_result
 from dataset.prepare import engine
-from dataset.prepare.engine import Clip, prepare_clips
+from dataset.prepare.engine import Clip, Options, prepare_clips
 from dataset.specs import AUDIO_RECIPES, get_spec
 from utils.cli import Parser, number
 from utils.errors import run_main
 
 MODELS = 6  # different videos; the other clips are copies of them, for encoding takes ten times as long as preparing
+RECIPE = AUDIO_RECIPES["logstft"]
 PACKAGES = ("numpy", "opencv-python-headless", "librosa", "soundfile", "av", "torch", "torchaudio")
 
 
@@ -43,10 +49,9 @@ def make_raw(folder: Path, count: int) -> list[Clip]:
 
 def one_run(clips: list[Clip], out: Path, workers: int) -> dict:
     """Rate while all workers are at work, from the first quarter of the clips to the last one, by the engine itself."""
-    recipe, done = AUDIO_RECIPES["logstft"], []
-    settings = engine.Settings(recipe.name, recipe.channels, None)
+    done: list[float] = []
     begin, busy = time.monotonic(), processor_seconds()
-    for _, outcome in engine._outcomes(clips, out, settings, workers):
+    for _, outcome in engine._outcomes(clips, out, Options(audio=RECIPE, workers=workers)):
         if outcome.fault is not None:
             raise RuntimeError(str(outcome.fault))
         done.append(time.monotonic() - begin)
@@ -72,8 +77,8 @@ def measure(clips: list[Clip], folder: Path, workers: tuple[int, ...], repeats: 
         for count in workers:
             lone[count].append(one_run(few, folder / f"{count}-{repeat}-few", count)["busy"])
             runs[count].append(one_run(clips, folder / f"{count}-{repeat}", count))
-    summary = prepare_clips(clips, folder / "whole", AUDIO_RECIPES["logstft"], quiet=True)
-    again = prepare_clips(clips, folder / "whole", AUDIO_RECIPES["logstft"], quiet=True)
+    summary = prepare_clips(clips, folder / "whole", Options(audio=RECIPE), quiet=True)
+    again = prepare_clips(clips, folder / "whole", Options(audio=RECIPE), quiet=True)
     rows = []
     for count in workers:
         busy = statistics.median(run["busy"] for run in runs[count]) - statistics.median(lone[count])
@@ -93,6 +98,41 @@ def measure(clips: list[Clip], folder: Path, workers: tuple[int, ...], repeats: 
             }
         )
     return rows
+
+
+def compare(raw: Path, other: Path, folder: Path, count: int, repeats: int) -> dict:
+    """Clips per second of the command line, start of the processes included, here and in the checkout `other`."""
+    here, workers = Path(__file__).parents[1], os.cpu_count() or 1
+    rates: dict[str, list[float]] = {"here": [], "other": []}
+    busy: dict[str, list[float]] = {"here": [], "other": []}
+    for repeat in range(repeats):
+        for name, root in (("here", here), ("other", other)):
+            command = [sys.executable, "-m", "dataset.prepare", "--dataset", "CREMAD", "--split", "actor", "--raw", raw]
+            command += ["--out", folder / f"{name}{repeat}", "--workers", str(workers)]
+            begin, before = time.monotonic(), _children_seconds()
+            subprocess.run(command, cwd=root, check=True, capture_output=True)
+            rates[name].append(count / (time.monotonic() - begin))
+            busy[name].append(1000 * (_children_seconds() - before) / count)
+    same = {kind: _same_files(folder / "here0" / kind, folder / "other0" / kind) for kind in ("visual", "audio")}
+    found = {"against": str(other), "workers": workers, "clips": count, "identical_files": same}
+    for name in rates:
+        found[f"{name}_clips_per_second"] = [round(rate, 2) for rate in sorted(rates[name])]
+        found[f"{name}_median"] = round(statistics.median(rates[name]), 2)
+        found[f"{name}_cpu_ms_per_clip"] = round(statistics.median(busy[name]), 1)
+    return found
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _same_files(one: Path, two: Path) -> str:
+    """How many files are in both folders with the same bytes, of how many."""
+    names = {path.relative_to(root) for root in (one, two) for path in root.rglob("*") if path.is_file()}
+    same = [n for n in names if (one / n).is_file() and (two / n).is_file()
+            and (one / n).read_bytes() == (two / n).read_bytes()]  # fmt: skip
+    return f"{len(same)} of {len(names)}"
 
 
 def machine() -> dict:
@@ -117,6 +157,7 @@ def main() -> None:
     parser.add_argument("--clips", type=number(int, 32, 1440), default=60, metavar="N", help="clips (default: 60)")
     parser.add_argument("--repeats", type=number(int, 1), default=3, metavar="N",
                         help="repeats, of which the median is reported (default: 3)")  # fmt: skip
+    parser.add_argument("--against", metavar="DIR", help="another checkout of this repository to compare with")
     args = parser.parse_args()
     about = machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()))
@@ -124,6 +165,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clips = make_raw(Path(folder) / "raw", args.clips)
         rows = measure(clips, Path(folder), tuple(sorted({1, os.cpu_count() or 1})), args.repeats)
+        if args.against is not None:
+            other = Path(args.against).resolve()
+            about["comparison"] = compare(Path(folder) / "raw", other, Path(folder), len(clips), args.repeats)
+            print(about["comparison"])
     for row in rows:
         row["whole_cremad_minutes"] = round((total / row["clips_per_second"] + row["start_seconds"]) / 60, 2)
         row["whole_cremad_minutes_idle"] = round(total / row["idle_clips_per_second"] / 60, 2)

@@ -20,6 +20,7 @@ from helpers import REPO, TINY, make_folder, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from utils import run as run_module
 from utils.errors import INTERRUPTED, Interrupted, UserError, run_main
 from utils.run import FORMAT
 from utils.signals import Signals
@@ -138,6 +139,26 @@ def test_killed_at_a_random_step_is_bit_identical(data, runs, whole, monkeypatch
         run(data, runs, name, *FLAGS, "--resume", "auto")
     assert_same_run(whole, runs / name)
     assert not list((runs / name).glob(".tmp-*"))
+
+
+def test_killed_between_the_numbers_of_an_epoch_and_its_checkpoint_is_bit_identical(data, runs, whole, monkeypatch):
+    """metrics.jsonl and best.pth know of an epoch that last.pth does not: it is repeated, and told of once."""
+    save, seen = run_module.save_checkpoint, []
+
+    def die(path, *args, **kwargs):
+        seen.append(path.name)
+        if seen.count("last.pth") == 2:
+            raise Killed
+        return save(path, *args, **kwargs)
+
+    monkeypatch.setattr(run_module, "save_checkpoint", die)
+    with pytest.raises(Killed):
+        run(data, runs, "unsaved", *FLAGS)
+    monkeypatch.undo()
+    assert len(numbers(runs / "unsaved")) == 2
+    assert torch.load(runs / "unsaved" / "last.pth", weights_only=True)["epoch"] == 0
+    train.main(["--resume", str(runs / "unsaved")])
+    assert_same_run(whole, runs / "unsaved")
 
 
 @pytest.mark.parametrize("fatal", [2, 4])  # in the first epoch, in the scoring's epoch

@@ -16,10 +16,11 @@ import pytest
 import soundfile
 
 from benchmarks.raw_samples import EMOTIONS, cremad_names, tone, write_video, write_wav
+from dataset import specs
 from dataset.folder import load_folder
 from dataset.prepare import audio, engine, video
 from dataset.prepare.__main__ import main
-from dataset.prepare.engine import Clip, Settings, prepare_clips
+from dataset.prepare.engine import Clip, Options, prepare_clips
 from dataset.prepare.lists import write_lists
 from dataset.specs import AUDIO_RECIPES, get_spec
 from utils.errors import UserError
@@ -29,6 +30,19 @@ POINTER = ROOT.parent / "shared" / "data" / "cremad" / "lfs_pointer_example.flv"
 POINTER_TEXT = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"1" * 64 + b"\nsize 265922\n"
 SIZE = (96, 64)
 LOGSTFT = AUDIO_RECIPES["logstft"]
+
+
+POOLED = engine._pooled
+
+
+@pytest.fixture(autouse=True)
+def without_processes(monkeypatch):
+    """Make clips in this process, for speed and so that patches reach them; some tests undo it."""
+    monkeypatch.setattr(
+        engine,
+        "_pooled",
+        lambda clips, out, options, _: ((clip, engine.make_clip(clip, out, options)) for clip in clips),
+    )
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -312,6 +326,10 @@ def test_frames_and_spectrograms_are_taken_over(tmp_path, monkeypatch, capsys):
 # What the engine promises ---------------------------------------------------------------------------------------------
 
 
+def options(recipe=LOGSTFT, **changes) -> Options:
+    return Options(audio=recipe, workers=engine.IN_THIS_PROCESS, **changes)
+
+
 def clips_of(raw: Path, names: list[str]) -> list[Clip]:
     return [Clip(name, raw / "VideoFlash" / f"{name}.flv", raw / "AudioWAV" / f"{name}.wav") for name in names]
 
@@ -319,43 +337,43 @@ def clips_of(raw: Path, names: list[str]) -> list[Clip]:
 def test_a_changed_source_or_recipe_is_made_again(tmp_path):
     names = make_cremad(tmp_path / "raw", 4)
     clips, out = clips_of(tmp_path / "raw", names), tmp_path / "out"
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (4, 0)
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (0, 4)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (4, 0)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (0, 4)
     write_wav(clips[0].audio, 2, seed=99)
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (1, 3)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (1, 3)
     frame = out / "visual" / names[1] / "frame_00001.jpg"
     frame.write_bytes(frame.read_bytes()[:-7])
     (out / "audio" / f"{names[2]}.npy").unlink()
     (out / "visual" / names[3] / "frame_00002.jpg").unlink()
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (3, 1)
-    assert prepare_clips(clips, out, AUDIO_RECIPES["fbank"], quiet=True)[:2] == (4, 0)
-    assert prepare_clips(clips, out, AUDIO_RECIPES["fbank"], quiet=True, stored_frames=1)[:2] == (4, 0)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (3, 1)
+    assert prepare_clips(clips, out, options(AUDIO_RECIPES["fbank"]), quiet=True)[:2] == (4, 0)
+    assert prepare_clips(clips, out, options(AUDIO_RECIPES["fbank"], stored_frames=1), quiet=True)[:2] == (4, 0)
     clips[3].video.write_bytes(POINTER_TEXT)
-    summary = prepare_clips(clips, out, AUDIO_RECIPES["fbank"], quiet=True, stored_frames=1)
+    summary = prepare_clips(clips, out, options(AUDIO_RECIPES["fbank"], stored_frames=1), quiet=True)
     assert summary[:2] == (0, 3) and summary.skipped[0].kind == "lfs_pointer"
     assert not (out / "visual" / names[3]).exists(), "files of another source would pass for this one's"
     clips[2].video.unlink()
-    assert prepare_clips(clips[:3], out, AUDIO_RECIPES["fbank"], quiet=True, stored_frames=1)[:2] == (0, 3)
+    assert prepare_clips(clips[:3], out, options(AUDIO_RECIPES["fbank"], stored_frames=1), quiet=True)[:2] == (0, 3)
 
 
 def test_leftovers_of_a_kill_are_removed_and_cut_records_not_trusted(tmp_path):
     names = make_cremad(tmp_path / "raw", 4)
     clips, out = clips_of(tmp_path / "raw", names), tmp_path / "out"
-    prepare_clips(clips, out, LOGSTFT, quiet=True)
+    prepare_clips(clips, out, options(LOGSTFT), quiet=True)
     whole = contents(out)
     journal = out / ".prepare" / "clips.jsonl"
     journal.write_bytes(journal.read_bytes()[:-30])
     (out / "visual" / ".tmp-abc").mkdir()
     (out / "visual" / ".tmp-abc" / "frame_00001.jpg").write_bytes(b"half")
     (out / "audio" / ".tmp-abc.npy").write_bytes(b"half")
-    assert prepare_clips(clips, out, LOGSTFT, quiet=True)[:2] == (1, 3)
+    assert prepare_clips(clips, out, options(LOGSTFT), quiet=True)[:2] == (1, 3)
     assert contents(out) == whole
 
 
 def test_two_runs_in_one_folder(tmp_path):
     names = make_cremad(tmp_path / "raw", 1)
     with engine._locked(tmp_path / "out"), pytest.raises(UserError, match="another preparation is at work"):
-        prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", LOGSTFT, quiet=True)
+        prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", options(LOGSTFT), quiet=True)
 
 
 def test_a_surprise_in_one_clip_is_a_fault_of_that_clip(tmp_path, monkeypatch):
@@ -369,7 +387,7 @@ def test_a_surprise_in_one_clip_is_a_fault_of_that_clip(tmp_path, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(audio, "spectrogram", surprise)
-    summary = prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", LOGSTFT, quiet=True)
+    summary = prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", options(LOGSTFT), quiet=True)
     assert summary[:2] == (2, 0) and summary.skipped[0].reason == "ZeroDivisionError: odd file"
 
 
@@ -381,37 +399,134 @@ def test_a_full_disk_stops_with_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(UserError, match="No space left"):
-        prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", LOGSTFT, quiet=True)
+        prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", options(LOGSTFT), quiet=True)
 
 
 def test_unsafe_or_repeated_names(tmp_path):
     clip = Clip("../x", tmp_path / "a.flv", tmp_path / "a.wav")
     with pytest.raises(UserError, match="clip id"):
-        prepare_clips([clip], tmp_path / "out", LOGSTFT, quiet=True)
+        prepare_clips([clip], tmp_path / "out", options(LOGSTFT), quiet=True)
     with pytest.raises(UserError, match="listed twice"):
-        prepare_clips([clip._replace(name="a")] * 2, tmp_path / "out", LOGSTFT, quiet=True)
+        prepare_clips([clip._replace(name="a")] * 2, tmp_path / "out", options(LOGSTFT), quiet=True)
 
 
-def die():
-    os._exit(9)
+class Planted:
+    """Calls `function` in the process that unpickles it, as a decoder that crashes or hangs would behave there."""
 
-
-class Deadly:
-    """Kills the process that unpickles it, as a crashing decoder would."""
+    def __init__(self, function, *args):
+        self.what = function, args
 
     def __reduce__(self):
-        return die, ()
+        return self.what
+
+    def __str__(self):
+        return "planted.flv"
 
 
-def test_a_clip_that_kills_its_process_is_named_and_the_others_are_made(tmp_path):
-    names = make_cremad(tmp_path / "raw", 12)
-    clips = clips_of(tmp_path / "raw", names)
-    clips[4] = clips[4]._replace(video=Deadly())
-    outcomes = dict(engine._pooled(clips, tmp_path / "out", Settings("logstft", "mean", None), 2))
-    assert len(outcomes) == 12
+def die(status):
+    os._exit(status)
+
+
+def crash(number):
+    os.kill(os.getpid(), number)
+
+
+def test_decoders_that_die_or_hang_take_only_their_own_clips(tmp_path, monkeypatch):
+    names = make_cremad(tmp_path / "raw", 14)
+    clips, out = clips_of(tmp_path / "raw", names), tmp_path / "out"
+    planted = {4: (die, 9), 5: (crash, int(signal.SIGSEGV)), 9: (crash, int(signal.SIGABRT)), 11: (time.sleep, 600)}
+    for i, (function, value) in planted.items():
+        clips[i] = clips[i]._replace(video=Planted(function, value))
+    monkeypatch.setattr(engine, "HANG", 4)
+    outcomes = dict(POOLED(clips, out, options(), 2))
+    assert len(outcomes) == 14
     faults = {clip.name: outcome.fault for clip, outcome in outcomes.items() if outcome.fault}
-    assert list(faults) == [names[4]] and "crashed" in faults[names[4]].reason
-    assert len(list((tmp_path / "out" / "visual").iterdir())) == 11
+    assert set(faults) == {names[i] for i in planted}
+    assert [faults[names[i]].kind for i in planted] == ["decoder_crash"] * 3 + ["decoder_hang"]
+    for i, words in zip(planted, ("exit status 9", "SIGSEGV", "SIGABRT", "hangs"), strict=True):
+        assert words in faults[names[i]].reason and faults[names[i]].path == "planted.flv"
+    assert len(list((out / "visual").iterdir())) == len(list((out / "audio").iterdir())) == 10
+
+
+def test_a_crash_is_counted_and_the_clip_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "_pooled", POOLED)
+    monkeypatch.setattr(engine, "_source_fault", lambda clip: None)
+    names = make_cremad(tmp_path / "raw", 3)
+    clips, out = clips_of(tmp_path / "raw", names), tmp_path / "out"
+    bad = [clips[0], clips[1]._replace(audio=Planted(die, 1)), clips[2]]
+    monkeypatch.setattr(engine, "_stamps", lambda clip: [])
+    summary = prepare_clips(bad, out, options()._replace(workers=1), quiet=True)
+    assert summary[:2] == (2, 0) and summary.skipped[0].kind == "decoder_crash"
+    assert prepare_clips(clips, out, options()._replace(workers=1), quiet=True)[:2] == (1, 2)
+
+
+def test_an_error_in_a_worker_is_not_taken_for_a_crash(tmp_path):
+    names = make_cremad(tmp_path / "raw", 1)
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(OSError):
+        list(POOLED(clips_of(tmp_path / "raw", names), tmp_path / "out", options(), 1))
+
+
+def test_the_pool_and_this_process_make_the_same_files(tmp_path, monkeypatch):
+    names = make_cremad(tmp_path / "raw", 6)
+    clips = [clip._replace(start=0.2, end=1.3) for clip in clips_of(tmp_path / "raw", names)]
+    chosen = options(fps=5, size=48, crop=(8, 4, 80, 60), flow=True)
+    prepare_clips(clips, tmp_path / "one", chosen, quiet=True)
+    monkeypatch.setattr(engine, "_pooled", POOLED)
+    prepare_clips(clips, tmp_path / "two", chosen._replace(workers=2), quiet=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert {len(list((tmp_path / "one" / "flow" / name).iterdir())) for name in names} == {6}
+
+
+# Cuts, sound alone, flow ----------------------------------------------------------------------------------------------
+
+
+def test_several_clips_out_of_one_file(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 4, 25, SIZE, tone(4, 16_000), 16_000)
+    recipe = specs.logmel(16_000, 0.5, 20, 160)
+    clips = [Clip(f"word{i}", path, path, 0.5 * i, 0.5 * i + 0.4) for i in range(7)]
+    clips.append(Clip("far", path, path, 9.0, 9.5))
+    summary = prepare_clips(clips, tmp_path / "out", options(recipe, fps=25), quiet=True)
+    assert summary[:2] == (7, 0) and [fault.clip for fault in summary.skipped] == ["far"]
+    assert "before the clip's start" in summary.skipped[0].reason
+    for i in range(7):
+        assert len(list((tmp_path / "out" / "visual" / f"word{i}").iterdir())) == 10
+        wave, rate = audio.load_wave(path, start=0.5 * i, end=0.5 * i + 0.4)
+        stored = np.load(tmp_path / "out" / "audio" / f"word{i}.npy")
+        assert np.array_equal(stored, audio.spectrogram(wave, rate, recipe)) and stored.shape == recipe.shape
+    moved = [clips[0]._replace(end=0.3), *clips[1:7]]
+    assert prepare_clips(moved, tmp_path / "out", options(recipe, fps=25), quiet=True)[:2] == (1, 6)
+
+
+def test_options_decide_what_is_there(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 2, 10, SIZE, tone(2, 16_000), 16_000)
+    out, both = tmp_path / "out", [Clip("a", path, path), Clip("b", path, None), Clip("c", None, path)]
+    prepare_clips(both, out, options(flow=True, fps=2), quiet=True)
+    found = {folder: sorted(file.stem for file in (out / folder).iterdir()) for folder in ("visual", "flow", "audio")}
+    assert found == {"visual": ["a", "b"], "flow": ["a", "b"], "audio": ["a", "c"]}
+    assert prepare_clips(both, out, options(flow=True, fps=2), quiet=True)[:2] == (0, 3)
+    assert prepare_clips(both, out, options(fps=2), quiet=True)[:2] == (3, 0)
+    assert not list((out / "flow").iterdir()), "flow of other options would pass for asked for"
+    (out / "flow" / "a").mkdir()
+    assert prepare_clips(both, out, options(fps=1), quiet=True)[:2] == (3, 0)
+    assert (out / "flow" / "a").exists(), "what an earlier run did not make is left alone"
+
+
+@pytest.mark.parametrize(
+    ("clip", "changes", "words"),
+    [
+        (Clip("a", Path("a.mp4"), None, 2.0, 1.0), {}, "must end after it starts"),
+        (Clip("a", Path("a.mp4"), None, -1.0), {}, "must end after it starts"),
+        (Clip("a", None, None), {}, "neither frames nor sound"),
+        (Clip("a", Path("a.mp4"), None), {"fps": 0}, "fps 0"),
+        (Clip("a", Path("a.mp4"), None), {"fps": float("nan")}, "fps nan"),
+        (Clip("a", Path("a.mp4"), None), {"size": -3}, "size -3"),
+    ],
+)
+def test_mistakes_of_clips_and_options(tmp_path, clip, changes, words):
+    with pytest.raises(UserError, match=words) as error:
+        prepare_clips([clip], tmp_path / "out", options(**changes), quiet=True)
+    assert "\n" not in str(error.value)
 
 
 def test_lists_are_whole_or_refused(tmp_path):
@@ -437,7 +552,7 @@ def test_lists_are_whole_or_refused(tmp_path):
         (["--dataset", "CREMAD"], "nothing to do"),
         (["--dataset", "demo", "--raw", "."], "prepare_demo.sh"),
         (["--dataset", "folder", "--raw", "."], "allowed: CREMAD, KineticSound"),
-        (["--dataset", "cremad", "--raw", "."], "allowed: demo, CREMAD"),
+        (["--dataset", "cremad", "--raw", "."], "unknown; allowed: CREMAD"),
         (["--dataset", "CREMAD", "--raw", "nowhere"], "nowhere: no such folder"),
         (["--dataset", "CREMAD", "--raw", "{raw}", "--out", "{raw}"], "is the raw folder itself"),
         (["--dataset", "CREMAD", "--raw", "{raw}", "--out", "{raw}/o", "--split", "actor"], "no file named like"),

@@ -2,21 +2,21 @@
 
 Recipes compute in float64 and store float32: the logarithm of an almost silent band magnifies the rounding of float32
 to more than 1e-4, and two machines would then make two datasets. librosa and PyAV are imported only where they are
-needed: `fbank` and `logmel` of a WAV file work without both.
+needed: `fbank` and `logmel` of a 16-bit WAV file work without both.
 """
 
-import os
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from dataset.prepare import decode
 from dataset.specs import AUDIO_RECIPES, AudioRecipe
 from utils.errors import UserError
 
 MAX_SECONDS = 600  # per clip; the datasets have 10-second clips, so a longer one is a damaged header
 RATES = (1_000, 400_000)  # Hz; outside it the header is damaged
-NO_TRACK = "no audio track"
-BLOCK = 2**18  # samples read at a time, so that memory follows what is in the file and not what its header promises
 
 LOGSTFT_SAMPLES = 66_150  # 3 s at 22,050 Hz
 FBANK_MEAN, FBANK_STD = -4.503877, 5.141276  # of AudioSet, as in OGM-GE's preparation
@@ -27,16 +27,23 @@ LOGMEL_SAMPLES = 8_192  # 1.024 s at 8 kHz: with hop 256 exactly 32 columns
 # Waveforms
 
 
-def load_wave(path: Path | str, rate: int | None = None, channels: str = "mean") -> tuple[np.ndarray, int]:
-    """(wave float32 (n,), rate in Hz) of a WAV file or of the audio track of a video.
+def load_wave(
+    path: Path | str,
+    rate: int | None = None,
+    channels: str = "mean",
+    start: float | None = None,
+    end: float | None = None,
+) -> tuple[np.ndarray, int]:
+    """(wave float32 (n,), rate in Hz) of a sound file or of the first audio track of a video.
 
-    `rate` resamples; None keeps the file's own. `channels`: "mean" averages them, "first" takes the first. Raises
-    `UserError` where there is no sound to be had: no audio track, no samples, a broken file, over 10 minutes.
+    `rate` resamples; None keeps the file's own. `channels`: "mean" averages them, "first" takes the first. `start` and
+    `end` (seconds from the beginning of the file) cut it, to the sample. Raises `UserError` where there is no sound to
+    be had: no audio track, no samples, a broken file, over 10 minutes.
     """
     path = Path(path)
     if channels not in ("mean", "first"):
         raise ValueError(f"channels {channels!r}: 'mean' or 'first'")
-    wave, found = _read_wav(path) if path.suffix.lower() == ".wav" else _read_track(path)
+    wave, found = _read_pcm16(path, start, end) or _read_track(path, start, end)
     if wave.size == 0:
         raise UserError(f"{path}: no samples in it; get the file again")
     if not np.isfinite(wave).all():
@@ -48,97 +55,117 @@ def load_wave(path: Path | str, rate: int | None = None, channels: str = "mean")
     return wave, found
 
 
-def _read_wav(path: Path) -> tuple[np.ndarray, int]:
-    """(wave (n, channels), rate) by libsndfile, block by block."""
-    try:
-        import soundfile
-    except ImportError:
-        return _read_pcm16(path)
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            _check_rate(path, file.samplerate)
-            most, size = MAX_SECONDS * file.samplerate, max(1, BLOCK // file.channels)
-            blocks: list[np.ndarray] = [np.zeros((0, file.channels), dtype=np.float32)]
-            total = 0
-            while total <= most and len(block := file.read(size, dtype="float32", always_2d=True)):
-                blocks.append(block)
-                total += len(block)
-            _check_length(path, total, file.samplerate)
-            return np.concatenate(blocks), file.samplerate
-    except (soundfile.SoundFileError, OSError) as error:
-        raise UserError(f"{path}: no readable sound file ({_short(error)}); get the file again") from None
-
-
-def _read_pcm16(path: Path) -> tuple[np.ndarray, int]:
-    """(wave (n, channels), rate) of a 16-bit WAV with Python alone, for machines without soundfile."""
+def _read_pcm16(path: Path, start: float | None = None, end: float | None = None) -> tuple[np.ndarray, int] | None:
+    """(wave (n, channels), rate) of a 16-bit WAV with Python alone, None for every other file, whatever its name."""
     import wave
 
     try:
         with wave.open(str(path), "rb") as file:
-            if file.getsampwidth() != 2:
-                raise UserError(f"{path}: {8 * file.getsampwidth()}-bit samples; pip install soundfile to read it")
-            _check_rate(path, file.getframerate())
-            data = file.readframes(min(file.getnframes(), MAX_SECONDS * file.getframerate() + 1))
-            channels, rate = file.getnchannels(), file.getframerate()
-    except (wave.Error, EOFError, OSError) as error:
-        raise UserError(f"{path}: no readable WAV file ({_short(error)}); get the file again") from None
+            rate, channels = file.getframerate(), file.getnchannels()
+            if file.getsampwidth() != 2 or file.getcomptype() != "NONE":
+                return None
+            _check_rate(path, rate)
+            cut = _Cut(path, rate, start, end)
+            first = min(cut.first, file.getnframes())
+            file.setpos(first)
+            data = file.readframes(min(cut.last - cut.first, MAX_SECONDS * rate + 1))
+    except (wave.Error, EOFError, OSError):
+        return None
     samples = np.frombuffer(data[: len(data) // (2 * channels) * 2 * channels], dtype="<i2").reshape(-1, channels)
-    _check_length(path, len(samples), rate)
+    if file.getnframes() == 0:
+        return None
+    cut.check(len(samples), first + len(samples))
     return samples.astype(np.float32) / 32_768, rate
 
 
-def _read_track(path: Path) -> tuple[np.ndarray, int]:
-    """(wave (n, channels), rate) of the first audio track of a video, by PyAV. Damaged packets are passed over."""
-    import av
-    from av.error import FFmpegError
+def _read_track(path: Path, start: float | None, end: float | None) -> tuple[np.ndarray, int]:
+    """(wave (n, channels), rate) of the first audio track of a file, by PyAV."""
+    with decode.opened(path, "sound file") as container:
+        stream = decode.find_stream(container, path, "audio")
+        chunks, taken, cut, position, tally = [], 0, None, 0, decode.Tally(path)
+        for time, rate, chunk in _decoded(container, stream, tally, start or 0.0):
+            if cut is None:
+                _check_rate(path, rate)
+                cut = _Cut(path, rate, start, end)
+                position = round(time * rate) if start or end else 0  # where the first sample lies in the file
+            if position >= cut.last:
+                break
+            kept = chunk[max(0, cut.first - position) : cut.last - position]
+            position += len(chunk)
+            if len(kept):
+                chunks.append(kept)
+                taken += len(kept)
+                cut.check_length(taken)
+    tally.check()
+    if cut is None:
+        raise UserError(f"{path}: no samples in it; get the file again")
+    cut.check(taken, position)
+    return np.concatenate(chunks), cut.rate
 
-    try:
-        # Titles in Latin-1 are common on the web and no reason to lose a clip.
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
-            if not container.streams.audio:
-                raise UserError(f"{path}: {NO_TRACK}")
-            stream = container.streams.audio[0]
-            _check_rate(path, stream.rate)
-            chunks, total = [], 0
-            for chunk in _decode(av, container, stream):
-                chunks.append(chunk)
-                total += len(chunk)
-                _check_length(path, total, stream.rate)
-            return np.concatenate(chunks or [np.zeros((0, 1), dtype=np.float32)]), stream.rate
-    except (FFmpegError, OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable audio track ({_short(error)}); get the file again") from None
+
+class _Cut:
+    """The samples `first` to `last` of a file, at `rate` Hz."""
+
+    def __init__(self, path: Path, rate: int, start: float | None, end: float | None):
+        self.path, self.rate, self.start, self.end = path, rate, start, end
+        self.first = round((start or 0.0) * rate)
+        self.last = 2**62 if end is None else round(end * rate)
+
+    def check_length(self, taken: int) -> None:
+        if taken > MAX_SECONDS * self.rate:
+            raise UserError(f"{self.path}: more than {MAX_SECONDS} s of sound; cut it to the clip")
+
+    def check(self, taken: int, until: int) -> None:
+        """Raise `UserError` unless `taken` samples, of a file whose sound ends at sample `until`, will do."""
+        self.check_length(taken)
+        ends = f"{self.path}: the sound ends at {until / self.rate:.2f} s"
+        if taken == 0 and self.first > 0:
+            raise UserError(f"{ends}, before the clip's start at {self.start:g} s")
+        if self.end is not None and self.last - until > max(self.rate, (self.last - self.first) / 2):
+            raise UserError(f"{ends}; the clip is {self.start or 0:g} to {self.end:g} s")
 
 
-def _decode(av, container, stream):
-    """Yield (n, channels) float32 blocks at the track's own rate and number of channels."""
-    resampler = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
-    for packet in container.demux(stream):
-        try:
-            frames = packet.decode()
-        except av.InvalidDataError:
-            continue  # as players do: the packets around a damaged one are good
-        for frame in frames:
-            frame.pts = None  # gaps in the time stamps are not filled with silence
-            for part in resampler.resample(frame):
-                yield part.to_ndarray().T
-    for part in resampler.resample(None):
-        yield part.to_ndarray().T
+def _decoded(container, stream, tally: decode.Tally, start: float) -> Iterator[tuple[float, int, np.ndarray]]:
+    """Yield (time in seconds, rate, samples (n, channels) float32), at the rate and number of channels of the first.
+
+    Gaps in the time stamps are not filled with silence.
+    """
+    time, begin, rate, channels = 0.0, decode.beginning(container), 0, 0
+    for frame in decode.decoded(container, stream, tally, start):
+        block, found = _samples(frame), frame.sample_rate
+        rate, channels = rate or found, channels or block.shape[1]
+        if block.shape[1] != channels:  # both may change within a file
+            block = block.mean(axis=1, keepdims=True, dtype=np.float32).repeat(channels, axis=1)
+        if found != rate:
+            block = np.stack([resample(np.ascontiguousarray(wave), found, rate) for wave in block.T], axis=1)
+        time = time if frame.time is None else frame.time - begin
+        yield time, rate, block
+
+
+SAMPLE_TYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
+
+
+def _samples(frame) -> np.ndarray:
+    """A decoded frame as (n, channels) float32, full scale 1.
+
+    Planes are read one by one: PyAV's own conversions take a ninth plane for there where eight channels are planar, and
+    crash.
+    """
+    kind, count = SAMPLE_TYPES[frame.format.packed.name], frame.layout.nb_channels
+    if frame.format.is_planar:
+        values = np.stack([np.frombuffer(frame.planes[c], kind)[: frame.samples] for c in range(count)], axis=1)
+    else:
+        values = np.frombuffer(frame.planes[0], kind)[: frame.samples * count].reshape(-1, count)
+    if kind == np.uint8:
+        return (values.astype(np.float32) - 128) / 128
+    if values.dtype.kind == "i":
+        return values.astype(np.float32) / np.float32(2 ** (8 * values.dtype.itemsize - 1))
+    return values.astype(np.float32)
 
 
 def _check_rate(path: Path, rate: int) -> None:
     if not rate or not RATES[0] <= rate <= RATES[1]:
         raise UserError(f"{path}: sampling rate {rate} Hz; the header is damaged, get the file again")
-
-
-def _check_length(path: Path, samples: int, rate: int) -> None:
-    if samples > MAX_SECONDS * rate:
-        raise UserError(f"{path}: more than {MAX_SECONDS} s of sound; cut it to the clip")
-
-
-def _short(error: BaseException) -> str:
-    """What went wrong in a few words, without the path: the line names it already."""
-    text = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
-    return " ".join(str(text).split())[:120]
 
 
 def resample(wave: np.ndarray, rate: int, wanted: int) -> np.ndarray:
@@ -169,7 +196,7 @@ def spectrogram(wave: np.ndarray, rate: int, recipe: AudioRecipe) -> np.ndarray:
     if recipe.name == "fbank":
         return fbank(wave, rate)
     wave = resample(wave, rate, recipe.rate or rate)
-    return {"logstft": logstft, "logmel": logmel}[recipe.name](wave)
+    return logmel(wave, recipe) if recipe.name == "logmel" else logstft(wave)
 
 
 def logstft(wave: np.ndarray) -> np.ndarray:
@@ -183,7 +210,7 @@ def logstft(wave: np.ndarray) -> np.ndarray:
     wave = np.clip(_repeat(wave, LOGSTFT_SAMPLES), -1, 1).astype(np.float64)
     # The padding is written out because librosa changed its default (reflection before 0.10); 2 columns differ.
     stft = librosa.stft(wave, n_fft=512, hop_length=353, pad_mode="constant")
-    return _checked(np.log(np.abs(stft) + 1e-7), "logstft")
+    return _checked(np.log(np.abs(stft) + 1e-7), AUDIO_RECIPES["logstft"])
 
 
 def fbank(wave: np.ndarray, rate: int) -> np.ndarray:
@@ -208,30 +235,30 @@ def fbank(wave: np.ndarray, rate: int) -> np.ndarray:
         frame_shift=10,
     )[:1024]  # (rows, 128)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, 1024 - len(rows)))
-    return _checked(((rows - FBANK_MEAN) / (2 * FBANK_STD)).numpy(), "fbank")
+    return _checked(((rows - FBANK_MEAN) / (2 * FBANK_STD)).numpy(), AUDIO_RECIPES["fbank"])
 
 
-def logmel(wave: np.ndarray) -> np.ndarray:
-    """(n,) at 8 kHz to (32, 32): log(mel power + 1e-6), our own small recipe for the demo.
+def logmel(wave: np.ndarray, recipe: AudioRecipe = AUDIO_RECIPES["logmel"]) -> np.ndarray:
+    """(n,) at `recipe.rate` to `recipe.shape` (bands, columns): log(mel power + 1e-6), our own small recipe.
 
-    The wave is repeated or cut to 8,192 samples; 32 mel bands, window 512, hop 256, centred, the first 32 columns.
+    The wave is repeated or cut to `recipe.samples`; mel bands (HTK), window of two hops, centred, a column for each
+    hop. By default, as for the demo: 8 kHz, 1.024 s, 32 bands, hop 256.
     """
     import torch
 
-    samples = torch.from_numpy(_repeat(wave, LOGMEL_SAMPLES)).double()
+    samples = torch.from_numpy(_repeat(wave, recipe.samples)).double()
     with torch.no_grad():
-        return _checked(torch.log(_mel()(samples)[:, :32] + 1e-6).numpy(), "logmel")
+        power = _mel(recipe)(samples)[:, : recipe.shape[1]]
+        return _checked(torch.log(power + 1e-6).numpy(), recipe)
 
 
-_MEL = []  # the transform holds a filter bank that takes longer to make than to use
+@functools.cache  # the transform holds a filter bank that takes longer to make than to use
+def _mel(recipe: AudioRecipe):
+    from torchaudio.transforms import MelSpectrogram
 
-
-def _mel():
-    if not _MEL:
-        from torchaudio.transforms import MelSpectrogram
-
-        _MEL.append(MelSpectrogram(sample_rate=8_000, n_fft=512, win_length=512, hop_length=256, n_mels=32).double())
-    return _MEL[0]
+    window, bands = 2 * recipe.hop, recipe.shape[0]
+    transform = MelSpectrogram(recipe.rate, n_fft=window, win_length=window, hop_length=recipe.hop, n_mels=bands)
+    return transform.double()
 
 
 def _repeat(wave: np.ndarray, samples: int) -> np.ndarray:
@@ -239,8 +266,8 @@ def _repeat(wave: np.ndarray, samples: int) -> np.ndarray:
     return np.resize(wave, samples).astype(np.float32, copy=False)
 
 
-def _checked(values: np.ndarray, recipe: str) -> np.ndarray:
+def _checked(values: np.ndarray, recipe: AudioRecipe) -> np.ndarray:
     values = np.ascontiguousarray(values, dtype=np.float32)
-    if values.shape != AUDIO_RECIPES[recipe].shape:
-        raise ValueError(f"{recipe} made {values.shape}, not {AUDIO_RECIPES[recipe].shape}")
+    if values.shape != recipe.shape:
+        raise ValueError(f"{recipe.name} made {values.shape}, not {recipe.shape}")
     return values

@@ -527,7 +527,7 @@ def _refuse_foreign(root: Path, record: dict | None) -> None:
 
 def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, record: dict, quiet: bool) -> None:
     """Make the whole dataset beside `root`, then put it in place: a killed run leaves nothing half done in `root`."""
-    from dataset.prepare.engine import Clip, prepare_clips
+    from dataset.prepare.engine import IN_THIS_PROCESS, Clip, Options, prepare_clips
     from dataset.prepare.lists import write_lists
 
     scans, labels = load_scans()
@@ -537,8 +537,9 @@ def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, rec
             _write_raw(plan, scans, making, settings, quiet)
             video, audio = _raw(making)
             clips = [Clip(c.name, video / f"{c.name}.avi", audio / f"{c.name}.wav") for c in plan]
-            workers = 1 if len(clips) < FEW else None
-            skipped = prepare_clips(clips, making, AUDIO_RECIPES["logmel"], workers, quiet=quiet).skipped
+            workers = IN_THIS_PROCESS if len(clips) < FEW else None
+            options = Options(audio=AUDIO_RECIPES["logmel"], workers=workers)
+            skipped = prepare_clips(clips, making, options, quiet=quiet).skipped
             if skipped:  # we wrote these files a moment ago: only a full disk or a broken installation spoils them
                 raise UserError(f"{skipped[0].path}: {skipped[0].reason}; is there room on the disk? run this again")
             shutil.rmtree(making / ".prepare")  # for resuming, which is not done here, and full of times of the clock

@@ -1,7 +1,8 @@
-"""The engine of preparation: raw clips to frames and spectrograms, on all cores, resumable at any moment.
+"""The engine of preparation: raw clips to frames, optical flow and spectrograms, on all cores, resumable at any moment.
 
 A clip is finished when its files are in place *and* a line in `.prepare/clips.jsonl` says from what and how they were
-made. Files appear by renaming, the line comes after them, so a kill loses only the clips in work.
+made. Files appear by renaming, the line comes after them, so a kill loses only the clips in work. Decoders work in
+processes of their own: one that crashes or hangs takes only its clip with it.
 """
 
 import contextlib
@@ -14,10 +15,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,26 +27,49 @@ from tqdm import tqdm
 from dataset import specs
 from dataset.inspect import LFS_HEADER, Problem, array_fault, frame_fault, inspect_clip, list_frames
 from dataset.lists import check_clip_id
-from dataset.prepare import audio, video
-from dataset.specs import AUDIO_RECIPES, AudioRecipe
+from dataset.prepare import audio, decode, video
+from dataset.specs import AUDIO_RECIPES, AudioRecipe, Modality
 from utils.errors import UserError
 from utils.files import Busy, atomic_folder, atomic_path, locked, remove_leftovers
 
-RULES = 1  # raise when the same source and settings give other files: every clip is then made again
+RULES = 2  # raise when the same source and options give other files: every clip is then made again
 # Where the files lie in a training folder; how many frames are fed does not matter here.
-SOUND, FRAMES = specs.audio(None), specs.video(frames=1)
+SOUND, FRAMES, MOTION = specs.audio(None), specs.video(frames=1), specs.flow(frames=1)
 SILENCE = 1e-6  # largest sample of a sound that is reported as silent
+HANG = 20.0  # seconds without a packet read or a clip finished, after which a decoder counts as hanging
+IN_THIS_PROCESS = 0  # number of workers: no process besides this one, and no protection from crashes
 
 
 class Clip(NamedTuple):
-    """One clip to prepare. `audio` may be the video itself (the track inside it).
+    """One clip to prepare: `start` to `end` seconds of its files (None: from the beginning, to the end).
 
-    A `video` that is a folder of .jpg and an `audio` that is a .npy are taken over instead of decoded.
+    `video` and `audio` may be the same file, and either may be None. A `video` that is a folder of .jpg and an `audio`
+    that is a .npy are taken over instead of decoded.
     """
 
     name: str
-    video: Path
-    audio: Path
+    video: Path | None
+    audio: Path | None
+    start: float | None = None
+    end: float | None = None
+
+
+class Options(NamedTuple):
+    """What is made of every clip.
+
+    `fps`, `size`, `crop` and `stored_frames` (the most frames of a clip) are those of `video.Choice`; `audio` is the
+    recipe of the spectrograms (None: no sound), `channels` "mean" or "first" (None: as the recipe says); `flow` adds
+    optical flow. `workers` processes make them (None: one per core; 0: this one, without protection from crashes).
+    """
+
+    fps: float | None = None
+    stored_frames: int | None = None
+    size: int | None = None
+    crop: tuple[int, int, int, int] | None = None
+    audio: AudioRecipe | None = None
+    flow: bool = False
+    workers: int | None = None
+    channels: str | None = None
 
 
 class Summary(NamedTuple):
@@ -60,16 +83,6 @@ class Summary(NamedTuple):
     seconds: float
 
 
-class Settings(NamedTuple):
-    """What besides the source decides what the files of a clip are."""
-
-    recipe: str
-    channels: str
-    stored_frames: int | None
-    jpeg_quality: int = video.JPEG_QUALITY
-    rules: int = RULES
-
-
 class Outcome(NamedTuple):
     """How one clip went: remarks where it was made, else the fault."""
 
@@ -77,84 +90,101 @@ class Outcome(NamedTuple):
     remarks: list[str]
 
 
-def prepare_clips(
-    clips: list[Clip],
-    out: Path | str,
-    recipe: AudioRecipe,
-    workers: int | None = None,
-    channels: str | None = None,
-    quiet: bool = False,
-    stored_frames: int | None = None,
-) -> Summary:
-    """Make `out/visual/<clip>/*.jpg` and `out/audio/<clip>.npy` of every clip that is not there already.
+def prepare_clips(clips: list[Clip], out: Path | str, options: Options, quiet: bool = False) -> Summary:
+    """Make `out/visual/<clip>/*.jpg`, `out/flow/<clip>/*.jpg` and `out/audio/<clip>.npy` of every clip not there yet.
 
-    `workers` processes (None: one per core; 1: none besides this one); `channels` "mean" or "first" (None: as the
-    recipe says); at most `stored_frames` frames a clip. A clip that cannot be made is in `Summary.skipped` and has no
-    files. Raises `UserError` for unsafe or repeated names, a folder in use by another run, a full disk.
+    A clip that cannot be made is in `Summary.skipped` and has no files. Raises `UserError` for unsafe or repeated
+    names, a clip that ends before it starts, options that make nothing, a folder in use by another run, a full disk.
     """
     begin, out = time.monotonic(), Path(out)
-    settings = Settings(recipe.name, channels or recipe.channels, stored_frames)
-    _check_names(clips)
+    _check(clips, options)
     with _locked(out):
         _remove_leftovers(out)
-        _write_json(out / "prepare.json", _record_of(settings))
+        _write_json(out / "prepare.json", record_of(options))
         journal = _Journal(out / ".prepare" / "clips.jsonl")
-        todo = _unfinished(clips, out, settings, journal, quiet)
+        todo = _unfinished(clips, out, options, journal, quiet)
         try:
-            skipped = _make_all(todo, len(clips), out, settings, journal, workers, quiet)
+            skipped = _make_all(todo, len(clips), out, options, journal, quiet)
             journal.finish()
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error}); fix that and run the same command again") from None
+    records = [(clip, journal.records[clip.name]) for clip in clips if clip.name in journal.records]
     remarks = [
         Problem(remark.split(" (")[0], clip.name, "", remark, "")
-        for clip in clips
-        for remark in journal.records.get(clip.name, {}).get("remarks", [])
+        for clip, record in records
+        for remark in record["remarks"]
     ]
-    size = sum(
-        record["spectrogram"] + sum(record["frames"])
-        for clip in clips
-        if (record := journal.records.get(clip.name)) is not None
-    )
+    size = sum(sum(sizes) for _, record in records for sizes in record["files"].values())
     made = len(todo) - len(skipped)
     return Summary(made, len(clips) - len(todo), skipped, remarks, size, time.monotonic() - begin)
 
 
-def _check_names(clips: list[Clip]) -> None:
+def record_of(options: Options) -> dict:
+    """What prepare.json and the journal hold of the options: all that decides what the files are."""
+    recipe = options.audio
+    return {
+        "audio_recipe": None if recipe is None else _recipe_field(recipe),
+        "channels": None if recipe is None else options.channels or recipe.channels,
+        "frames": "k * floor(frames per second)" if options.fps is None else f"{options.fps:g} per second",
+        "stored_frames": options.stored_frames,
+        "size": options.size,
+        "crop": None if options.crop is None else list(options.crop),
+        "flow": options.flow,
+        "jpeg_quality": video.JPEG_QUALITY,
+        "rules": RULES,
+    }
+
+
+def _recipe_field(recipe: AudioRecipe) -> str | dict:
+    return recipe.name if recipe == AUDIO_RECIPES.get(recipe.name) else recipe.fields
+
+
+def _modalities(clip: Clip, options: Options) -> tuple[Modality, ...]:
+    """What is made of a clip."""
+    sound = (SOUND,) if clip.audio is not None and options.audio is not None else ()
+    pictures = (FRAMES, MOTION) if options.flow else (FRAMES,)
+    return sound + (pictures if clip.video is not None else ())
+
+
+def _check(clips: list[Clip], options: Options) -> None:
     seen = set()
     for clip in clips:
         check_clip_id(clip.name)
         if clip.name in seen:
             raise UserError(f"clip {clip.name}: listed twice; delete one of them")
         seen.add(clip.name)
-
-
-def _record_of(settings: Settings) -> dict:
-    return {
-        "audio_recipe": settings.recipe,
-        "channels": settings.channels,
-        "frames": "k * floor(frames per second)",
-        "stored_frames": settings.stored_frames,
-        "jpeg_quality": settings.jpeg_quality,
-        "rules": settings.rules,
-    }
+        start, end = clip.start or 0.0, clip.end
+        if not 0 <= start < float("inf") or (end is not None and not start < end < float("inf")):
+            raise UserError(
+                f"clip {clip.name}: start {start}, end {end}; it must end after it starts, in seconds from 0"
+            )
+        if not _modalities(clip, options):
+            raise UserError(
+                f"clip {clip.name}: neither frames nor sound to make of it; name a file, or an audio recipe"
+            )
+    for name, value in (("fps", options.fps), ("size", options.size), ("stored_frames", options.stored_frames)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} {value:g}: a number above 0 is needed")
 
 
 def _make_all(
-    todo: list[Clip], total: int, out: Path, settings: Settings, journal: "_Journal", workers: int | None, quiet: bool
+    todo: list[Clip], total: int, out: Path, options: Options, journal: "_Journal", quiet: bool
 ) -> list[Problem]:
     """Make every clip, note it in the journal as soon as its files are in place. Returns the skipped ones."""
     skipped = []
     faults = {clip.name: fault for clip in todo if (fault := _source_fault(clip)) is not None}
-    for name, fault in faults.items():
-        _forget(out, name, journal)
-        skipped.append(fault)
+    for clip in todo:
+        if clip.name in faults:
+            _forget(out, clip, options, journal)
+            skipped.append(faults[clip.name])
     sound = [clip for clip in todo if clip.name not in faults]
     with tqdm(total=total, initial=total - len(sound), desc="preparing", unit="clip", disable=quiet) as bar:
-        for clip, outcome in _outcomes(sound, out, settings, workers):
+        for clip, outcome in _outcomes(sound, out, options):
             if outcome.fault is None:
-                journal.add(clip.name, _describe(out, clip, settings, outcome.remarks))
+                _remove(out, clip.name, _former(journal, clip) - _folders(clip, options))
+                journal.add(clip.name, _describe(out, clip, options, outcome.remarks))
             else:
-                _forget(out, clip.name, journal)
+                _forget(out, clip, options, journal)
                 skipped.append(outcome.fault)
                 bar.set_postfix(skipped=len(skipped))
             bar.update()
@@ -162,7 +192,7 @@ def _make_all(
 
 
 def _source_fault(clip: Clip) -> Problem | None:
-    for path in (clip.video, clip.audio):
+    for path in _sources(clip):
         kind, reason = source_fault(path)
         if reason:
             return Problem(kind, clip.name, str(path), reason, "")
@@ -186,33 +216,61 @@ def source_fault(path: Path | str) -> tuple[str, str]:
     return "", ""
 
 
-def _places(out: Path, name: str) -> tuple[Path, Path]:
-    """The folder of frames and the array of a clip in a training folder."""
-    return out / FRAMES.folder / name, out / SOUND.folder / f"{name}.npy"
+def _sources(clip: Clip) -> list[Path]:
+    return list(dict.fromkeys(path for path in (clip.video, clip.audio) if path is not None))
 
 
-def _forget(out: Path, name: str, journal: "_Journal") -> None:
-    """Remove files made of another source or with other settings: they would pass for what was asked for."""
-    journal.records.pop(name, None)
-    frames, array = _places(out, name)
-    shutil.rmtree(frames, ignore_errors=True)
-    array.unlink(missing_ok=True)
+def _folders(clip: Clip, options: Options) -> set[str]:
+    return {modality.folder for modality in _modalities(clip, options)}
+
+
+def _place(out: Path, folder: str, name: str) -> Path:
+    """The array or the folder of frames of a clip in a training folder."""
+    return out / folder / (f"{name}.npy" if folder == SOUND.folder else name)
+
+
+def _former(journal: "_Journal", clip: Clip) -> set[str]:
+    """The folders in which an earlier run made files of the clip."""
+    return set(journal.records.get(clip.name, {}).get("files", ()))
+
+
+def _forget(out: Path, clip: Clip, options: Options, journal: "_Journal") -> None:
+    """Remove files made of another source or with other options: they would pass for what was asked for."""
+    _remove(out, clip.name, _former(journal, clip) | _folders(clip, options))
+    journal.records.pop(clip.name, None)
+
+
+def _remove(out: Path, name: str, folders: set[str]) -> None:
+    for folder in folders:
+        place = _place(out, folder, name)
+        if folder == SOUND.folder:
+            place.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One clip
 
 
-def make_clip(clip: Clip, out: Path, settings: Settings) -> Outcome:
-    """Make the files of one clip; runs in a worker. Only an error of the output side (a full disk) is raised."""
+def make_clip(clip: Clip, out: Path, options: Options, at: Callable[[Path], None] = lambda path: None) -> Outcome:
+    """Make the files of one clip; runs in a worker. Only an error of the output side (a full disk) is raised.
+
+    `at` is told which file is read next.
+    """
     kind, path = "broken_sound", clip.audio
     try:
-        values, remarks = _spectrogram(clip.audio, settings)
-        kind, path = "broken_video", clip.video
-        frames, array = _places(out, clip.name)
-        with atomic_path(array, sync=False) as temporary:
-            np.save(temporary, values)
-            remarks += _frames(clip.video, frames, settings.stored_frames)
+        with contextlib.ExitStack() as stack:
+            remarks = []
+            if clip.audio is not None and options.audio is not None:
+                at(clip.audio)
+                values, remarks = _spectrogram(clip, options.audio, options.channels or options.audio.channels)
+                array = stack.enter_context(atomic_path(_place(out, SOUND.folder, clip.name), sync=False))
+                np.save(array, values)
+            if clip.video is not None:
+                kind, path = "broken_video", clip.video
+                at(clip.video)
+                remarks = remarks + _frames(clip, out, options)
     except OSError:
         raise
     except UserError as error:
@@ -221,16 +279,15 @@ def make_clip(clip: Clip, out: Path, settings: Settings) -> Outcome:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
         return Outcome(None, remarks)
-    return Outcome(
-        Problem("no_audio_track" if reason == audio.NO_TRACK else kind, clip.name, str(path), reason, ""), []
-    )
+    kind = "no_audio_track" if reason == decode.NO_TRACK else kind
+    return Outcome(Problem(kind, clip.name, str(path), reason, ""), [])
 
 
-def _spectrogram(path: Path, settings: Settings) -> tuple[np.ndarray, list[str]]:
-    recipe = AUDIO_RECIPES[settings.recipe]
-    if path.suffix == ".npy":
-        return _taken_spectrogram(path, recipe), []
-    wave, rate = audio.load_wave(path, channels=settings.channels)
+def _spectrogram(clip: Clip, recipe: AudioRecipe, channels: str) -> tuple[np.ndarray, list[str]]:
+    assert clip.audio is not None
+    if clip.audio.suffix == ".npy":
+        return _taken_spectrogram(clip.audio, recipe), []
+    wave, rate = audio.load_wave(clip.audio, channels=channels, start=clip.start, end=clip.end)
     remarks = ["silent sound"] if np.abs(wave).max() < SILENCE else []
     return audio.spectrogram(wave, rate, recipe), remarks
 
@@ -248,18 +305,29 @@ def _taken_spectrogram(path: Path, recipe: AudioRecipe) -> np.ndarray:
     return values
 
 
-def _frames(path: Path, folder: Path, most: int | None) -> list[str]:
-    """Put the frames into place; returns remarks."""
-    if path.is_dir():
-        _take_frames(path, folder)
+def _frames(clip: Clip, out: Path, options: Options) -> list[str]:
+    """Put the frames, and the flow beside them, into place; returns remarks."""
+    assert clip.video is not None
+    folder, motion = (_place(out, modality.folder, clip.name) for modality in (FRAMES, MOTION))
+    if clip.video.is_dir():
+        if options.flow or options.fps or options.size or options.crop or clip.start or clip.end:
+            raise UserError(
+                f"{clip.video}: ready frames are taken as they are; flow, fps, size, crop, cuts need the video"
+            )
+        _take_frames(clip.video, folder)
         return []
-    result = video.extract_frames(path, folder, most)
+    most = options.stored_frames
+    choice = video.Choice(options.fps, most, clip.start, clip.end, options.size, options.crop)
+    result = video.extract_frames(clip.video, folder, choice, motion if options.flow else None)
     remarks = []
-    if most is not None and result.kept < most:
-        remarks.append(f"shorter than {most} s ({result.kept} frames)")
-    elif result.decoded < result.rate:
+    if clip.end is not None:
+        if clip.end - result.until > max(0.1, 1 / result.rate) and (most is None or result.kept < most):
+            remarks.append(f"ends early (at {result.until:.2f} s of the file; the clip ends at {clip.end:g} s)")
+    elif most is not None and result.kept < most:
+        remarks.append(f"shorter than {most / (options.fps or 1):g} s ({result.kept} frames)")
+    elif options.fps is None and result.decoded < result.rate:
         remarks.append(f"shorter than 1 s ({result.decoded} frames at {result.rate:.4g} per second)")
-    if result.rate > 240:
+    if options.fps is None and result.rate > 240:
         remarks.append(f"odd frame rate ({result.rate:.4g} per second in its header, so frames may be far apart)")
     return remarks
 
@@ -283,67 +351,138 @@ def _take_frames(source: Path, folder: Path) -> None:
 # Many clips
 
 
-def _outcomes(clips: list[Clip], out: Path, settings: Settings, workers: int | None) -> Iterator[tuple[Clip, Outcome]]:
+def _outcomes(clips: list[Clip], out: Path, options: Options) -> Iterator[tuple[Clip, Outcome]]:
     """(clip, outcome) in the order they are done."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers or cores, len(clips) // 8)  # starting a process takes longer than a few clips
-    if workers <= 1:
-        with _one_thread(settings):
+    if options.workers == IN_THIS_PROCESS or not clips:
+        with _one_thread(options):
             for clip in clips:
-                yield clip, make_clip(clip, out, settings)
-    else:
-        yield from _pooled(clips, out, settings, workers)
+                yield clip, make_clip(clip, out, options)
+    else:  # starting a process takes longer than a few clips
+        yield from _pooled(clips, out, options, min(options.workers or cores, max(1, len(clips) // 8)))
 
 
-def _pooled(clips: list[Clip], out: Path, settings: Settings, workers: int) -> Iterator[tuple[Clip, Outcome]]:
-    """The same on `workers` processes. A clip that kills its process (decoders do crash) is a fault of that clip."""
-    waiting, running = deque(clips), {}
-    while waiting:
-        pool = _pool(workers, settings)
+def _pooled(clips: list[Clip], out: Path, options: Options, workers: int) -> Iterator[tuple[Clip, Outcome]]:
+    """The same on `workers` processes, one clip at a time each: it is known whose decoder crashed or hangs."""
+    waiting, staff = deque(clips), [_Worker(out, options) for _ in range(workers)]
+    try:
+        while waiting or any(worker.clip is not None for worker in staff):
+            for worker in staff:
+                if worker.ready and worker.clip is None and waiting:
+                    worker.give(waiting.popleft())
+            heard = multiprocessing.connection.wait([worker.pipe for worker in staff], timeout=1)
+            for worker in staff:
+                clip, outcome = worker.clip, None
+                if worker.pipe in heard:
+                    outcome = worker.listen()
+                elif clip is not None and time.monotonic() - worker.heard > HANG:
+                    outcome = worker.fault("decoder_hang", f"the decoder hangs on it (nothing for {HANG:g} s)")
+                if outcome is not None and clip is not None:
+                    yield clip, outcome
+                if worker.ended:
+                    worker.end()
+            staff = [worker for worker in staff if not worker.ended]
+            missing = min(workers, len(staff) + len(waiting)) - len(staff)
+            staff += [_Worker(out, options) for _ in range(missing)]
+    finally:
+        for worker in staff:
+            worker.end()
+
+
+class _Worker:
+    """A process that makes clips, seen from the process that hands them out."""
+
+    def __init__(self, out: Path, options: Options):
+        # Spawned, not forked: a fork copies the locks of PyTorch's and OpenCV's threads in whatever state they are.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, out, options), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.ready = self.ended = False
+        self.clip: Clip | None = None
+        self.path: Path | None = None  # the file it reads
+        self.heard = time.monotonic()
+
+    def give(self, clip: Clip) -> None:
+        self.clip, self.path, self.heard = clip, None, time.monotonic()
+        with contextlib.suppress(OSError):  # it is dead; listening finds out
+            self.pipe.send(clip)
+
+    def listen(self) -> Outcome | None:
+        """Read one message. Returns the outcome of the clip in work where it is done or its decoder has crashed."""
         try:
-            while waiting or running:
-                while waiting and len(running) < 4 * workers:
-                    future = pool.submit(make_clip, waiting[0], out, settings)
-                    running[future] = waiting.popleft()
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    outcome = future.result()
-                    yield running.pop(future), outcome
-        except BrokenProcessPool:
-            suspects, running = list(running.values()), {}
-            yield from _suspects(suspects, out, settings)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _suspects(clips: list[Clip], out: Path, settings: Settings) -> Iterator[tuple[Clip, Outcome]]:
-    """The same in one process, clip by clip, so that the clip that kills it is known."""
-    waiting = deque(clips)
-    while waiting:
-        with _pool(1, settings) as pool:
-            try:
-                pool.submit(os.getpid).result()
-            except BrokenProcessPool:
+            kind, value = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            if not self.ready:
                 raise RuntimeError("worker processes do not start; a script must call main() under __main__") from None
-            try:
-                while waiting:
-                    outcome = pool.submit(make_clip, waiting[0], out, settings).result()
-                    yield waiting.popleft(), outcome
-            except BrokenProcessPool:
-                clip = waiting.popleft()
-                reason = "the decoder crashed on it; get the file again"
-                yield clip, Outcome(Problem("broken_video", clip.name, str(clip.video), reason, ""), [])
+            return self.fault("decoder_crash", f"the decoder crashed on it ({_cause(self.process.exitcode)})")
+        self.heard = time.monotonic()
+        if kind == "ready":
+            self.ready = True
+        elif kind == "reads":
+            self.path = value
+        elif kind == "done":
+            self.clip = None
+            return value
+        elif kind == "failed":
+            raise value
+        return None
+
+    def fault(self, kind: str, reason: str) -> Outcome:
+        clip, self.clip, self.ended = self.clip, None, True
+        name, path = ("", "") if clip is None else (clip.name, str(self.path or clip.video or clip.audio))
+        return Outcome(Problem(kind, name, path, f"{reason}; get the file again, or convert it with ffmpeg", ""), [])
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
-def _pool(workers: int, settings: Settings) -> ProcessPoolExecutor:
-    # Spawned, not forked: a fork copies the locks of PyTorch's and OpenCV's threads in whatever state they are.
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(settings,))
+def _cause(status: int | None) -> str:
+    if status is not None and status < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-status).name
+    return f"exit status {status}"
 
 
-def _start_worker(settings: Settings) -> None:
+def _work(pipe, out: Path, options: Options) -> None:
+    """The loop of a worker: clips come through the pipe, messages (kind, value) go back."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _enter_one_thread(settings)
+    _enter_one_thread(options)
+    _import_all(options)
+    told = time.monotonic()
+
+    def alive() -> None:
+        nonlocal told
+        if time.monotonic() - told > HANG / 20:
+            told = time.monotonic()
+            pipe.send(("alive", None))
+
+    decode.watch(alive)
+    pipe.send(("ready", None))
+    with contextlib.suppress(EOFError):
+        while True:
+            clip = pipe.recv()
+            try:
+                message = "done", make_clip(clip, out, options, lambda path: pipe.send(("reads", path)))
+            except OSError as error:
+                message = "failed", OSError(error.errno, error.strerror or str(error), str(error.filename or out))
+            except BaseException:
+                message = "failed", RuntimeError(f"in a worker, at {clip}:\n{traceback.format_exc()}")
+            pipe.send(message)
+
+
+def _import_all(options: Options) -> None:
+    """Load the packages of the decoders now: it takes seconds, and would count as hanging later."""
+    with contextlib.suppress(Exception):  # what is missing is named where it is needed
+        import av  # noqa: F401
+
+        if options.audio is not None:
+            audio.spectrogram(np.zeros(16_000, np.float32), 16_000, options.audio)
 
 
 def _end_with_parent() -> None:
@@ -354,16 +493,15 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _enter_one_thread(settings: Settings) -> Callable[[], None]:
+def _enter_one_thread(options: Options) -> Callable[[], None]:
     """Let every library use one thread: the processes are the parallelism. Returns what undoes it."""
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # faults come by name in the summary
     import cv2
 
     level, threads = cv2.utils.logging.getLogLevel(), cv2.getNumThreads()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # faults come by name in the summary
     cv2.setNumThreads(1)
     undo: list[Callable] = [lambda: cv2.utils.logging.setLogLevel(level), lambda: cv2.setNumThreads(threads)]
-    if settings.recipe in ("fbank", "logmel") or "torch" in sys.modules:
+    if (options.audio is not None and options.audio.name in ("fbank", "logmel")) or "torch" in sys.modules:
         import torch
 
         torch_threads = torch.get_num_threads()
@@ -378,8 +516,8 @@ def _enter_one_thread(settings: Settings) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _one_thread(settings: Settings) -> Iterator[None]:
-    undo = _enter_one_thread(settings)
+def _one_thread(options: Options) -> Iterator[None]:
+    undo = _enter_one_thread(options)
     try:
         yield
     finally:
@@ -416,47 +554,53 @@ class _Journal:
             temporary.write_text("".join(lines), encoding="utf-8")
 
 
-def _unfinished(clips: list[Clip], out: Path, settings: Settings, journal: _Journal, quiet: bool) -> list[Clip]:
+def _unfinished(clips: list[Clip], out: Path, options: Options, journal: _Journal, quiet: bool) -> list[Clip]:
     """The clips whose files are not there as the journal says, or were made of another source or otherwise."""
     if not journal.records:
         return list(clips)
     headers = {}
     looking = tqdm(clips, desc="looking", unit="clip", disable=quiet, leave=False)
-    return [clip for clip in looking if not _finished(clip, out, settings, journal.records.get(clip.name), headers)]
+    return [clip for clip in looking if not _finished(clip, out, options, journal.records.get(clip.name), headers)]
 
 
-def _finished(clip: Clip, out: Path, settings: Settings, record: dict | None, headers: dict) -> bool:
-    if record is None or record.get("settings") != list(settings):
+def _finished(clip: Clip, out: Path, options: Options, record: dict | None, headers: dict) -> bool:
+    if record is None or record.get("settings") != _settings(clip, options):
         return False
     source = _stamps(clip)
     if None not in source and record.get("source") != source:  # a raw file removed after preparation is no change
         return False
-    if isinstance(inspect_clip(str(out), clip.name, (SOUND, FRAMES), headers), Problem):
+    if isinstance(inspect_clip(str(out), clip.name, _modalities(clip, options), headers), Problem):
         return False
-    return _sizes(out, clip) == (record.get("frames"), record.get("spectrogram"))
+    return _sizes(out, clip, options) == record.get("files")
 
 
-def _describe(out: Path, clip: Clip, settings: Settings, remarks: list[str]) -> dict:
-    frames, spectrogram = _sizes(out, clip)
+def _settings(clip: Clip, options: Options) -> dict:
+    return record_of(options) | {"start": clip.start, "end": clip.end}
+
+
+def _describe(out: Path, clip: Clip, options: Options, remarks: list[str]) -> dict:
     return {
-        "settings": list(settings),
+        "settings": _settings(clip, options),
         "source": _stamps(clip),
-        "frames": frames,
-        "spectrogram": spectrogram,
+        "files": _sizes(out, clip, options),
         "remarks": remarks,
     }
 
 
-def _sizes(out: Path, clip: Clip) -> tuple[list[int], int]:
-    """Bytes of each frame and of the array of a prepared clip."""
-    frames, array = _places(out, clip.name)
-    return [size for _, size in list_frames(str(frames))], os.stat(array).st_size
+def _sizes(out: Path, clip: Clip, options: Options) -> dict[str, list[int]]:
+    """Bytes of each file of a prepared clip, by folder."""
+    sizes = {}
+    for folder in sorted(_folders(clip, options)):
+        place = _place(out, folder, clip.name)
+        array = folder == SOUND.folder
+        sizes[folder] = [os.stat(place).st_size] if array else [size for _, size in list_frames(str(place))]
+    return sizes
 
 
 def _stamps(clip: Clip) -> list:
     """[bytes, modification time] of the sources, None for one that is not there; a folder stands for its listing."""
     stamps = []
-    for path in (clip.video, clip.audio):
+    for path in _sources(clip):
         try:
             found = os.stat(path)
             stamps.append([found.st_size, found.st_mtime_ns])
@@ -484,7 +628,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _remove_leftovers(out: Path) -> None:
     """Delete what killed runs left under temporary names."""
-    for folder in (out, out / FRAMES.folder, out / SOUND.folder, out / ".prepare"):
+    for folder in (out, *(out / m.folder for m in (FRAMES, MOTION, SOUND)), out / ".prepare"):
         remove_leftovers(folder)
 
 

@@ -6,6 +6,7 @@ They cannot be redistributed here (GPL-3.0), so they are read or downloaded and 
 import hashlib
 import urllib.error
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +32,15 @@ MAX_BYTES = 2**24  # of a downloaded list; the longest has 483 kB
 
 
 class Split(NamedTuple):
-    """Classes, (clip, label) rows of each part, and a record of where they come from for split.json."""
+    """Classes, (clip, label) rows of each part, and a record of where they come from for split.json.
+
+    `groups` are the (clip, group) rows of groups.csv, None where nothing is known of groups.
+    """
 
     classes: list[str]
     parts: dict[str, list[tuple[str, str]]]
     record: dict
+    groups: list[tuple[str, str]] | None = None
 
 
 def published_split(dataset: str, folder: Path | str | None, cache: Path | str, url: str = BASE_URL) -> Split:
@@ -93,6 +98,60 @@ def read_kinetics_list(path: Path | str) -> list[tuple[str, str]]:
     if not rows:
         raise UserError(f"{path}: no clips; each line is clip,seconds,class index")
     return rows
+
+
+def find_list(folder: Path | str, dataset: str, name: str) -> Path:
+    """The list called `name` in `folder` or a folder in it. Raises `UserError` naming what is missing."""
+    folder = Path(folder)
+    for path in (folder / name, *sorted(folder.glob(f"*/{name}"))):
+        if path.is_file():
+            return path
+    raise UserError(f"{folder}: no {name} of {dataset} in it; put it there or give its folder with --split_dir")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list that is no CSV. Raises `UserError` where it is not UTF-8 text."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; get the list again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def name_kinetics(split: Split, paths: list[Path]) -> Split:
+    """The split of Kinetics-Sounds with names: "07 playing accordion" for class 07, so that ranks stay the indices.
+
+    `paths` are annotation files of Kinetics-400 (a header with `label` and `youtube_id`). A class is called what most
+    of its clips are called there. Raises `UserError` for a file without these columns and for a class without a name.
+    """
+    label_of = {}
+    for path in paths:
+        rows = read_rows(path)
+        _, header = next(rows, (0, []))
+        if "label" not in header or "youtube_id" not in header:
+            raise UserError(
+                f"{path}: no columns label and youtube_id; give Kinetics-400's train.csv, validate.csv, ..."
+            )
+        for line, row in rows:
+            if len(row) != len(header):
+                raise UserError(f"{path}, line {line}: {len(row)} fields, the header has {len(header)}")
+            label_of[row[header.index("youtube_id")]] = row[header.index("label")]
+    votes = {index: Counter() for index in split.classes}
+    for rows in split.parts.values():
+        for clip, index in rows:
+            if (label := label_of.get(clip[:11])) is not None:
+                votes[index][label] += 1
+    unnamed = [index for index, found in votes.items() if not found]
+    if unnamed:
+        raise UserError(f"--annotations: none of the clips of class {unnamed[0]} is in {paths[0]}; "
+                        "give all of Kinetics-400's annotation files")  # fmt: skip
+    name = {index: f"{index} {min(found, key=lambda label: (-found[label], label))}" for index, found in votes.items()}
+    parts = {part: [(clip, name[index]) for clip, index in rows] for part, rows in split.parts.items()}
+    record: dict = split.record | {"class_names": [str(path.name) for path in paths]}
+    for part, percent in record.get("class_percent", {}).items():
+        record["class_percent"][part] = {name[index]: share for index, share in percent.items()}
+    return Split(sorted(name.values()), parts, record)
 
 
 def _check_disjoint(parts: dict[str, list[tuple[str, str]]], paths: dict[str, Path]) -> None:

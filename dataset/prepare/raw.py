@@ -20,7 +20,7 @@ from dataset.specs import DatasetSpec
 from dataset.splits import actor_of
 from utils.errors import UserError
 
-VIDEO_TYPES = (".flv", ".mp4", ".mkv", ".webm", ".avi", ".mov")
+VIDEO_TYPES = (".flv", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".ts", ".wmv", ".ogv", ".3gp")
 DEPTH = 4  # folders below the raw folder that are looked into
 CREMAD_CLIPS = 7442  # published clips, both parts together
 
@@ -65,12 +65,12 @@ def find_clips(index: Index, spec: DatasetSpec, names: Iterable[str]) -> list[Cl
     serves where the raw file is missing, empty or a git-lfs pointer. Raises `UserError` where none of them is there.
     """
     clips = [_find(index, spec, name) for name in names]
-    if not any(clip.video.exists() or clip.audio.exists() for clip in clips):
+    if not any(path.exists() for clip in clips for path in (clip.video, clip.audio) if path is not None):
         expected = f"VideoFlash/{clips[0].name}.flv" if spec.name == "CREMAD" else f"{clips[0].name}.mp4"
         raise UserError(
             f"{index.root}: none of the {len(clips):,} listed clips is there (such as {expected}); wrong folder?"
         )
-    pointers = [clip for clip in clips if source_fault(clip.video)[0] == "lfs_pointer"]
+    pointers = [clip for clip in clips if clip.video and source_fault(clip.video)[0] == "lfs_pointer"]
     if len(pointers) > len(clips) / 2:
         raise UserError(
             f"{index.root}: {len(pointers):,} of {len(clips):,} videos are git-lfs pointers, "
@@ -109,6 +109,18 @@ def _lookup(files: dict[str, Path], name: str) -> Path | None:
         return None
     start = int(short[2])
     return files.get(f"{short[1]}_{start:06d}_{start + 10:06d}")
+
+
+def seconds_of(path: Path) -> float | None:
+    """The length of a video or sound as its header says it, None where it says nothing or is no such file."""
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+            return container.duration / 1_000_000 if container.duration else None
+    except (FFmpegError, OSError, ValueError):
+        return None
 
 
 def cremad_rows(index: Index, spec: DatasetSpec) -> list[tuple[str, str]]:
@@ -151,7 +163,7 @@ def inspect_raw(root: Path | str, spec: DatasetSpec, names: list[str] | None, qu
 
 
 def _inspect_raw_clip(clip: Clip, problems: list[Problem], warnings: list[Problem]) -> None:
-    for path in dict.fromkeys((clip.video, clip.audio)):
+    for path in dict.fromkeys(path for path in (clip.video, clip.audio) if path is not None):
         kind, reason = source_fault(path)
         if not kind and path.suffix.lower() in VIDEO_TYPES:
             kind, reason = video.packet_fault(path, needs_sound=path == clip.audio)

@@ -1,0 +1,133 @@
+"""One decoder for frames and sound: PyAV, which brings its own FFmpeg.
+
+Streams are found by their kind, not by their number: real CREMA-D files begin with a data stream. Times are in seconds
+from the beginning of the file, as `ffmpeg -ss` counts them. PyAV is imported only where a file is opened.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.errors import UserError
+
+SEEK, EARLY = 20.0, 5.0  # seconds: a start later than the first is sought in the file, the second before it
+SLACK = 0.0025  # seconds; Matroska and Flash round time stamps to 1 ms, so that no moment asked for is a tie
+NO_PICTURE, NO_TRACK = "no video track", "no audio track"
+
+_watcher: Callable[[], None] | None = None
+
+
+def watch(callback: Callable[[], None] | None) -> None:
+    """Have `callback` called for every packet read from now on: the sign that a decoder is still at work."""
+    global _watcher
+    _watcher = callback
+
+
+@contextmanager
+def opened(path: Path | str, what: str) -> Iterator:
+    """The PyAV container of `path`. Raises `UserError` ("no readable `what`") for what FFmpeg cannot read."""
+    try:
+        import av
+    except ImportError:
+        raise UserError(f"{path}: PyAV is needed to read it; pip install av") from None
+    try:
+        # An absolute path: FFmpeg takes "name:..." for a protocol. Titles in Latin-1 are no reason to lose a clip.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+            yield container
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+        raise UserError(f"{path}: no readable {what} ({short(error)}); get the file again") from None
+
+
+def short(error: BaseException) -> str:
+    """What went wrong in a few words, without the path: the line names it already."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:120]
+
+
+def find_stream(container, path: Path | str, kind: str):
+    """The first stream of `kind` ("video" or "audio") that can be decoded; cover pictures do not count.
+
+    Raises `UserError` where there is none (`NO_PICTURE`, `NO_TRACK`) or where FFmpeg has no decoder for it.
+    """
+    from av.stream import Disposition
+
+    found = [s for s in container.streams if s.type == kind and not s.disposition & Disposition.attached_pic]
+    for stream in found:
+        if stream.codec_context is not None:  # None: no decoder for its codec
+            return stream
+    if found:
+        raise UserError(f"{path}: no decoder for its {kind} track; convert it with ffmpeg")
+    raise UserError(f"{path}: {NO_PICTURE if kind == 'video' else NO_TRACK}")
+
+
+class Tally:
+    """How the decoding of a stream goes: whole frames, damaged packets and frames, frames that were not needed."""
+
+    def __init__(self, path: Path | str):
+        self.path, self.good, self.bad, self.left, self.why = path, 0, 0, 0, "damaged"
+
+    def check(self) -> None:
+        """Raise `UserError` where more is damaged than not: encrypted, or another codec than the header says."""
+        if self.bad > self.good:
+            count = f"{self.bad} of {self.bad + self.good} packets"
+            raise UserError(f"{self.path}: {count} cannot be decoded ({self.why}); get the file again")
+
+
+def decoded(container, stream, tally: Tally, start: float = 0.0, needed: Callable[[], int] = lambda: 0) -> Iterator:
+    """Every frame of `stream`; a late `start` is sought, so the first frame is then a little before it.
+
+    Damaged packets are passed over as players do, for the packets around them are good; they are counted in `tally`.
+    `needed()` says how many frames are still to come until one is of use: where the file ends before, the rest is not
+    decoded but counted in `tally.left`.
+    """
+    import av
+
+    stream.codec_context.thread_count = 1  # the clips are what runs in parallel
+    if start > SEEK:
+        seek(container, stream, start - EARLY)
+    packets, ahead, inside = container.demux(stream), deque(), 0  # `inside` the decoder: its delay
+    while True:
+        useless = max(0, needed())
+        while len(ahead) <= useless and (packet := next(packets, None)) is not None:
+            if _watcher is not None:
+                _watcher()
+            ahead.append(packet)
+        if len(ahead) <= useless:  # the file ends here
+            rest = inside + sum(packet.size > 0 for packet in ahead)
+            if not ahead or rest < useless:
+                tally.left = rest if ahead else 0
+                return
+        packet = ahead.popleft()
+        inside += packet.size > 0
+        try:
+            frames = packet.decode()
+        except av.EOFError:
+            return
+        except av.FFmpegError as error:
+            tally.bad, tally.why = tally.bad + 1, short(error)
+            continue
+        inside -= len(frames)
+        for frame in frames:
+            if frame.is_corrupt:
+                tally.bad += 1
+            else:
+                tally.good += 1
+            yield frame
+
+
+def seek(container, stream, time: float) -> None:
+    """Go to the key frame at or before `time`, or stay at the beginning where the file cannot be sought in."""
+    import av
+
+    try:
+        container.seek(math.floor((time + beginning(container)) / stream.time_base), stream=stream)
+    except (av.FFmpegError, OSError):
+        container.seek(0, any_frame=True)
+
+
+def beginning(container) -> float:
+    """The time stamp, in seconds, at which the file begins."""
+    return (container.start_time or 0) / 1_000_000
