@@ -216,7 +216,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 BOMB = b"\xff\xd8\xff\xc0\x00\x11\x08\xff\xdc\xff\xdc\x03" + bytes(9) + b"\xff\xd9"
 spoiled("an empty frame", 0, b"")
 spoiled("a git-lfs pointer for a frame", 0, POINTER)
-spoiled("a PNG called .jpg", 0, b"\x89PNG\r\n\x1a\n" + bytes(100))
+spoiled("a GIF called .jpg", 0, b"GIF89a" + bytes(100))
+spoiled("a PNG cut short", 0, b"\x89PNG\r\n\x1a\n" + bytes(100))
 spoiled("a JPEG cut short", 0, b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(100))
 spoiled("a decompression bomb: a JPEG of 65,500 x 65,500", 0, BOMB)
 spoiled("no spectrogram", 1, None)
@@ -238,9 +239,9 @@ def no_frames(stage: Stage) -> str:
     return stage.train()
 
 
-@fault("Clips", "a spectrogram of float64")
-def doubles(stage: Stage) -> str:
-    np.save(stage.clip()[1], np.zeros((33, 20)))
+@fault("Clips", "a spectrogram of complex numbers")
+def complex_numbers(stage: Stage) -> str:
+    np.save(stage.clip()[1], np.zeros((33, 20), np.complex64))
     return stage.train()
 
 
