@@ -437,7 +437,7 @@ def test_decoders_that_die_or_hang_take_only_their_own_clips(tmp_path, monkeypat
     planted = {4: (die, 9), 5: (crash, int(signal.SIGSEGV)), 9: (crash, int(signal.SIGABRT)), 11: (time.sleep, 600)}
     for i, (function, value) in planted.items():
         clips[i] = clips[i]._replace(video=Planted(function, value))
-    monkeypatch.setattr(engine, "HANG", 4)
+    monkeypatch.setattr(engine, "HANG", 10)
     outcomes = dict(POOLED(clips, out, options(), 2))
     assert len(outcomes) == 14
     faults = {clip.name: outcome.fault for clip, outcome in outcomes.items() if outcome.fault}
