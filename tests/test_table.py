@@ -259,6 +259,12 @@ def test_mistakes_in_flags_are_one_line(tmp_path, flags, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_fraction_beside_given_parts_is_refused(tmp_path):
+    touch(tmp_path / "raw", "train/a/1.mp4", "train/b/2.mp4", "test/a/3.mp4", "test/b/4.mp4")
+    with pytest.raises(UserError, match="--val_fraction: the clips name their parts already"):
+        main(["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--val_fraction", "0.2"])
+
+
 def test_own_clips_need_an_out(tmp_path):
     with pytest.raises(UserError, match="--out DIR is needed"):
         main(["--raw", str(tmp_path)])

@@ -108,7 +108,8 @@ def _check_job(args) -> None:
 
 
 def _fill_in(args) -> None:
-    """The defaults of the flags that not everything takes."""
+    """The defaults of the flags that not everything takes, and which fractions were given."""
+    args.given_fractions = [f"--{name}" for name in OWN if getattr(args, name) is not None]
     args.test_fraction = TEST_FRACTION if args.test_fraction is None else args.test_fraction
     args.val_fraction = args.val_fraction or 0.0
     args.split = args.split or "official"

@@ -132,6 +132,8 @@ def fitting_seconds(clips: Sequence[Clip]) -> float:
 
 def _own_job(args, name: str, rows: list[Row], raw: Path, defaults: Defaults, record: dict, notes: list[str]) -> Job:
     """A job of rows with files, split as they say or by seed."""
+    if args.given_fractions and any(row.part for row in rows):
+        raise UserError(f"{args.given_fractions[0]}: the clips name their parts already; leave the flag out")
 
     def clips_of(sound: bool, frames: bool) -> list[Clip]:
         return find_sources(rows, raw, sound, frames)
