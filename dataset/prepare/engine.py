@@ -375,7 +375,7 @@ def _pooled(clips: list[Clip], out: Path, options: Options, workers: int) -> Ite
                 clip, outcome = worker.clip, None
                 if worker.pipe in heard:
                     outcome = worker.listen()
-                elif clip is not None and time.monotonic() - worker.heard > HANG:
+                elif clip is not None and worker.hangs():
                     outcome = worker.fault("decoder_hang", f"the decoder hangs on it (nothing for {HANG:g} s)")
                 if outcome is not None and clip is not None:
                     yield clip, outcome
@@ -408,6 +408,10 @@ class _Worker:
         self.clip, self.path, self.heard = clip, None, time.monotonic()
         with contextlib.suppress(OSError):  # it is dead; listening finds out
             self.pipe.send(clip)
+
+    def hangs(self) -> bool:
+        """No message for a long time, and none that came while this process was busy with other things."""
+        return time.monotonic() - self.heard > HANG and not self.pipe.poll()
 
     def listen(self) -> Outcome | None:
         """Read one message. Returns the outcome of the clip in work where it is done or its decoder has crashed."""
