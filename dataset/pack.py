@@ -33,7 +33,6 @@ from tqdm import tqdm
 from dataset.files import FrameFiles
 from dataset.folder import Part
 from dataset.inspect import frame_fault, short
-from utils.distributed import local_processes
 from utils.errors import UserError
 from utils.files import Busy, atomic_folder, locked, remove_leftovers
 from utils.memory import available_ram, gigabytes
@@ -243,6 +242,10 @@ def open_pack(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -
         try:
             _make(folder, name, part, sizes, shapes)
         except OSError as error:
+            from utils.distributed import (
+                local_processes,
+            )  # late: preparation starts without PyTorch, which takes a second
+
             needed, free = local_processes() * pack_bytes(part, sizes, shapes), available_ram()
             if needed > free:
                 raise UserError(

@@ -405,6 +405,7 @@ def test_demo_and_training_need_neither_librosa_nor_av(tmp_path):
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('librosa', 'av')))\n"
         "import dataset.folder, dataset.pack, dataset.prepare.__main__\n"
+        "assert 'torch' not in sys.modules, 'every worker of the preparation would import it'\n"
         "from dataset.prepare.audio import load_wave, logmel, fbank\n"
         "wave, rate = load_wave(sys.argv[1]); print(logmel(wave).shape, fbank(wave, rate).shape)\n"
     )
