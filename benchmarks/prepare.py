@@ -114,12 +114,19 @@ def compare(raw: Path, other: Path, folder: Path, count: int, repeats: int) -> d
             rates[name].append(count / (time.monotonic() - begin))
             busy[name].append(1000 * (_children_seconds() - before) / count)
     same = {kind: _same_files(folder / "here0" / kind, folder / "other0" / kind) for kind in ("visual", AUDIO)}
-    found = {"against": str(other), "workers": workers, "clips": count, "identical_files": same}
+    found = {"against": _commit(other), "workers": workers, "clips": count, "identical_files": same}
     for name in rates:
         found[f"{name}_clips_per_second"] = [round(rate, 2) for rate in sorted(rates[name])]
         found[f"{name}_median"] = round(statistics.median(rates[name]), 2)
         found[f"{name}_cpu_ms_per_clip"] = round(statistics.median(busy[name]), 1)
     return found
+
+
+def _commit(root: Path) -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or root.name
 
 
 def _children_seconds() -> float:
