@@ -32,10 +32,12 @@ FIELDS = ("file", "streams", "decodable", "video", "sound", "frames_compared", "
 
 def main() -> int:
     parser = Parser(description="Odd media files through the real preparation.")
-    parser.add_argument("folder", metavar="DIR", help="folder of media files")
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of media files")
     parser.add_argument("--workers", type=number(int, 1), default=2, metavar="N", help="processes (default: 2)")
     parser.add_argument("--out", default=str(RESULTS / "media.csv"), metavar="FILE", help="(default: %(default)s)")
     args = parser.parse_args()
+    if args.folder is None:
+        raise UserError("give the folder of media files: python -m benchmarks.media DIR")
     folder = Path(args.folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
