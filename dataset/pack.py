@@ -242,9 +242,7 @@ def open_pack(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -
         try:
             _make(folder, name, part, sizes, shapes)
         except OSError as error:
-            from utils.distributed import (
-                local_processes,
-            )  # late: preparation starts without PyTorch, which takes a second
+            from utils.distributed import local_processes  # late: importing PyTorch would slow preparation
 
             needed, free = local_processes() * pack_bytes(part, sizes, shapes), available_ram()
             if needed > free:

@@ -63,7 +63,7 @@ class RemixBatchSampler(Sampler[list[int]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew for `epoch`, in joint batches."""
+        """Reshuffle for `epoch`, in joint batches."""
         self.epoch = epoch
         self._serve(batches_of(self.clips, self.batch_size, self.names, self._generator()))
 

@@ -32,6 +32,7 @@ from dataset.specs import spec_of
 from report.runs import HOW, NOT_FLAGS, VARIANTS, quantities, read_run, unread
 from utils.cli import Parser, number
 from utils.errors import INTERRUPTED, UserError, run_main
+from utils.memory import usable_cores
 from utils.run import BEGINNINGS, git_commit, read_metrics, write_json
 
 TRAIN = "train.py"  # the working directory is the repository's
@@ -281,7 +282,7 @@ def environments(jobs: int | None, device: str) -> list[dict]:
     import torch
 
     gpus = torch.cuda.device_count() if device != "cpu" else 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     jobs = jobs or (1 if gpus else cores)
     envs = []
     for slot in range(jobs):

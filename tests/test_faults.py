@@ -68,7 +68,7 @@ class Stage:
         if end.value.code == 0:
             told = [line for line in out.splitlines() if line.startswith(("warning", "epoch ", str(self.data), "left"))]
             told = [line for line in told if "  CE " not in line]
-            return "goes on" + (f": {self.plain(told[-1])}" if told else "")
+            return "continues" + (f": {self.plain(told[-1])}" if told else "")
         lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
         assert end.value.code == 2 and len(lines) == 1 and "Traceback" not in err, err
         return self.plain(lines[0])
@@ -466,7 +466,7 @@ def size_limit(stage: Stage) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (stage.runs / "r" / "last.pth").read_bytes() == before
     assert sorted(p.name for p in (stage.runs / "r").glob("*.pth")) == ["best.pth", "last.pth"]
-    assert stage.train("--resume", "auto", "--epochs", "2") == "goes on"
+    assert stage.train("--resume", "auto", "--epochs", "2") == "continues"
     return re.sub(r"(last|best)\.pth", "last.pth", said)
 
 
@@ -660,8 +660,8 @@ def write_document() -> None:
     text = """# Planted faults, and what happens
 
 Every row is planted by [tests/test_faults.py](../tests/test_faults.py), which fails if something else happens. `error:`
-lines come alone, on standard error, with exit status 2 and no stack trace; `goes on` means that the run ends well, and
-what it says. Every flag of the parser with wrong values: [tests/test_flags.py](../tests/test_flags.py). Signals and
+lines come alone, on standard error, with exit status 2 and no stack trace; `continues` means that the run ends well,
+and what it says. Every flag of the parser with wrong values: [tests/test_flags.py](../tests/test_flags.py). Signals and
 kills: [tests/test_interrupt.py](../tests/test_interrupt.py), and many more of them by `python -m
 benchmarks.interruptions`, whose table is in [benchmarks/results](../benchmarks/results).
 

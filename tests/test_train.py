@@ -110,7 +110,7 @@ def test_remix_run_folder(remix_run):
 
 def test_config_names_every_flag_and_what_it_ran_on(remix_run):
     config = json.loads((remix_run[0] / "config.json").read_text())
-    for name in train.make_parser().names():
+    for name in train.make_parser().names:
         assert name in config
     assert config["epochs"] == 4 and config["learning_rate"] == 1e-3 and config["masked_encoder"] == "skip"
     assert config["balance"] == "none" and config["balance_options"] == {} and config["resume"] is None

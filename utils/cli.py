@@ -5,12 +5,13 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from utils.errors import UserError
 
 OTHER_NAMES = {"lr": "learning_rate", "seed": "random_seed", "bs": "batch_size", "workers": "num_workers",
-               "gpus": "gpu_ids", "name": "run_name", "root": "data_root", "wandb": "log_path"}  # fmt: skip
+               "gpus": "gpu_ids", "name": "run_name", "root": "data_root"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,14 +22,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
         self.abbreviated = tuple(abbreviated)
 
+    @cached_property
     def names(self) -> set[str]:
-        """Every flag's name."""
+        """Every flag's name, as of the first use: flags are added before. A positional argument must be optional."""
         return set(vars(super().parse_known_args([])[0]))
 
     def typed(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """The flags that are on the command line, with their values."""
         nothing = object()
-        found = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.names(), nothing)))
+        found = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.names, nothing)))
         return {name: value for name, value in vars(found).items() if value is not nothing}
 
     # It accepts what each overload of the base class accepts.
@@ -42,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     def _whole(self, word: str) -> str:
         """An abbreviated flag in full."""
         name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or not name or name in self.names():
+        if not word.startswith("--") or not name or name in self.names:
             return word
         matches = [flag for flag in self.abbreviated if flag.startswith(name)]
         return f"--{matches[0]}{equals}{value}" if len(matches) == 1 else word
@@ -50,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     def _unknown(self, words: list[str]) -> str:
         flags = [word for word in words if word.startswith("-")]
         name = (flags or words)[0].lstrip("-").partition("=")[0]
-        names = sorted(self.names())
+        names = sorted(self.names)
         longer = [flag for flag in names if flag.startswith(name)] if len(name) > 2 else []
         near = OTHER_NAMES.get(name) or next(iter(longer + difflib.get_close_matches(name, names)), None)
         suggestion = f"; did you mean --{near}?" if near in names else ""

@@ -1,4 +1,4 @@
-"""How much of the machine's memory may be taken, and how many bytes look like to people."""
+"""How much of the machine's memory and how many of its cores may be taken, and how many bytes look like to people."""
 
 import os
 from collections.abc import Iterator
@@ -7,6 +7,11 @@ from pathlib import Path
 ASSUMED = 4 * 2**30  # bytes of free memory where the system does not say
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 LIMIT_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, 1
+
+
+def usable_cores() -> int:
+    """The processor cores that this process may run on: its affinity where the system has one, else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_ram() -> int:

@@ -31,6 +31,7 @@ from dataset.prepare import audio, decode, video
 from dataset.specs import AUDIO_RECIPES, AudioRecipe, Modality
 from utils.errors import UserError
 from utils.files import Busy, atomic_folder, atomic_path, locked, remove_leftovers
+from utils.memory import usable_cores
 
 RULES = 2  # raise when the same source and options give other files: every clip is then made again
 # Where the files lie in a training folder; how many frames are fed does not matter here.
@@ -353,13 +354,12 @@ def _take_frames(source: Path, folder: Path) -> None:
 
 def _outcomes(clips: list[Clip], out: Path, options: Options) -> Iterator[tuple[Clip, Outcome]]:
     """(clip, outcome) in the order they are done."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if options.workers == IN_THIS_PROCESS or not clips:
         with _one_thread(options):
             for clip in clips:
                 yield clip, make_clip(clip, out, options)
     else:  # starting a process takes longer than a few clips
-        yield from _pooled(clips, out, options, min(options.workers or cores, max(1, len(clips) // 8)))
+        yield from _pooled(clips, out, options, min(options.workers or usable_cores(), max(1, len(clips) // 8)))
 
 
 def _pooled(clips: list[Clip], out: Path, options: Options, workers: int) -> Iterator[tuple[Clip, Outcome]]:
