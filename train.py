@@ -128,7 +128,7 @@ def make_parser() -> Parser:
 
     g = p.add_argument_group("system")
     g.add_argument("--train", action="store_true", help="train; else evaluate --checkpoint (default: off)")
-    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="device (default: auto, a GPU if any)")
+    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto, a GPU if any)")
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
     g.add_argument("--precision", choices=PRECISIONS, help="arithmetic (default: fp32 on a CPU, tf32 on a GPU)")
     g.add_argument("--compile", action="store_true", help="compile the encoders with torch.compile (default: off)")
