@@ -13,12 +13,12 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
-from tqdm import tqdm
 
 from dataset.lists import Fault, read_classes, read_record, scan_clips, scan_groups
 from dataset.specs import AUDIO, DatasetSpec, Modality, recipe_of
 from dataset.splits import actor_of
 from utils.errors import UserError
+from utils.progress import over
 
 LFS_HEADER = b"version https://git-lfs"  # what a file holds when git-lfs was not run
 PARTS = ("train", "test", "val")
@@ -309,7 +309,7 @@ def _inspect_clips(
     same: dict = {}  # one object for equal names of frames, and for equal files
     headers: Headers = {}
     part_of = part_of_clip(parts)
-    for clip in tqdm(part_of, desc="checking", unit="clip", disable=quiet, leave=False):
+    for clip in over(part_of, "checking", quiet=quiet):
         found = inspect_clip(str(root), clip, spec.modalities, headers)
         if isinstance(found, Problem):
             problems.append(found._replace(part=part_of[clip]))

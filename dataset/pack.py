@@ -28,14 +28,14 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from dataset.files import FrameFiles
 from dataset.folder import Part
 from dataset.inspect import frame_fault, short
 from utils.errors import UserError
 from utils.files import Busy, atomic_folder, locked, remove_leftovers
-from utils.memory import available_ram, gigabytes
+from utils.memory import available_ram, gigabytes, usable_cores
+from utils.progress import over
 
 KEPT_SECONDS = 24 * 3600  # a pack that no run has opened for so long is deleted when the next one is made
 SHARD = 2 * 10**9  # bytes of a file at most, but for a single row that is larger
@@ -428,10 +428,10 @@ def _decoded(part: Part, sizes: Sizes, shapes: Shapes) -> Iterator[dict[str, np.
         return rows
 
     # Threads suffice: OpenCV decodes outside Python's lock.
-    threads = min(16, os.cpu_count() or 1)
+    threads = min(16, usable_cores())
     with ThreadPoolExecutor(threads) as pool:
         clips = in_order(pool, decode, range(len(part.clips)), 2 * threads)
-        yield from tqdm(clips, total=len(part.clips), desc="pack clips", unit="clip", leave=False)
+        yield from over(clips, "pack clips", len(part.clips))
 
 
 def read_frames(files: FrameFiles, clip: int, size: tuple[int, int]) -> np.ndarray:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from remix import Batch, batches_of
 from utils.acceleration import compiled
 from utils.console import progress, some
 from utils.distributed import is_main, sum_over_ranks
 from utils.errors import UserError
+from utils.progress import Progress
 
 
 class ClipsLike(Protocol):
@@ -54,7 +54,7 @@ def collect(
     batches: Iterable,
     clips: int,
     features: bool = True,
-    bar: tqdm | None = None,
+    bar: Progress | None = None,
     check: Callable[[], None] = lambda: None,
     full: int = 0,
 ) -> Collected:

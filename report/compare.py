@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 import train
 from dataset.build import load_parts
@@ -33,6 +32,7 @@ from report.runs import HOW, NOT_FLAGS, VARIANTS, quantities, read_run, unread
 from utils.cli import Parser, number
 from utils.errors import INTERRUPTED, UserError, run_main
 from utils.memory import usable_cores
+from utils.progress import Progress
 from utils.run import BEGINNINGS, git_commit, read_metrics, write_json
 
 TRAIN = "train.py"  # the working directory is the repository's
@@ -62,9 +62,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     p.add_argument("--seeds", default="0,1,2,3,4", metavar="A,B", help="seeds of every method (default: 0,1,2,3,4)")
     p.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B",
                    help="values of a train.py flag; several axes are combined (default: none)")  # fmt: skip
-    p.add_argument(
-        "--jobs", type=number(int, 1), metavar="N", help="runs at a time (default: one per CPU core; on GPUs 1)"
-    )
+    p.add_argument("--jobs", type=number(int, 1), metavar="N",
+                   help="runs at a time (default: one per visible GPU; on a CPU one per core)")  # fmt: skip
     p.add_argument(
         "--log_path", default="runs/compare", metavar="DIR", help="folder of the runs (default: runs/compare)"
     )
@@ -240,7 +239,7 @@ def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict]) -
     waiting, ended = list(todo), []
     slots: list[Worker | None] = [None] * len(envs)
     epochs = sum(run.flags["epochs"] - len(read_metrics(log_path / run.name)) for run, _ in todo)
-    bar = tqdm(total=epochs, unit="epoch", desc=f"run 0/{len(todo)}", mininterval=1, smoothing=0.05)
+    bar = Progress(f"run 0/{len(todo)}", epochs, "epoch", keep=True)
     # Raise instead of ending at once, so that the runs are stopped too.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -250,10 +249,10 @@ def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict]) -
                     slots[slot] = None
                     ended.append(worker)
                     bar.write(f"[{len(ended)}/{len(todo)}] {verdict(worker)}")
-                    bar.set_description(f"run {len(ended)}/{len(todo)}")
+                    bar.rename(f"run {len(ended)}/{len(todo)}")
                 if not slots[slot] and waiting:
                     slots[slot] = Worker(*waiting.pop(0), log_path, envs[slot])
-            bar.update(sum(worker.epochs_done() for worker in (*ended, *filter(None, slots))) - bar.n)
+            bar.update(sum(worker.epochs_done() for worker in (*ended, *filter(None, slots))) - bar.done)
             time.sleep(0.5)
     finally:
         bar.close()
@@ -277,19 +276,23 @@ def verdict(worker: Worker) -> str:
     return f"{worker.run.name}: {'  '.join(shown)}"
 
 
-def environments(jobs: int | None, device: str) -> list[dict]:
-    """An environment per concurrent run: an equal share of the cores, one GPU each in turn."""
+def environments(jobs: int | None, device: str, gpu_ids: str | None = None) -> list[dict]:
+    """An environment per concurrent run: one visible GPU each, in turn, or on a CPU an equal share of the cores.
+
+    By default there are as many runs at a time as visible GPUs, or on a CPU as cores. With `gpu_ids` every run uses
+    those GPUs, so one runs at a time by default.
+    """
     import torch
 
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     cores = usable_cores()
-    jobs = jobs or (1 if gpus else cores)
+    jobs = jobs or (1 if gpus and gpu_ids else gpus or cores)
     envs = []
     for slot in range(jobs):
         env = dict(os.environ)
         if not gpus:
             env.setdefault("OMP_NUM_THREADS", str(max(1, cores // jobs)))
-        elif jobs > 1:
+        elif gpus > 1 and not gpu_ids:
             visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
             env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
         envs.append(env)
@@ -339,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
         if todo:
             for flags in {(run.flags["dataset"], run.flags["data_root"]): run.flags for run, _ in todo}.values():
                 check_data(flags)
-            envs = environments(args.jobs, todo[0][0].flags["device"])
+            envs = environments(args.jobs, todo[0][0].flags["device"], todo[0][0].flags["gpu_ids"])
             failures = run_all(todo, log_path, envs[: len(todo)])
     report(args, plan, log_path)
     for worker in failures:

@@ -7,7 +7,8 @@
 #     --optimizer sgd --learning_rate 0.03                      # balance methods (docs/balance.md), a row each
 #   bash scripts/run_compare.sh --help
 # The same command resumes after an interruption. On the demo 20 runs, one for each CPU core at a time, under 2 GB of
-# memory each; on a GPU one at a time. README.md names the command of its own table, which has more methods.
+# memory each; on GPUs one run per visible GPU (with --gpu_ids one at a time). README.md names the command of its own
+# table, which has more methods.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 env_paths "$@"
 exec "$PYTHON" -m report.compare ${ARGS[@]+"${ARGS[@]}"}

@@ -310,7 +310,12 @@ def test_cores_and_gpus_are_shared_out(monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user's word stands
     assert compare.environments(2, "cpu")[0]["OMP_NUM_THREADS"] == "5"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert len(compare.environments(None, "auto")) == 1  # train.py takes all GPUs by itself
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in compare.environments(None, "auto")] == ["0", "1"]  # a run per GPU
+    for jobs in (None, 1):  # GPUs that the user named are train.py's business
+        assert ["CUDA_VISIBLE_DEVICES" in env for env in compare.environments(jobs, "auto", "0,1")] == [False]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")  # as a cluster allots them
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in compare.environments(None, "auto")] == ["5", "7"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [env["CUDA_VISIBLE_DEVICES"] for env in compare.environments(3, "auto")] == ["0", "1", "0"]
     assert len(compare.environments(None, "cpu")) == 8
 

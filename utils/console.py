@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from utils.distributed import world_size
+from utils.progress import Progress, clock
 
 
-def progress(name: str, clips: int, shown: bool) -> tqdm:
-    """A bar over `clips` with a rate, removed when done. Nothing where standard error is not a terminal."""
-    return tqdm(total=clips, desc=name, unit="clip", leave=False, disable=None if shown else True, mininterval=0.5)
+def progress(name: str, clips: int, shown: bool) -> Progress:
+    """Progress over `clips`: a bar that is removed when done, or a line now and then in a log file."""
+    return Progress(name, clips, quiet=not shown)
 
 
 def some(names: Sequence[str], most: int = 16) -> str:
@@ -42,13 +42,6 @@ def epoch_line(numbers: dict, names: Sequence[str], epochs: int, history: list[d
 def seconds_of(line: dict) -> float:
     """Seconds of an epoch: scoring, training, evaluation, diagnostics."""
     return sum(value for key, value in line.items() if key.startswith("seconds_") and value is not None)
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15, 3675 -> 1:01:15."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def decimal(value: float | None, form: str) -> str:

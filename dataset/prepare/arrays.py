@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset.inspect import LFS_HEADER, Problem, short
 from dataset.specs import Modality
 from utils.errors import UserError
 from utils.files import atomic_path, remove_leftovers
+from utils.progress import over
 
 Source = Path | np.ndarray  # a .npy file, or the numbers themselves
 
@@ -37,7 +37,7 @@ def write_arrays(
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     written, problems = set(), []
-    for clip, source in tqdm(sources.items(), desc=modality.name, unit="clip", disable=quiet, leave=False):
+    for clip, source in over(sources.items(), modality.name, quiet=quiet):
         target = folder / f"{clip}.npy"
         values, reason = _read(source)
         if reason:

@@ -6,7 +6,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset.inspect import Problem, Report, frame_fault, inspect_folder, part_of_clip, short
 from dataset.lists import read_record
@@ -15,6 +14,7 @@ from dataset.prepare.published import published_split
 from dataset.prepare.raw import cremad_rows, index_raw, inspect_raw
 from dataset.specs import DESCRIPTION, SPECS, DatasetSpec, get_spec, spec_of, video
 from utils.errors import UserError
+from utils.progress import over
 
 SHOWN = 5  # files printed for each kind of problem; skipped.csv and --json have them all
 
@@ -32,7 +32,7 @@ def inspect_deep(root: Path | str, spec: DatasetSpec, quiet: bool = True) -> Rep
 
     with ThreadPoolExecutor() as pool:  # decoders and reads let other threads run
         contents = in_order(pool, look, list(report.files), ahead=64)
-        for bad, constant in tqdm(contents, "reading", len(report.files), unit="clip", disable=quiet):
+        for bad, constant in over(contents, "reading", len(report.files), quiet, keep=True):
             report.problems.extend(bad)
             report.warnings.extend(constant)
     for clip in {problem.clip for problem in report.problems}:

@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset.prepare.audio import LOGMEL_SAMPLES, load_wave
 from dataset.specs import AUDIO, AUDIO_RECIPES, SPECS, VIDEO
 from utils.cli import Parser
 from utils.errors import UserError, run_main
 from utils.files import Busy, atomic_folder, atomic_path, locked
+from utils.progress import over
 
 # Raise it when the code below changes what the same settings give: data made by older code is then made again.
 VERSION = 3
@@ -398,7 +398,7 @@ def _write_raw(plan: list[DemoClip], scans: np.ndarray, out: Path, settings: Dem
     video, audio = _raw(out)
     video.mkdir(parents=True)
     audio.mkdir(parents=True)
-    for i, clip in enumerate(tqdm(plan, "demo: raw clips", unit="clip", disable=quiet)):
+    for i, clip in enumerate(over(plan, "demo: raw clips", quiet=quiet, keep=True)):
         # two streams per clip: another tone range then leaves every picture as it was
         see, hear = (np.random.default_rng([settings.seed, stream, i]) for stream in (1, 2))
         frames, looks = draw_video(scans[clip.scan], settings, see)

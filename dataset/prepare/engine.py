@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from dataset import specs
 from dataset.inspect import LFS_HEADER, Problem, array_fault, frame_fault, inspect_clip, list_frames
@@ -32,6 +31,7 @@ from dataset.specs import AUDIO_RECIPES, AudioRecipe, Modality
 from utils.errors import UserError
 from utils.files import Busy, atomic_folder, atomic_path, locked, remove_leftovers
 from utils.memory import usable_cores
+from utils.progress import Progress, over
 
 RULES = 2  # raise when the same source and options give other files: every clip is then made again
 # Where the files lie in a training folder; how many frames are fed does not matter here.
@@ -179,7 +179,7 @@ def _make_all(
             _forget(out, clip, options, journal)
             skipped.append(faults[clip.name])
     sound = [clip for clip in todo if clip.name not in faults]
-    with tqdm(total=total, initial=total - len(sound), desc="preparing", unit="clip", disable=quiet) as bar:
+    with Progress("preparing", total, done=total - len(sound), quiet=quiet, keep=True) as bar:
         for clip, outcome in _outcomes(sound, out, options):
             if outcome.fault is None:
                 _remove(out, clip.name, _former(journal, clip) - _folders(clip, options))
@@ -187,7 +187,7 @@ def _make_all(
             else:
                 _forget(out, clip, options, journal)
                 skipped.append(outcome.fault)
-                bar.set_postfix(skipped=len(skipped))
+                bar.note(skipped=len(skipped))
             bar.update()
     return sorted(skipped, key=lambda fault: fault.clip)
 
@@ -563,8 +563,8 @@ def _unfinished(clips: list[Clip], out: Path, options: Options, journal: _Journa
     if not journal.records:
         return list(clips)
     headers = {}
-    looking = tqdm(clips, desc="looking", unit="clip", disable=quiet, leave=False)
-    return [clip for clip in looking if not _finished(clip, out, options, journal.records.get(clip.name), headers)]
+    looked = over(clips, "looking", quiet=quiet)
+    return [clip for clip in looked if not _finished(clip, out, options, journal.records.get(clip.name), headers)]
 
 
 def _finished(clip: Clip, out: Path, options: Options, record: dict | None, headers: dict) -> bool:

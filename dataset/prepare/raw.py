@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from dataset.inspect import Problem, Report
 from dataset.lists import check_clip_id
 from dataset.prepare import audio, video
@@ -19,6 +17,7 @@ from dataset.prepare.engine import SILENCE, Clip, source_fault
 from dataset.specs import DatasetSpec
 from dataset.splits import actor_of
 from utils.errors import UserError
+from utils.progress import over
 
 VIDEO_TYPES = (".flv", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".ts", ".wmv", ".ogv", ".3gp")
 DEPTH = 4  # folders below the raw folder that are looked into
@@ -152,7 +151,7 @@ def inspect_raw(root: Path | str, spec: DatasetSpec, names: list[str] | None, qu
         raise UserError(f"{root}: neither a training folder (no stat.csv) nor a raw one (no videos)")
     problems, warnings = [], []
     clips = [_find(index, spec, name) for name in names]
-    for clip in tqdm(clips, desc="reading", unit="clip", disable=quiet):
+    for clip in over(clips, "reading", quiet=quiet, keep=True):
         _inspect_raw_clip(clip, problems, warnings)
     if spec.name == "CREMAD" and len(clips) != CREMAD_CLIPS:
         warnings.append(Problem("clip_counts", "", "", f"{len(clips):,} clips; CREMA-D has {CREMAD_CLIPS:,}", ""))
