@@ -10,7 +10,6 @@ plan is a list of batches, each (clip indices, fed modalities). Joint training f
 else is the same.
 """
 
-import os
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from utils.checkpoint import load_checkpoint
 from utils.cli import Parser, id_list, number, path_name
 from utils.console import epoch_line, lap, progress, result_table, some, start_lines
 from utils.errors import UserError, run_main
+from utils.memory import usable_cores
 from utils.metrics import Tally, accuracy, f1_macro
 from utils.run import Run, check_same_run, continues, environment, modern, take_flags_of_run, update_best
 from utils.seeding import epoch_generator, seed_everything
@@ -86,7 +86,7 @@ def make_parser() -> Parser:
     g.add_argument("--cache", default="auto", choices=CACHES, help="where decoded clips are kept (default: auto)")
     g.add_argument("--pack_size", type=number(int, 8, 4096), metavar="P",
                    help="shorter side of the decoded frames that are kept, pixels (default: as stored)")
-    g.add_argument("--num_workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1), metavar="N",
+    g.add_argument("--num_workers", type=number(int, 0, 1024), default=min(8, usable_cores()), metavar="N",
                    help="processes that read files with --cache none (default: cores, at most 8)")
 
     g = p.add_argument_group("model")

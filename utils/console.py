@@ -1,5 +1,6 @@
 """What people read while a run goes on and when it ends. Plain numbers in, lines out."""
 
+import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -8,7 +9,10 @@ from pathlib import Path
 import torch
 
 from utils.distributed import world_size
+from utils.memory import load_average
 from utils.progress import Progress, clock
+
+BUSY = 1.25  # load per core above which a run starts with a warning; a comparison's own runs make about 1
 
 
 def progress(name: str, clips: int, shown: bool) -> Progress:
@@ -67,6 +71,9 @@ def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path
     lines = [f"preset {args.preset}: {', '.join(changed)}"] if changed else []
     if args.method == "remix" and args.warmup == args.epochs:
         lines.append(f"warning: all {args.epochs} epochs are warm-up, so Remix never starts")
+    load, cores = load_average() or 0, os.cpu_count() or 1
+    if load > BUSY * cores:
+        lines.append(f"warning: load average {load:.1f} on {cores} cores: other processes slow this run down")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     many = f" x {world_size()}" if world_size() > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""

@@ -14,6 +14,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def load_average() -> float | None:
+    """Processes that ran or waited for a core, averaged over the last minute; None where the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):  # Windows has none
+        return None
+
+
 def available_ram() -> int:
     """Bytes of host memory that can be taken without swapping: the machine's, or what a container leaves of it."""
     try:
