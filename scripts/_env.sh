@@ -16,7 +16,8 @@ ENV_CHECK='
 import re, sys
 from importlib import metadata, util
 # Imported by another name.
-MODULES = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2", "pytest-xdist": "xdist"}
+MODULES = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2", "pytest-xdist": "xdist",
+           "pyyaml": "yaml"}
 SAME = ["opencv-python", "opencv-contrib-python", "opencv-contrib-python-headless"]  # cv2 too
 def numbers(text):
     return [int(n) for n in re.findall(r"\d+", text.split("+")[0])[:3]]

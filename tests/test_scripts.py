@@ -49,7 +49,7 @@ esac
 FAKE_INSTALL = r"""
 import re, sys
 from pathlib import Path
-modules = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2", "pytest-xdist": "xdist"}
+modules = {"scikit-learn": "sklearn", "opencv-python-headless": "cv2", "pytest-xdist": "xdist", "pyyaml": "yaml"}
 for item in sys.argv[2:]:
     for line in Path(item).read_text().splitlines() if Path(item).exists() else [item]:
         line = line.split("#")[0].strip()

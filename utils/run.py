@@ -12,7 +12,9 @@ import shlex
 import subprocess
 import sys
 from argparse import Namespace
-from importlib.metadata import version
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -311,10 +313,19 @@ def git_commit() -> str | None:
         return None
 
 
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those of `packages` that are installed: training needs none that only prepares data."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def environment(device: torch.device, processes: int) -> dict:
     """What a run ran on: versions, the commit of this code (None outside git), hardware and command."""
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | installed(PACKAGES),
         "git_commit": git_commit(),
         "hardware": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
