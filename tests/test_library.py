@@ -1,6 +1,7 @@
 """`remix` as a library: one call for a plan, the batch sampler, installed alone, in a loop of one's own."""
 
 import doctest
+import os
 import shutil
 import subprocess
 import sys
@@ -97,8 +98,8 @@ def test_the_example_runs_and_remix_is_installed_alone(tmp_path):
     assert built.returncode == 0, built.stderr
     assert {p.name for p in installed.iterdir() if p.name.isidentifier()} == {"remix"}
     assert (installed / "remix" / "py.typed").is_file()
-    done = subprocess.run([sys.executable, str(REPO / "examples" / "own_loop.py")], capture_output=True, text=True,
-                          cwd=tmp_path, env={"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    example, env = str(REPO / "examples" / "own_loop.py"), {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, cwd=tmp_path, env=os.environ | env)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 21 and "batches joint" in lines[4] and "'slow'" in lines[5]

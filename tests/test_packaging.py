@@ -10,6 +10,7 @@ import tomllib
 from importlib import metadata
 
 import pytest
+import yaml
 from helpers import REPO
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -89,6 +90,67 @@ def test_the_lock_is_closed():
         pytest.skip(f"only {looked} packages are installed as locked")
 
 
+# ------------------------------------------------------------------------- workflows, container, issues, citation
+
+
+def files_named(text: str) -> list[str]:
+    """The repository's scripts, tests and requirements files that a command names."""
+    return re.findall(r"(?:(?:scripts|tests|examples)/[\w./-]+|\.ci/\w+|requirements[\w-]*\.txt)", text)
+
+
+def test_the_workflow_runs_what_exists():
+    """Every file that a step names is there; Linux runs .ci/run on the oldest and a recent Python."""
+    workflow = yaml.safe_load((REPO / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert {"push", "pull_request"} <= set(workflow[True])  # YAML 1.1 reads `on` as a truth value
+    jobs = workflow["jobs"]
+    for job in jobs.values():
+        assert job["timeout-minutes"] <= 60
+        for step in job["steps"]:
+            assert "uses" in step or "run" in step
+            for name in files_named(step.get("run", "")):
+                assert (REPO / name).is_file(), name
+    linux = jobs["linux"]
+    assert "bash .ci/run" in [step.get("run") for step in linux["steps"]]
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert oldest in linux["strategy"]["matrix"]["python"] and len(linux["strategy"]["matrix"]["python"]) == 2
+    assert jobs["other-systems"]["strategy"]["matrix"]["os"] == ["macos-latest", "windows-latest"]
+
+
+def test_issue_forms_are_valid():
+    """As GitHub's schema wants them: a name, a description, fields with unique ids and labels."""
+    forms = [path for path in (REPO / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(forms) == 3
+    for path in forms:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        assert form["name"] and form["description"]
+        ids = [field["id"] for field in form["body"]]
+        assert len(set(ids)) == len(ids)
+        assert {field["type"] for field in form["body"]} <= {"textarea", "input"}
+        assert all(field["attributes"]["label"] for field in form["body"])
+
+
+def test_the_image_copies_what_exists_and_no_data():
+    """COPY names files that are there and that .dockerignore does not exclude; data sets and git are excluded."""
+    lines = (REPO / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    for line in lines:
+        if line.startswith("COPY"):
+            *sources, _ = line.split()[1:]
+            assert all((REPO / source).exists() for source in sources), line
+    ignored = (REPO / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert {".git", "data/*", "runs", "**/*.pth"} <= set(ignored)
+    assert not {name for line in lines for name in files_named(line) if name in ignored}
+
+
+def test_the_paper_is_the_preferred_citation():
+    cited = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
+    assert cited["license"] == PROJECT["license"]
+    paper = cited["preferred-citation"]
+    assert [author["family-names"] for author in paper["authors"]] == ["Ma", "Chen", "Deng"]
+    assert paper["identifiers"][0]["value"] == "arXiv:2506.11550" and paper["year"] == 2025
+    assert paper["title"] in " ".join((REPO / "README.md").read_text(encoding="utf-8").split())
+
+
 # ------------------------------------------------------------------------------------------------- other machines
 
 
@@ -117,7 +179,8 @@ for name in modules:
 """
 # What the code is built on knows of other systems itself: imported before anything is taken away.
 BUILT_ON = ("torch", "torch.distributed", "torchvision", "sklearn.manifold", "scipy.stats", "cv2", "filelock",
-            "tqdm", "matplotlib.figure", "concurrent.futures", "multiprocessing.connection", "tempfile", "platform")  # fmt: skip
+            "tqdm", "matplotlib.figure", "concurrent.futures", "multiprocessing.connection", "tempfile",
+            "platform")  # fmt: skip
 POSIX_MODULES = ("fcntl", "resource", "termios", "pty", "tty", "pwd", "grp", "syslog", "posix")
 POSIX_ATTRIBUTES = ("fork", "forkpty", "register_at_fork", "sched_getaffinity", "sched_setaffinity", "getloadavg",
                     "sysconf", "statvfs", "openpty", "getuid", "geteuid", "getgid", "killpg", "setsid", "mkfifo",
