@@ -46,7 +46,7 @@ def test_the_notebook_is_committed_without_outputs(notebook):
 
 
 def test_the_notebook_runs_from_top_to_bottom(notebook, data, tmp_path):
-    """On a tiny folder two epochs, one of them Remix. Every clip is scored, keeps one modality, and is in the figure."""
+    """On a tiny folder two epochs, one of them Remix. Every clip keeps the modality that is hardest for it."""
     clips = 1347
     if not WHOLE:
         place = next(i for i, cell in enumerate(notebook.cells) if cell.metadata.get("tags") == ["parameters"])
