@@ -301,7 +301,7 @@ def test_flags_are_passed_through(machine, script, leading):
 def test_every_script_parses_and_says_what_it_is_for():
     scripts = sorted((REPO / "scripts").glob("*.sh"))
     assert {"run_train.sh", "run_baseline.sh", "run_tests.sh", "prepare_demo.sh"} <= {path.name for path in scripts}
-    for path in [*scripts, REPO / ".ci" / "run"]:
+    for path in [*scripts, REPO / "scripts" / "slurm.sbatch", REPO / ".ci" / "run"]:
         subprocess.run([BASH, "-n", path], check=True)
         lines = path.read_text().splitlines()
         assert any(line.startswith("# ") for line in lines[:2]), path
