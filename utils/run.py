@@ -129,9 +129,10 @@ class Run:
         """A matplotlib figure as `<name>.png` and in TensorBoard."""
         if not self.writes or self.board is None:
             return
-        picture = self.folder / f"{name}.png"
-        with writing(picture, CONTINUE), atomic_path(picture) as path:
-            figure.savefig(path, dpi=120)
+        from utils.style import save  # late: matplotlib is not needed before the end
+
+        with writing(self.folder / f"{name}.png", CONTINUE):
+            save(figure, self.folder / name)
         with writing(self.folder, CONTINUE):
             self.board.add_figure(name, figure, epoch)
 
