@@ -107,7 +107,7 @@ def forest(
     for text in axis.get_yticklabels()[len(rows) :]:
         text.set_fontweight("bold")
     axis.tick_params(axis="y", length=0, labelsize=7.5)
-    _beside(axis, -0.9, "mean [95 % interval]", "n", color=MUTED)
+    _beside(axis, -0.9, "mean [95 % interval]", "n", MUTED)
     for row, place in zip(rows, places, strict=True):
         _beside(axis, place, difference_text(row.mean, row.low, row.high, row.mark), str(row.n))
     _align_left(axis)
@@ -142,11 +142,12 @@ def _draw_effect(axis: Axes, row: Effect, y: float, look: Look, limits: tuple[fl
     axis.plot([row.mean], [y], look.marker, color=look.colour, mfc=face, mew=1.2, ms=5, zorder=3)
 
 
-def _beside(axis: Axes, y: float, numbers: str, n: str, **style: str) -> None:
+def _beside(axis: Axes, y: float, numbers: str, n: str, colour: str = INK) -> None:
     """The two columns right of the plot, in row y."""
-    for text, points, align in ((numbers, 10, "left"), (n, 122, "right")):
-        axis.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(points, 0), ha=align, fontsize=7,
-                      textcoords="offset points", va="center_baseline", annotation_clip=False, **style)  # fmt: skip
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+    style = {"fontsize": 7, "va": "center_baseline", "color": colour}
+    axis.annotate(numbers, (1, y), xytext=(10, 0), ha="left", **where, **style)
+    axis.annotate(n, (1, y), xytext=(122, 0), ha="right", **where, **style)
 
 
 def _align_left(axis: Axes) -> None:

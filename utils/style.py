@@ -27,7 +27,7 @@ from utils.files import atomic_path
 INK, MUTED, RULE = "#222222", "#6e6e6e", "#dddddd"  # text and the joint head, remarks, grid
 # Text of 8 points: a figure of two panels fills a page's width in print without being scaled. DejaVu Sans comes with
 # matplotlib, so a figure is the same on every machine.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 8, "mathtext.fontset": "dejavusans", "text.color": INK,
     "axes.titlesize": 8, "axes.titlelocation": "left", "axes.labelsize": 8, "axes.labelcolor": INK,
     "axes.edgecolor": MUTED, "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False,
