@@ -27,7 +27,7 @@ VARIANTS = {
 }
 ORDER = ("baseline", "joint_only", "remix", "remix_random")  # of the rows; the modalities follow, then all others
 
-# Beside how a run is made, not compared: the seed, which differs within a group, and the data, which separates the tables.
+# Also not compared: the seed, which differs within a group, and the data, which separates the tables.
 IRRELEVANT = HOW | {"random_seed", "dataset", "data_root", "n_classes", "allow_missing"}
 NOT_FLAGS = {"from_preset", "data", "versions", "git_commit", "hardware", "command"}
 REMIX_ONLY = {"warmup", "score", "keep", "rescore_every", "batch_order", "masked_encoder"}
