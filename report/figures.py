@@ -30,6 +30,7 @@ from report.tables import UNLIKE, difference_text
 from utils.style import (
     INK,
     MUTED,
+    End,
     Look,
     caption,
     epoch_axis,
@@ -123,12 +124,13 @@ def _excludes_zero(row: Effect) -> bool:
 
 
 def _limits(rows: Sequence[Effect]) -> tuple[float, float]:
-    """Limits that show zero and every mean, and intervals up to three times that span."""
+    """Limits that show zero and every mean, and intervals up to twice that span beyond them."""
     means = [0.0, *(row.mean for row in rows)]
-    span = max(max(means) - min(means), 1e-9)
-    low = max(min([*means, *(row.low for row in rows if row.low is not None)]), min(means) - span)
-    high = min(max([*means, *(row.high for row in rows if row.high is not None)]), max(means) + span)
-    return low - 0.06 * (high - low), high + 0.06 * (high - low)
+    span = max(max(means) - min(means), 0.1)
+    low = max(min([*means, *(row.low for row in rows if row.low is not None)]), min(means) - 2 * span)
+    high = min(max([*means, *(row.high for row in rows if row.high is not None)]), max(means) + 2 * span)
+    room = 0.06 * max(high - low, 1)
+    return low - room, high + room
 
 
 def _draw_effect(axis: Axes, row: Effect, y: float, look: Look, limits: tuple[float, float]) -> None:
@@ -247,7 +249,7 @@ def _panels_with_labels(columns: int, groups: Iterable[Group]) -> tuple[Figure, 
 def _plot_heads(axes: list[Axes], curves: list[Group], levels: list[Group], drawn: dict[str, Look]) -> None:
     """In the panel of each head a curve for each group of `curves`, a level for each of `levels`."""
     names = curves[0].modalities
-    ends: list[list[tuple[str, str, float]]] = []  # of each panel
+    ends: list[list[End]] = []  # of each panel
     for axis, head in zip(axes, ("multimodal", *names), strict=True):
         shown = [group for group in curves if values(group, head)]
         means = [(group, _plot_spread(axis, group, quantities(names)[head], drawn[group.label])) for group in shown]
@@ -261,8 +263,7 @@ def _plot_heads(axes: list[Axes], curves: list[Group], levels: list[Group], draw
         _mark_starts(axis, shown)
     low, high = axes[0].get_ylim()
     axes[0].set(ylabel="test accuracy", ylim=(max(0, low), min(1, high)))
-    for axis, own in zip(axes, ends, strict=True):
-        label_ends(axis, own)
+    label_ends(zip(axes, ends, strict=True))
 
 
 def _epochs(groups: Iterable[Group]) -> list[int]:
@@ -325,6 +326,7 @@ def plot_shares(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figu
     shown = names if len(names) > 2 else names[:1]
     figure, axes = _panels_with_labels(len(shown), groups)
     caption(figure, f"{title}: kept modality", "A line for each seed. Dotted: equal shares.")
+    labels: list[tuple[Axes, list[End]]] = []
     for axis, name in zip(axes, shown, strict=True):
         ends: dict[str, list[float]] = {}
         for group in groups:
@@ -342,7 +344,8 @@ def plot_shares(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figu
         epoch_axis(axis, _epochs(groups))
         axis.axhline(1 / len(names), color=MUTED, lw=0.8, ls=":")
         _mark_starts(axis, [group for group in groups if group.label in ends])
-        label_ends(axis, [(label, drawn[label].colour, float(np.mean(last))) for label, last in ends.items()])
+        labels.append((axis, [(label, drawn[label].colour, float(np.mean(last))) for label, last in ends.items()]))
+    label_ends(labels)
     axes[0].set_ylabel("share of the training clips")
     return figure
 
@@ -370,6 +373,6 @@ def plot_diagnoses(groups: list[Group], title: str, drawn: dict[str, Look]) -> F
         axis.set_title(name)
         epoch_axis(axis, _epochs(groups))
         _mark_starts(axis, [group for group, *_ in lines])
-    for axis, (_, lines) in zip(axes.flat, shown.values(), strict=False):
-        label_ends(axis, [(group.label, drawn[group.label].colour, mean[-1]) for group, _, mean in lines])
+    label_ends((axis, [(group.label, drawn[group.label].colour, mean[-1]) for group, _, mean in lines])
+               for axis, (_, lines) in zip(axes.flat, shown.values(), strict=False))  # fmt: skip
     return figure

@@ -38,11 +38,8 @@ def plot_curves(history: list[dict], names: Sequence[str], title: str) -> Figure
         epoch_axis(axis, epochs)
         if remixed and (first := remixed[0]["epoch"] + 1) > epochs[0]:
             mark_warmup(axis, first)
-    for axis, (_, joint, unimodal) in zip(axes.flat, kinds, strict=False):
-        ends = _heads(names, joint, unimodal).items()
-        last = [(head, colour, [line[key] for line in history if line.get(key) is not None])
-                for head, (key, colour) in ends]  # fmt: skip
-        label_ends(axis, [(head, colour, values[-1]) for head, colour, values in last if values])
+    ends = [(axis, _ends(history, names, *kind[1:])) for axis, kind in zip(axes.flat, kinds, strict=False)]
+    label_ends([*ends, *([(axes.flat[count - 1], _share_ends(remixed, names))] if remixed else [])])
     return figure
 
 
@@ -51,6 +48,13 @@ def _heads(names: Sequence[str], joint: str, unimodal: str) -> dict[str, tuple[s
     heads = {"multimodal": (joint, JOINT_COLOUR)}
     own = {name: (unimodal.format(name), colour) for name, colour in modality_colours(names).items()}
     return heads | own if unimodal else heads
+
+
+def _ends(history: list[dict], names: Sequence[str], joint: str, unimodal: str) -> list[tuple[str, str, float]]:
+    """Name, colour and last number of each head that has numbers."""
+    last = {head: (colour, [line[key] for line in history if line.get(key) is not None])
+            for head, (key, colour) in _heads(names, joint, unimodal).items()}  # fmt: skip
+    return [(head, colour, values[-1]) for head, (colour, values) in last.items() if values]
 
 
 def _plot_heads(axis: Axes, history: list[dict], names: Sequence[str], joint: str, unimodal: str) -> None:
@@ -64,18 +68,28 @@ def _plot_heads(axis: Axes, history: list[dict], names: Sequence[str], joint: st
             axis.plot(epochs, values, color=colour, label=label, lw=width, marker=marker, ms=2.5)
 
 
-def _plot_shares(axis: Axes, remixed: list[dict], names: Sequence[str]) -> None:
-    """Stacked bars: the share of the clips that keep each modality in each epoch of Remix."""
+def _shares(remixed: list[dict], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the clips that keep each modality in each epoch of Remix, (M, epochs); the sum of those before it."""
     counts = np.array([[line[f"n_{name}"] for line in remixed] for name in names], dtype=float)  # (M, epochs)
     shares = counts / np.maximum(counts.sum(axis=0), 1)
-    below = np.cumsum(shares, axis=0) - shares
+    return shares, np.cumsum(shares, axis=0) - shares
+
+
+def _share_ends(remixed: list[dict], names: Sequence[str]) -> list[tuple[str, str, float]]:
+    """Name, colour and middle of each modality's last bar."""
+    shares, below = _shares(remixed, names)
+    return [
+        (name, modality_colours(names)[name], y) for name, y in zip(names, (below + shares / 2)[:, -1], strict=True)
+    ]
+
+
+def _plot_shares(axis: Axes, remixed: list[dict], names: Sequence[str]) -> None:
+    """Stacked bars of `_shares`."""
     steps = [line["epoch"] + 1 for line in remixed]
-    for name, share, bottom in zip(names, shares, below, strict=True):
+    for name, share, bottom in zip(names, *_shares(remixed, names), strict=True):
         axis.bar(steps, share, width=1.0 if len(steps) > 30 else 0.85, bottom=bottom,
                  color=modality_colours(names)[name], label=name)  # fmt: skip
     axis.set(title="share of clips that keep a modality", ylim=(0, 1))
-    middle = (below + shares / 2)[:, -1]
-    label_ends(axis, [(name, modality_colours(names)[name], y) for name, y in zip(names, middle, strict=True)])
 
 
 @styled()

@@ -50,7 +50,7 @@ METHOD_COLOURS = {"baseline": "#6e6e6e", "joint_only": "#b0b0b0", "remix": "#d55
 MUTED_PALETTE = ("#332288", "#44aa99", "#882255", "#999933", "#88ccee", "#aa4499", "#117733", "#cc6677", "#ddcc77")
 STROKES = (("-", "o"), ("--", "s"), ("-.", "^"))  # line style and marker of each round through the palette
 # Append only: a method's place is its colour, line style and marker.
-BALANCE_METHODS = ("ogm_ge", "agm", "pmr", "mmpareto", "gblend", "opm", "mmcosine", "relearn", "mla", "smv", "greedy",
+BALANCE_METHODS = ("ogm_ge", "agm", "pmr", "mmpareto", "gblend", "opm", "mmcosine", "dr", "mla", "resample", "greedy",
                    "lfm", "umt", "cml", "reconboost", "dgl", "inforeg", "midas")  # fmt: skip
 
 
@@ -174,36 +174,35 @@ def mark_warmup(axis: Axes, first: int, text: bool = True) -> None:
                   zorder=5)  # fmt: skip
 
 
-def label_ends(axis: Axes, ends: Iterable[tuple[str, str, float]]) -> None:
-    """Name lines at their right ends: (text, colour, y) of each. To be called when limits and caption are final.
+End = tuple[str, str, float]  # of a line: its name, colour and last y
+
+
+def label_ends(panels: Iterable[tuple[Axes, Iterable[End]]]) -> None:
+    """Name the lines of each axes at its right edge. To be called when limits and caption are final.
 
     Texts that would overlap are moved apart, and stay in the order of their lines.
     """
-    ends = sorted(ends, key=lambda end: end[2])
-    if not ends:
+    panels = [(axis, sorted(ends, key=lambda end: end[2])) for axis, ends in panels]
+    figure = panels[0][0].get_figure(root=True) if panels else None
+    if figure is None:
         return
-    figure = axis.get_figure(root=True)
-    assert figure is not None
     figure.draw_without_rendering()  # the layout is not known before
-    height = axis.get_window_extent().height / figure.dpi * 72  # points
-    low, high = axis.get_ylim()
-    wanted = np.array([(y - low) / (high - low) * height for _, _, y in ends])
-    for (text, colour, y), at, place in zip(ends, wanted, _apart(wanted, 8.5), strict=True):
+    for axis, ends in panels:
+        height = axis.bbox.height / figure.dpi * 72  # points
+        low, high = axis.get_ylim()
+        wanted = np.array([(y - low) / (high - low) * height for _, _, y in ends])
         where = blended_transform_factory(axis.transAxes, axis.transData)
-        axis.annotate(text, (1, y), xycoords=where, xytext=(3, place - at), textcoords="offset points",
-                      color=readable(colour), va="center", fontsize=7, annotation_clip=False)  # fmt: skip
+        for (text, colour, y), at, place in zip(ends, wanted, _apart(wanted, 8.5), strict=True):
+            axis.annotate(text, (1, y), xycoords=where, xytext=(3, place - at), textcoords="offset points", fontsize=7,
+                          color=readable(colour), va="center", annotation_clip=False)  # fmt: skip
 
 
 def _apart(wanted: np.ndarray, gap: float) -> np.ndarray:
-    """The sorted places (n,) moved as little as needed (least squares) to be `gap` apart."""
-    # Pool adjacent violators (isotonic regression) on the places less their least distance from the first.
-    blocks: list[list[float]] = []
-    for value in wanted - gap * np.arange(len(wanted)):
-        blocks.append([value])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    means = np.concatenate([np.full(len(block), np.mean(block)) for block in blocks])
-    return means + gap * np.arange(len(wanted))
+    """The sorted places (n,) moved as little as possible (least squares) to be `gap` apart."""
+    from scipy.optimize import isotonic_regression  # late: not every command draws
+
+    least = gap * np.arange(len(wanted))
+    return isotonic_regression(wanted - least).x + least
 
 
 # ------------------------------------------------------------------------------------------------------------ files
