@@ -188,9 +188,8 @@ def label_ends(panels: Iterable[tuple[Axes, Iterable[End]]]) -> None:
         return
     figure.draw_without_rendering()  # the layout is not known before
     for axis, ends in panels:
-        height = axis.bbox.height / figure.dpi * 72  # points
-        low, high = axis.get_ylim()
-        wanted = np.array([(y - low) / (high - low) * height for _, _, y in ends])
+        pixels = [axis.transData.transform((1, y))[1] for _, _, y in ends]  # on any scale
+        wanted = np.array(pixels) / figure.dpi * 72  # points
         where = blended_transform_factory(axis.transAxes, axis.transData)
         for (text, colour, y), at, place in zip(ends, wanted, _apart(wanted, 8.5), strict=True):
             axis.annotate(text, (1, y), xycoords=where, xytext=(3, place - at), textcoords="offset points", fontsize=7,
