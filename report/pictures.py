@@ -151,7 +151,7 @@ def plot_classes(
         for label, x, y in zip(classes, shares[modality], values, strict=True):
             axis.annotate(label, (x, y), xytext=(3, 2), textcoords="offset points", fontsize=6)
         axis.set(title=f"{name} head", xlabel=f"share that keeps {modality}", xlim=(-0.03, 1.08))
-        axis.grid(True, axis="both")
+        axis.grid(True, axis="x")
     axes[0, 0].set(ylabel="test accuracy on the class", ylim=(-0.03, 1.08))
     note = "A dot for each class. Share: of the class's training clips, at the last scoring."
     caption(figure, f"{title}: kept modality and accuracy by class", note)
