@@ -3,6 +3,7 @@
     python -m report runs/compare                                     # runs, or folders of runs
     python -m report runs/* --results docs/results.md --readme README.md
     python -m report --model runs/NAME                                # pictures of a trained model
+    python -m report --clips data/demo                                # contact sheet of a training folder
     python -m report --people summaryTable.csv --partition runs/NAME/partition.csv      # CREMA-D against people
 
 Everything about runs comes from their JSON files.
@@ -16,7 +17,7 @@ from report.people import SENSE_OF, compare_with_people, people_markdown, read_v
 from report.runs import find_runs
 from report.tables import table
 from report.write import make_report, write_text
-from utils.cli import Parser
+from utils.cli import Parser, format_list
 from utils.errors import UserError, run_main
 from utils.run import write_json
 
@@ -54,11 +55,17 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p.add_argument(
         "--partition", type=Path, nargs="+", metavar="FILE", help="partition.csv of CREMA-D runs (default: none)"
     )
+    p.add_argument(
+        "--clips", type=Path, metavar="DIR", help="contact sheet of this training folder's clips (default: none)"
+    )
+    p.add_argument("--format", type=format_list, default=("png",), metavar="A,B",
+                   help="formats of the figures, of png, pdf and svg (default: png)")  # fmt: skip
     args = p.parse_args(argv)
     if bool(args.people) != bool(args.partition):
         raise UserError("--people and --partition go together: the votes, and a run's partition.csv")
-    if sum(map(bool, (args.runs, args.model, args.people))) != 1:
-        raise UserError("give runs or a folder of runs (python -m report runs), or --model RUN, or --people FILE")
+    if sum(map(bool, (args.runs, args.model, args.people, args.clips))) != 1:
+        raise UserError("give runs or a folder of runs (python -m report runs), or one of --model RUN, --clips DIR and "
+                        "--people FILE")  # fmt: skip
     return args
 
 
@@ -69,10 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     elif args.model:
         from report.pictures import picture_model  # late: only this needs scikit-learn, the network and the clips
 
-        picture_model(args.model, args.out or args.model / "pictures", args.data_root)
+        picture_model(args.model, args.out or args.model / "pictures", args.data_root, args.format)
+    elif args.clips:
+        from report.clips import clips_sheet  # late: only this needs OpenCV
+
+        print(", ".join(map(str, clips_sheet(args.clips, args.out or Path("report-clips"), args.format))), "written")
     else:
         runs = find_runs(args.runs)
-        make_report(runs, args.out or runs[0].folder.parent / "report", args.results, args.readme)
+        out = args.out or runs[0].folder.parent / "report"
+        make_report(runs, out, args.results, args.readme, args.format)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import train
 from dataset.build import load_parts
 from dataset.specs import spec_of
 from report.runs import HOW, NOT_FLAGS, VARIANTS, quantities, read_run, unread
-from utils.cli import Parser, number
+from utils.cli import Parser, format_list, number
 from utils.errors import INTERRUPTED, UserError, run_main
 from utils.memory import usable_cores
 from utils.progress import Progress
@@ -68,6 +68,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
         "--log_path", default="runs/compare", metavar="DIR", help="folder of the runs (default: runs/compare)"
     )
     p.add_argument("--out", metavar="DIR", help="folder of the report (default: <log_path>/report)")
+    p.add_argument("--format", type=format_list, default=("png",), metavar="A,B",
+                   help="formats of the figures, of png, pdf and svg (default: png)")  # fmt: skip
     p.epilog = "All other flags go to every run: python train.py --help"
     return p.parse_known_args(argv)
 
@@ -372,7 +374,7 @@ def report(args: Namespace, plan: list[Planned], log_path: Path) -> None:
     if all(run.problem for run in runs):
         print("no run has finished: nothing to report")
         return
-    make_report(runs, Path(args.out) if args.out else log_path / "report")
+    make_report(runs, Path(args.out) if args.out else log_path / "report", formats=args.format)
 
 
 if __name__ == "__main__":

@@ -1,121 +1,358 @@
-"""Figures of a comparison: groups of runs side by side, each label with one colour in every figure."""
+"""Figures of a comparison: learning curves, differences with intervals, partitions, diagnostics.
 
+`forest` draws the rows that it is given, whatever they were measured on; the `plot_` functions read groups of runs.
+`utils.style` says how each label is drawn in all of them.
+"""
+
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from report.runs import Group, diagnoses, mean_by_epoch, quantities, values
-from utils.files import atomic_path
-from utils.plots import modality_colours
+from report.runs import (
+    Difference,
+    Group,
+    ablations,
+    diagnoses,
+    differing_flags,
+    mean_by_epoch,
+    paired_difference,
+    quantities,
+    reference_of,
+    short,
+    spread,
+    values,
+)
+from report.tables import UNLIKE, difference_text
+from utils.style import (
+    INK,
+    MUTED,
+    End,
+    Look,
+    caption,
+    epoch_axis,
+    label_ends,
+    looks,
+    mark_warmup,
+    panels,
+    save,
+    styled,
+)
 
-COLOURS = {"baseline": "#6b6b6b", "joint_only": "#b0b0b0", "remix": "#e08a00", "remix_random": "#f2b880"}
-# Labels not named above take these in sorted order; unimodal networks have their modality's colour.
-OTHERS = ("#8a4fbf", "#a0522d", "#c2a000", "#17a2b8", "#e377c2", "#4b7a1f", "#274690", "#ff6f59", "#00857c", "#9a8fd0",
-          "#5c1a33", "#8fb339")  # fmt: skip
+CURVES = 5  # groups in one panel at most; more have a panel each
 
 
-def colours_of(groups: list[Group]) -> dict[str, str]:
-    """Label -> colour. Known methods, variants and modalities have fixed colours, whatever else is shown.
+def looks_of(groups: Iterable[Group]) -> dict[str, Look]:
+    """Label -> colour, line and marker. Those of a method do not depend on what else is shown."""
+    groups = list(groups)
+    return looks([group.label for group in groups], groups[0].modalities if groups else ())
 
-    Other labels take the colours in `OTHERS` in sorted order, so the order of `groups` does not matter.
+
+# ------------------------------------------------------------------------------------------------------ differences
+
+
+class Effect(NamedTuple):
+    """A row of a forest plot: a mean difference with its interval, over n pairs.
+
+    In the unit that the table prints, usually points of accuracy in percent. `low` and `high` are None where there is
+    no interval. Rows of one `section` stand under its name. `mark` is put behind the number, as in the tables.
     """
-    known = dict(COLOURS)
-    for group in groups:
-        known |= modality_colours(group.modalities)
-    labels = sorted({group.label for group in groups})
-    others = [label for label in labels if label not in known]
-    found = {label: known[label] for label in labels if label in known}
-    return found | {label: OTHERS[i % len(OTHERS)] for i, label in enumerate(others)}
+
+    label: str
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+    section: str = ""
+    mark: str = ""
 
 
-def plot_compared_curves(groups: list[Group], title: str, colours: dict[str, str]) -> Figure:
-    """Test accuracy over epochs, a panel per head: mean of a group's seeds, band of one standard deviation."""
-    heads = ("multimodal", *groups[0].modalities)
-    figure = Figure(figsize=(5 * len(heads), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(heads), sharey=True)
-    for axis, head in zip(axes, heads, strict=True):
-        for group in groups:
-            if values(group, head):
-                _plot_spread(axis, group, quantities(group.modalities)[head], colours[group.label])
-        axis.set(title=f"{head}, test accuracy", xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylim(top=min(1.02, axes[0].get_ylim()[1]))
-    _legend_below(figure, groups, colours)
-    figure.suptitle(f"{title}: mean over seeds, band ± 1 standard deviation")
+@styled()
+def forest(
+    rows: Sequence[Effect],
+    path: Path | None = None,
+    title: str = "",
+    xlabel: str = "difference in test accuracy (points)",
+    note: str = "",
+    formats: Sequence[str] = ("png",),
+    drawn: dict[str, Look] | None = None,
+) -> Figure:
+    """Forest plot: for each row a dot at the mean, a bar over the interval, and the numbers as the tables print them.
+
+    Rows stand in the order given; a section's name stands above its first row. A filled dot is a difference whose
+    interval excludes zero. An interval wider than the plot ends in an arrow. `drawn` are the looks of the labels
+    (default: `utils.style.looks`). With `path` (no suffix) the figure is written there in `formats`.
+    """
+    drawn = looks(row.label for row in rows) | (drawn or {})
+    places, heads, y = [], {}, 0.0
+    for before, row in zip([None, *rows], rows, strict=False):
+        if row.section and (before is None or before.section != row.section):
+            heads[y + (0.35 if before is not None else 0)] = row.section
+            y += 1.35 if before is not None else 1
+        places.append(y)
+        y += 1
+    figure = Figure(figsize=(6.75, 0.95 + 0.19 * (y + 1)), layout="constrained")
+    axis = figure.subplots()
+    low, high = _limits(rows)
+    axis.axvline(0, color=INK, lw=0.8)
+    for row, place in zip(rows, places, strict=True):
+        _draw_effect(axis, row, place, drawn[row.label], (low, high))
+    axis.set(xlim=(low, high), ylim=(y - 0.3, -0.9), xlabel=xlabel)
+    axis.grid(True, axis="x")
+    axis.grid(False, axis="y")
+    axis.spines["left"].set_visible(False)
+    axis.set_yticks([*places, *heads], [*(row.label for row in rows), *heads.values()])
+    for text in axis.get_yticklabels()[len(rows) :]:
+        text.set_fontweight("bold")
+    axis.tick_params(axis="y", length=0, labelsize=7.5)
+    _beside(axis, -0.9, "mean [95 % interval]", "n", MUTED)
+    for row, place in zip(rows, places, strict=True):
+        _beside(axis, place, difference_text(row.mean, row.low, row.high, row.mark), str(row.n))
+    _align_left(axis)
+    words = "Filled: the interval excludes zero." if any(_excludes_zero(row) for row in rows) else ""
+    caption(figure, title, " ".join(text for text in (note, words) if text))
+    if path:
+        save(figure, path, formats)
     return figure
 
 
-def _plot_spread(axis: Axes, group: Group, key: str, colour: str) -> None:
+def _excludes_zero(row: Effect) -> bool:
+    return row.low is not None and row.high is not None and (row.low > 0 or row.high < 0)
+
+
+def _limits(rows: Sequence[Effect]) -> tuple[float, float]:
+    """Limits that show zero and every mean, and intervals up to twice that span beyond them."""
+    means = [0.0, *(row.mean for row in rows)]
+    span = max(max(means) - min(means), 0.1)
+    low = max(min([*means, *(row.low for row in rows if row.low is not None)]), min(means) - 2 * span)
+    high = min(max([*means, *(row.high for row in rows if row.high is not None)]), max(means) + 2 * span)
+    room = 0.06 * max(high - low, 1)
+    return low - room, high + room
+
+
+def _draw_effect(axis: Axes, row: Effect, y: float, look: Look, limits: tuple[float, float]) -> None:
+    if row.low is not None and row.high is not None:
+        ends = np.clip([row.low, row.high], *limits)
+        axis.plot(ends, [y, y], color=look.colour, lw=1.4, solid_capstyle="butt")
+        for end, wanted, marker in zip(ends, (row.low, row.high), ("<", ">"), strict=True):
+            shown = "|" if end == wanted else marker
+            axis.plot([end], [y], shown, color=look.colour, ms=4, clip_on=False)
+    face = look.colour if _excludes_zero(row) else "white"
+    axis.plot([row.mean], [y], look.marker, color=look.colour, mfc=face, mew=1.2, ms=5, zorder=3)
+
+
+def _beside(axis: Axes, y: float, numbers: str, n: str, colour: str = INK) -> None:
+    """The two columns right of the plot, in row y."""
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+    style = {"fontsize": 7, "va": "center_baseline", "color": colour}
+    axis.annotate(numbers, (1, y), xytext=(10, 0), ha="left", **where, **style)
+    axis.annotate(n, (1, y), xytext=(122, 0), ha="right", **where, **style)
+
+
+def _align_left(axis: Axes) -> None:
+    """Align the row labels at their left, as in a table."""
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    texts = axis.get_yticklabels()
+    width = max((text.get_window_extent().width for text in texts), default=0) / figure.dpi * 72
+    axis.tick_params(axis="y", pad=width + 6)
+    for text in texts:
+        text.set(ha="left", va="center_baseline")
+
+
+def effect(label: str, found: Difference, section: str = "", mark: str = "") -> Effect:
+    """A row of a forest plot, in points, from a difference of accuracies in [0, 1]."""
+    low, high = (None if end is None else 100 * end for end in (found.low, found.high))
+    return Effect(label, 100 * found.mean, low, high, found.n, section, mark)
+
+
+def differences(groups: list[Group]) -> list[Effect]:
+    """Each group's paired difference to its baseline after the last epoch, a section for each head.
+
+    They are the numbers of the tables. Above 8 groups only those of the joint head.
+    """
+    rows = []
+    for quantity in ("multimodal", *(groups[0].modalities if len(groups) <= 8 else ())):
+        for group in groups:
+            reference = reference_of(group, groups)
+            found = reference and paired_difference(values(group, quantity), values(reference, quantity))
+            if reference and found:
+                mark = UNLIKE if differing_flags(group, reference) else ""
+                rows.append(effect(group.label, found, quantity, mark))
+    return rows
+
+
+def plot_differences(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figure | None:
+    """Forest plot of `differences`; None where no group has a baseline."""
+    rows = differences(groups)
+    note = "Last epoch, paired over seeds; bars are 95 % t intervals."
+    return forest(rows, title=f"{title}: difference to the baseline", note=note, drawn=drawn) if rows else None
+
+
+def plot_ablations(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figure | None:
+    """Forest plot of one flag at a time, joint head, a section for each centre; None without an ablation."""
+    rows = []
+    for group, centre, name in ablations(groups):
+        if name == "balance":  # a method, which `plot_differences` shows
+            continue
+        found = paired_difference(values(group, "multimodal"), values(centre, "multimodal"))
+        change = f"{name} {short(centre.flags.get(name, 'off'))} → {short(group.flags.get(name, 'off'))}"
+        rows += [effect(change, found, f"against {centre.label}")] if found else []
+    plain = dict.fromkeys((row.label for row in rows), Look(INK, "-", "o"))
+    note = "Joint head, last epoch, paired over seeds; bars are 95 % t intervals."
+    return forest(rows, title=f"{title}: one flag at a time", note=note, drawn=plain) if rows else None
+
+
+# ------------------------------------------------------------------------------------------------------------ curves
+
+
+def seeds_text(groups: Iterable[Group]) -> str:
+    """`n = 3 seeds`, or the least and the largest number."""
+    counts = sorted({len(group.runs) for group in groups})
+    span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"n = {span} seed{'' if counts == [1] else 's'}"
+
+
+@styled()
+def plot_compared_curves(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figure:
+    """Test accuracy over epochs, a panel per head: mean of a group's seeds, band of one standard deviation.
+
+    Beside multimodal methods a network of one modality alone is a dashed level, its accuracy after the last epoch: what
+    that modality can reach. Of more than `CURVES` groups each has a panel of its own, with the baseline in grey.
+    """
+    names = groups[0].modalities
+    levels = [group for group in groups if group.method in names]
+    levels = levels if len(levels) < len(groups) else []
+    curves = [group for group in groups if group not in levels]
+    note = f"Mean over {seeds_text(groups)}; bands are ± 1 standard deviation."
+    if len(curves) > CURVES:
+        note += " Grey: the baseline of each."
+        return _plot_small_multiples(curves, title, note, drawn)
+    note += " Dashed: a network of that modality alone, last epoch." if levels else ""
+    figure, axes = _panels_with_labels(1 + len(names), groups)
+    caption(figure, f"{title}: test accuracy", note)
+    _plot_heads(axes, curves, levels, drawn)
+    return figure
+
+
+def _panels_with_labels(columns: int, groups: Iterable[Group]) -> tuple[Figure, list[Axes]]:
+    """A row of panels with room for the groups' labels at their right."""
+    letters = max(len(group.label) for group in groups)
+    figure, axes = panels(columns, width=2.0 + 0.055 * max(letters, 12), height=2.2, sharey=True)
+    return figure, list(axes.flat)
+
+
+def _plot_heads(axes: list[Axes], curves: list[Group], levels: list[Group], drawn: dict[str, Look]) -> None:
+    """In the panel of each head a curve for each group of `curves`, a level for each of `levels`."""
+    names = curves[0].modalities
+    ends: list[list[End]] = []  # of each panel
+    for axis, head in zip(axes, ("multimodal", *names), strict=True):
+        shown = [group for group in curves if values(group, head)]
+        means = [(group, _plot_spread(axis, group, quantities(names)[head], drawn[group.label])) for group in shown]
+        ends.append([(group.label, drawn[group.label].colour, mean[-1]) for group, mean in means])
+        for group in levels:
+            if level := spread(values(group, head).values()):
+                axis.axhline(level.mean, color=drawn[group.label].colour, lw=1, ls=(0, (4, 2)))
+                ends[-1].append((f"{group.label} alone", drawn[group.label].colour, level.mean))
+        axis.set_title(f"{head} head" if head in names else head)
+        epoch_axis(axis, _epochs(curves))
+        _mark_starts(axis, shown)
+    low, high = axes[0].get_ylim()
+    axes[0].set(ylabel="test accuracy", ylim=(max(0, low), min(1, high)))
+    label_ends(zip(axes, ends, strict=True))
+
+
+def _epochs(groups: Iterable[Group]) -> list[int]:
+    """The first and the last epoch of any run, counted from 1."""
+    return [1, max(line["epoch"] + 1 for group in groups for run in group.runs.values() for line in run.history)]
+
+
+def _plot_spread(axis: Axes, group: Group, key: str, look: Look) -> np.ndarray:
+    """Draw a group's mean with its band; returns the mean of each epoch."""
     lines = [run.history for run in group.runs.values()]
     # (seeds, epochs); None, where a head was not trained yet, becomes NaN: a gap in the line
     table = np.array([[line[key] for line in history] for history in lines], dtype=float)
-    epochs, mean = [line["epoch"] for line in lines[0]], table.mean(axis=0)
-    axis.plot(epochs, mean, color=colour, lw=1.8)
+    epochs, mean = [line["epoch"] + 1 for line in lines[0]], table.mean(axis=0)
+    axis.plot(epochs, mean, color=look.colour, ls=look.line, marker=look.marker, markevery=max(1, len(epochs) // 8),
+              label=group.label)  # fmt: skip
     if len(table) > 1:
         std = table.std(axis=0, ddof=1)
-        axis.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.18, lw=0)
+        axis.fill_between(epochs, mean - std, mean + std, color=look.colour, alpha=0.15, lw=0)
+        if len(epochs) == 1:  # a band without width
+            axis.errorbar(epochs, mean, std, color=look.colour, capsize=3, lw=1)
+    return mean
 
 
-def plot_compared_bars(groups: list[Group], title: str, colours: dict[str, str]) -> Figure:
-    """Accuracy after the last epoch per head: a bar for a group's mean, a dot for each seed."""
-    heads = ("multimodal", *groups[0].modalities)
-    figure = Figure(figsize=(max(8, 2 + 2 * len(groups)), 4.8), layout="constrained")
-    axis = figure.subplots()
-    width = 0.84 / len(groups)
-    for i, group in enumerate(groups):
-        for place, head in enumerate(heads):
-            seeds = np.array(list(values(group, head).values()))
-            if not len(seeds):
-                continue
-            colour, x = colours[group.label], place - 0.42 + (i + 0.5) * width
-            axis.bar(x, seeds.mean(), 0.92 * width, color=colour, alpha=0.5)
-            spots = x + 0.5 * width * (np.arange(len(seeds)) - (len(seeds) - 1) / 2) / max(1, len(seeds) - 1)
-            axis.plot(spots, seeds, "o", ms=4, color=colour, mec="white", mew=0.6)
-            axis.text(x, seeds.max() + 0.012, f"{100 * seeds.mean():.1f}", ha="center", fontsize=8)
-    axis.set_xticks(range(len(heads)), heads)
-    axis.set(ylabel="test accuracy, last epoch", ylim=(0, 1.05), title=f"{title}: bars are means, dots single seeds")
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    _legend_below(figure, groups, colours)
+def _plot_small_multiples(groups: list[Group], title: str, note: str, drawn: dict[str, Look]) -> Figure:
+    """A small panel per group: its multimodal accuracy over that of its baseline."""
+    columns = min(5, len(groups))
+    figure, axes = panels(columns, -(-len(groups) // columns), 1.45, 1.35, sharex=True, sharey=True)
+    caption(figure, f"{title}: multimodal test accuracy", note)
+    for axis, group in zip(axes.flat, groups, strict=False):
+        if reference := reference_of(group, groups):
+            _plot_spread(axis, reference, "test_acc", Look(MUTED, "-", ""))
+        _plot_spread(axis, group, "test_acc", drawn[group.label]._replace(marker="", line="-"))
+        axis.set_title(group.label.replace(", ", ",\n"), fontsize=6.5)
+        epoch_axis(axis, _epochs(groups))
+        axis.set_xlabel("")
+        _mark_starts(axis, [group], text=False)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_axis_off()
+    for axis in axes.flat[max(0, len(groups) - columns) : len(groups)]:  # the lowest of each column
+        axis.set_xlabel("epoch")
+        axis.tick_params(labelbottom=True)
     return figure
 
 
-def plot_shares(groups: list[Group], title: str, colours: dict[str, str]) -> Figure | None:
+def _mark_starts(axis: Axes, groups: list[Group], text: bool = True) -> None:
+    """A line before each epoch in which runs of `groups` start to remix; none before the first epoch."""
+    starts = {next((line["epoch"] for line in run.history if line["phase"] == "remix"), 0)
+              for group in groups for run in group.runs.values()}  # fmt: skip
+    for i, first in enumerate(sorted(starts - {0})):
+        mark_warmup(axis, first + 1, text=text and i == 0)
+
+
+@styled()
+def plot_shares(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figure | None:
     """Share of clips that keep a modality over epochs, a line per run; None if no group remixes.
 
     A panel per modality; of two the first, since the other one is the rest.
     """
     names = groups[0].modalities
     shown = names if len(names) > 2 else names[:1]
-    figure = Figure(figsize=(max(8, 5 * len(shown)), 4.6), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(shown), sharey=True))
+    figure, axes = _panels_with_labels(len(shown), groups)
+    caption(figure, f"{title}: kept modality", "A line for each seed. Dotted: equal shares.")
+    labels: list[tuple[Axes, list[End]]] = []
     for axis, name in zip(axes, shown, strict=True):
+        ends: dict[str, list[float]] = {}
         for group in groups:
             for run in group.runs.values():
                 lines = [line for line in run.history if line.get(f"n_{name}") is not None]
                 shares = [line[f"n_{name}"] / max(sum(line[f"n_{other}"] for other in names), 1) for line in lines]
                 if lines:
-                    epochs = [line["epoch"] for line in lines]
-                    axis.plot(epochs, shares, color=colours[group.label], lw=1.2, alpha=0.75)
-        if not axis.lines:
+                    look, epochs = drawn[group.label], [line["epoch"] + 1 for line in lines]
+                    axis.plot(epochs, shares, color=look.colour, ls=look.line, lw=1, alpha=0.75,
+                              marker=look.marker if len(lines) == 1 else "")  # fmt: skip
+                    ends.setdefault(group.label, []).append(shares[-1])
+        if not ends:
             return None
-        axis.axhline(1 / len(names), color="0.5", lw=0.8, ls="--")
-        axis.set(title=f"{name} kept", xlabel="epoch", ylim=(0, 1))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3)
+        axis.set(title=f"{name} kept", ylim=(0, 1))
+        epoch_axis(axis, _epochs(groups))
+        axis.axhline(1 / len(names), color=MUTED, lw=0.8, ls=":")
+        _mark_starts(axis, [group for group in groups if group.label in ends])
+        labels.append((axis, [(label, drawn[label].colour, float(np.mean(last))) for label, last in ends.items()]))
+    label_ends(labels)
     axes[0].set_ylabel("share of the training clips")
-    _legend_below(figure, [group for group in groups if group.method == "remix"], colours)
-    figure.suptitle(f"{title}: share of clips that keep a modality, a line per seed")
     return figure
 
 
-def plot_diagnoses(groups: list[Group], title: str, colours: dict[str, str]) -> Figure | None:
-    """What `--diagnose` measured over epochs, mean of a group's seeds; None if no run has it. Dotted: Remix starts."""
+@styled()
+def plot_diagnoses(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figure | None:
+    """What `--diagnose` measured over epochs, mean of a group's seeds; None if no run has it."""
     shown = {}  # key -> (title, [(group, epochs, means)])
     for key, name in diagnoses(groups[0].modalities).items():
         lines = [(group, *mean_by_epoch(group, f"diagnose/{key}")) for group in groups]
@@ -123,35 +360,19 @@ def plot_diagnoses(groups: list[Group], title: str, colours: dict[str, str]) -> 
             shown[key] = name, lines
     if not shown:
         return None
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(max(8, 4 * columns), 0.6 + 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, (name, lines) in zip(axes, shown.values(), strict=False):
-        for group, epochs, mean in lines:
-            axis.plot(epochs, mean, color=colours[group.label], lw=1.5)
-            starts = [line["epoch"] for run in group.runs.values() for line in run.history if line["phase"] == "remix"]
-            if starts and min(starts) > epochs[0]:
-                axis.axvline(min(starts), color=colours[group.label], lw=1, ls=":")
-        axis.set(xlabel="epoch")
-        axis.set_title(name, fontsize=10)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3)
-    for axis in axes[len(shown) :]:
+    columns = min(3, len(shown))
+    figure, axes = panels(columns, -(-len(shown) // columns), width=2.75, height=2.0)
+    caption(figure, f"{title}: diagnostics", f"Mean over {seeds_text(groups)}.")
+    for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
-    measured = {group.label for _, lines in shown.values() for group, *_ in lines}
-    _legend_below(figure, [group for group in groups if group.label in measured], colours)
-    figure.suptitle(f"{title}: diagnostics, mean over seeds (dotted: Remix starts)")
+    for axis, (name, lines) in zip(axes.flat, shown.values(), strict=False):
+        for group, epochs, mean in lines:
+            look = drawn[group.label]
+            axis.plot([epoch + 1 for epoch in epochs], mean, color=look.colour, ls=look.line, marker=look.marker,
+                      markevery=max(1, len(epochs) // 8))  # fmt: skip
+        axis.set_title(name)
+        epoch_axis(axis, _epochs(groups))
+        _mark_starts(axis, [group for group, *_ in lines])
+    label_ends((axis, [(group.label, drawn[group.label].colour, mean[-1]) for group, _, mean in lines])
+               for axis, (_, lines) in zip(axes.flat, shown.values(), strict=False))  # fmt: skip
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG completely or not at all."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-
-
-def _legend_below(figure: Figure, groups: list[Group], colours: dict[str, str]) -> None:
-    handles = [Line2D([], [], color=colours[group.label], lw=3, label=f"{group.label} (n={len(group.runs)})")
-               for group in groups]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from scipy import stats
 
 import train
@@ -32,12 +33,25 @@ from report.compare import (
     take_stock,
     verdict,
 )
+from report.figures import seeds_text
 from report.runs import Difference, Group, Run, flags_of, mean_by_epoch, paired_difference, read_run, spread, values
 from report.tables import table
 from utils.cli import Parser, number
 from utils.errors import INTERRUPTED, UserError, run_main
 from utils.files import atomic_path
 from utils.run import write_json
+from utils.style import (
+    METHOD_COLOURS,
+    MUTED,
+    End,
+    caption,
+    epoch_axis,
+    label_ends,
+    modality_colours,
+    panels,
+    save,
+    styled,
+)
 
 # Flags of every run of a dataset where they are not given on the command line. The paper trains at one learning rate;
 # the demo's schedule is that of README.md's table.
@@ -426,37 +440,35 @@ def write_page(path: Path, sections: list[str], args: Namespace, rest: list[str]
     print(f"\n{path} written")
 
 
+@styled()
 def draw_figure3(groups: dict[str, Group], path: Path) -> list[str]:
     """Clips per modality, OGM-GE's discrepancy ratio, and the angle of an encoder's gradient, over epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     remix, plain = groups.get("both (Remix)"), groups.get("neither")
     if remix is None or plain is None:
         return []
-    names = remix.modalities
-    figure, axes = pyplot.subplots(1, 2 + len(names), figsize=(4 * (2 + len(names)), 3.2), layout="constrained")
-    for name in names:
-        _line(axes[0], remix, f"n_{name}", name)
-    axes[0].set(title="clips that keep a modality", ylabel="clips", ylim=(0, None))
-    for group, label in ((plain, "joint"), (remix, "Remix")):
-        _line(axes[1], group, f"diagnose/rho_{names[0]}", label)
-    axes[1].axhline(1, color="0.7", linewidth=0.8)
-    axes[1].set(title=f"discrepancy ratio of {names[0]}", ylabel="rho", yscale="log")
-    kinds = {"mixed": "mixed batches", "part": "mixed, own clips only", "grouped": "homogeneous batches"}
-    for name, axis in zip(names, axes[2:], strict=True):
-        for kind, label in kinds.items():
-            _line(axis, remix, f"diagnose/angle_{kind}_{name}", label)
-        axis.set(title=f"{name} encoder: angle between its\nactual and its ideal gradient", ylabel="degrees")
-    for axis in axes:
-        axis.set_xlabel("epoch")
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
-    pyplot.close(figure)
+    names, colours = remix.modalities, modality_colours(remix.modalities)
+    figure, axes = panels(2 + len(names), width=2.6, height=2.1)
+    caption(figure, "Why it works", f"Mean over {seeds_text([remix])}.")
+    clips, ratio, *angles = axes.flat
+    ends = [(clips, [_line(clips, remix, f"n_{name}", name, colours[name]) for name in names])]
+    clips.set(title="clips that keep a modality", ylim=(0, None))
+    methods = ((plain, "joint", METHOD_COLOURS["baseline"]), (remix, "Remix", METHOD_COLOURS["remix"]))
+    ratio.axhline(1, color=MUTED, lw=0.8, ls=":")
+    ends.append((ratio, [_line(ratio, group, f"diagnose/rho_{names[0]}", label, colour)
+                         for group, label, colour in methods]))  # fmt: skip
+    ratio.set(title=f"discrepancy ratio of {names[0]}", yscale="log")
+    for side in (ratio.yaxis.set_major_formatter, ratio.yaxis.set_minor_formatter):
+        side("{x:g}")
+    kinds = {"mixed": ("mixed batches", "-"), "part": ("own clips only", "--"), "grouped": ("homogeneous", ":")}
+    for name, axis in zip(names, angles, strict=True):
+        ends.append((axis, [_line(axis, remix, f"diagnose/angle_{kind}_{name}", label, colours[name], line)
+                            for kind, (label, line) in kinds.items()]))  # fmt: skip
+        axis.set(title=f"{name} encoder: degrees between\nactual and ideal gradient")
+    last = max(run.history[-1]["epoch"] + 1 for run in remix.runs.values())
+    for axis in axes.flat:
+        epoch_axis(axis, [1, last])
+    label_ends((axis, [end for end in own if end is not None]) for axis, own in ends)
+    save(figure, path.with_suffix(""))
     seeds = len(remix.runs)
     told = angles_in_words(remix)
     return ["## Figure 3: why it works", "",
@@ -468,9 +480,12 @@ def draw_figure3(groups: dict[str, Group], path: Path) -> list[str]:
             f"homogeneous batches of full size. {told}", ""]  # fmt: skip
 
 
-def _line(axis, group: Group, key: str, label: str) -> None:
+def _line(axis: Axes, group: Group, key: str, label: str, colour: str, line: str = "-") -> End | None:
+    """Draw the mean of a number; returns its name, colour and last value, None where no epoch has it."""
     epochs, means = mean_by_epoch(group, key)
-    axis.plot([epoch + 1 for epoch in epochs], means, label=label)
+    marker = "o" if len(epochs) <= 30 else ""
+    axis.plot([epoch + 1 for epoch in epochs], means, color=colour, ls=line, marker=marker, ms=2.5, label=label)
+    return (label, colour, means[-1]) if means else None
 
 
 def angles_in_words(remix: Group) -> str:

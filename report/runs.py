@@ -17,7 +17,7 @@ from scipy import stats
 
 from dataset.specs import AUDIO, VIDEO
 from utils.errors import UserError
-from utils.run import modern, read_metrics
+from utils.run import HOW, modern, read_metrics
 
 # Settings with a name of their own: a method of `report.compare`, and the label of their row. Joint training without
 # the unimodal losses, and the control that remixes without choosing.
@@ -27,9 +27,6 @@ VARIANTS = {
 }
 ORDER = ("baseline", "joint_only", "remix", "remix_random")  # of the rows; the modalities follow, then all others
 
-# Flags that change where and how a run is made but not its result.
-HOW = {"run_name", "log_path", "num_workers", "cache", "device", "gpu_ids", "resume", "train", "preset", "diagnose",
-       "save_every", "compile"}  # fmt: skip
 # Also not compared: the seed, which differs within a group, and the data, which separates the tables.
 IRRELEVANT = HOW | {"random_seed", "dataset", "data_root", "n_classes", "allow_missing"}
 NOT_FLAGS = {"from_preset", "data", "versions", "git_commit", "hardware", "command"}

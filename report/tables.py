@@ -66,11 +66,16 @@ def _difference_cell(row: dict, n: int) -> str:
     found, mark = row["difference"], UNLIKE if row["unlike"] else ""
     if found is None:
         return "–"
-    text = f"{100 * found.mean:+.1f}{mark}"
-    if found.low is None:
+    low, high = (None if end is None else 100 * end for end in (found.low, found.high))
+    text = difference_text(100 * found.mean, low, high, mark)
+    if low is None:
         return f"{text} (n=1: no interval)"
-    text += f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     return text if found.n == n else f"{text} (n={found.n})"
+
+
+def difference_text(mean: float, low: float | None, high: float | None, mark: str = "") -> str:
+    """`+3.1 [+1.2, +5.0]`, in points, without an interval `+3.1`; `mark` stands behind the mean."""
+    return f"{mean:+.1f}{mark}" + ("" if low is None or high is None else f" [{low:+.1f}, {high:+.1f}]")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

@@ -2,27 +2,35 @@
 
 import csv
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from report.figures import (
-    colours_of,
-    plot_compared_bars,
+    looks_of,
+    plot_ablations,
     plot_compared_curves,
     plot_diagnoses,
+    plot_differences,
     plot_shares,
-    save_figure,
 )
 from report.runs import Group, Run, command_of, epoch_cost, group_runs, minutes, reference_of
 from report.tables import maintable, markdown, measure, notes, unlike_notes
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.run import write_json
+from utils.style import save
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 
 
-def make_report(runs: list[Run], out: Path, results: Path | None = None, readme: Path | None = None) -> None:
-    """Write report.md, report.csv, report.json and figures to `out`; print the tables.
+def make_report(
+    runs: list[Run],
+    out: Path,
+    results: Path | None = None,
+    readme: Path | None = None,
+    formats: Sequence[str] = ("png",),
+) -> None:
+    """Write report.md, report.csv, report.json and figures, in each of `formats`, to `out`; print the tables.
 
     `results` gets a copy of report.md, `readme` the first table between its markers. Raises `UserError` if none of the
     runs is finished.
@@ -33,12 +41,13 @@ def make_report(runs: list[Run], out: Path, results: Path | None = None, readme:
         first = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
         raise UserError(f"no finished run among {len(runs)}: {first}; finish them with their command and --resume")
     out.mkdir(parents=True, exist_ok=True)
-    pictures = write_figures(datasets, out)
+    pictures = write_figures(datasets, out, formats)
     write_text(out / "report.md", markdown(datasets, reasons, pictures))
     write_csv(out / "report.csv", datasets)
     write_json(out / "report.json", as_json(datasets, reasons))
     if results:
-        write_text(results, markdown(datasets, reasons, write_figures(datasets, results.parent, f"{results.stem}-")))
+        beside = write_figures(datasets, results.parent, formats, f"{results.stem}-")
+        write_text(results, markdown(datasets, reasons, beside))
     if readme:
         replace_block(readme, datasets)
     for name, groups in datasets.items():
@@ -84,18 +93,18 @@ def as_json(datasets: dict[str, list[Group]], left_out: list[str]) -> dict:
     return {"datasets": found, "left_out": left_out}
 
 
-def write_figures(datasets: dict[str, list[Group]], out: Path, prefix: str = "") -> dict[str, list[str]]:
-    """PNG files in `out`; returns their names by dataset. A label has one colour in all of them."""
+def write_figures(
+    datasets: dict[str, list[Group]], out: Path, formats: Sequence[str] = ("png",), prefix: str = ""
+) -> dict[str, list[str]]:
+    """Figures in `out`; returns the names of those in the first format, by dataset."""
     made: dict[str, list[str]] = {}
-    colours = colours_of([group for groups in datasets.values() for group in groups])
     for name, groups in datasets.items():
-        slug = re.sub(r"\W+", "-", name).strip("-")
-        kinds = {"curves": plot_compared_curves, "bars": plot_compared_bars, "shares": plot_shares,
-                 "diagnostics": plot_diagnoses}  # fmt: skip
+        slug, drawn = re.sub(r"\W+", "-", name).strip("-"), looks_of(groups)
+        kinds = {"curves": plot_compared_curves, "differences": plot_differences, "ablations": plot_ablations,
+                 "shares": plot_shares, "diagnostics": plot_diagnoses}  # fmt: skip
         for kind, plot in kinds.items():
-            if (figure := plot(groups, name, colours)) is not None:
-                save_figure(figure, out / f"{prefix}{slug}-{kind}.png")
-                made.setdefault(name, []).append(f"{prefix}{slug}-{kind}.png")
+            if (figure := plot(groups, name, drawn)) is not None:
+                made.setdefault(name, []).append(save(figure, out / f"{prefix}{slug}-{kind}", formats)[0].name)
     return made
 
 

@@ -105,7 +105,7 @@ def test_csv_and_json_hold_what_numpy_says(tmp_path: Path, figures) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"\| remix +\| 75.0 ± 5.0 \| 65.0 ± 5.0 \| 55.0 ± 5.0 \|", text)
     assert "+5.0 [-2.5, +12.5]" in text and "papers' protocol" in text
-    for picture in ("curves", "bars", "shares"):
+    for picture in ("curves", "differences", "shares"):
         assert (tmp_path / "out" / f"demo-{picture}.png").stat().st_size > 5000
 
 

@@ -1,4 +1,4 @@
-"""Which runs share a row, what a difference may be compared with, colours, and datasets of any number of modalities."""
+"""Which runs share a row, what a difference may be compared with, and datasets of any number of modalities."""
 
 import csv
 import json
@@ -7,16 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
 from run_folders import by_label, edit_metrics, groups_of, make_run
 
 from report.__main__ import main
-from report.figures import COLOURS, colours_of, plot_compared_curves, plot_diagnoses, plot_shares
+from report.figures import looks_of, plot_compared_curves, plot_diagnoses, plot_shares
 from report.partition import read_partition
 from report.runs import balance_methods, command_of, find_runs, flags_of, group_runs, reference_of, values
 from report.tables import maintable, notes, quantitytable
 from utils.errors import UserError
-from utils.plots import JOINT_COLOUR, plot_curves
 
 NAMES = ("audio", "video", "text")
 
@@ -122,33 +120,8 @@ def test_a_head_that_is_trained_from_some_epoch_on_has_a_curve_from_there(tmp_pa
         folder = make_run(tmp_path, "remix", seed, warmup=2)
         edit_metrics(folder, lambda line: line | ({"test_acc_audio": None} if line["epoch"] < 2 else {}))
     groups = groups_of(tmp_path)
-    figure = plot_compared_curves(groups, "t", colours_of(groups))
-    (line,) = figure.axes[1].lines
+    line = plot_compared_curves(groups, "t", looks_of(groups)).axes[1].lines[0]
     assert np.isnan(line.get_ydata()).tolist() == [True, True, False, False]
-
-
-# --------------------------------------------------------------------------------------------------------- colours
-
-
-def test_a_colour_follows_the_label_and_not_the_order(tmp_path: Path) -> None:
-    for method in ("baseline", "remix", "audio", "video"):
-        make_run(tmp_path, method, 0)
-    make_run(tmp_path, "remix", 0, score="random")
-    make_run(tmp_path, "remix", 0, balance="pmr", pmr_mu=0.1)
-    make_run(tmp_path, "remix", 0, balance="agm")
-    groups = groups_of(tmp_path)
-    colours = colours_of(groups)
-    assert len(set(colours.values())) == len(groups) == 7
-    assert (colours["baseline"], colours["remix"], COLOURS["remix"]) == ("#6b6b6b", "#e08a00", "#e08a00")
-    assert (colours["audio"], colours["video"]) == ("#d1495b", "#2e6fbb")
-    assert colours_of(groups[::-1]) == colours
-    fewer = [group for group in groups if group.label not in ("baseline", "audio")]
-    assert colours_of(fewer) == {group.label: colours[group.label] for group in fewer}
-    figure = plot_compared_curves(fewer, "t", colours_of(fewer))
-    (legend,) = figure.legends
-    labels = [text.get_text().split(" (n=")[0] for text in legend.get_texts()]
-    drawn = dict(zip(labels, [to_hex(line.get_color()) for line in legend.get_lines()], strict=True))
-    assert drawn == colours_of(fewer)
 
 
 # -------------------------------------------------------------------------------------------------- three modalities
@@ -179,14 +152,16 @@ def test_three_modalities_have_columns_rows_and_panels(three: Path) -> None:
     main([str(three), "--out", str(three / "report")])
     whole = (three / "report" / "report.md").read_text()
     assert "kept_video" in whole and "kept_text" not in whole  # the last one follows from the others
-    for kind in ("curves", "bars", "shares", "diagnostics"):
+    for kind in ("curves", "differences", "shares", "diagnostics"):
         assert (three / "report" / f"demo-{kind}.png").stat().st_size > 5000
-    colours = colours_of(groups)
-    assert [axis.get_title() for axis in plot_shares(groups, "t", colours).axes] == [f"{name} kept" for name in NAMES]
-    shares = [axis.lines[0].get_ydata().tolist() for axis in plot_shares(groups, "t", colours).axes]
+    drawn = looks_of(groups)
+    assert [axis.get_title(loc="left") for axis in plot_shares(groups, "t", drawn).axes] == [
+        f"{name} kept" for name in NAMES
+    ]
+    shares = [axis.lines[0].get_ydata().tolist() for axis in plot_shares(groups, "t", drawn).axes]
     assert np.allclose(shares, [[1 / 6] * 3, [2 / 6] * 3, [3 / 6] * 3])
-    drawn = [axis for axis in plot_diagnoses(groups, "t", colours).axes if axis.lines]
-    assert len(drawn) == 3 + 3 + 1 + 2
+    measured = [axis for axis in plot_diagnoses(groups, "t", drawn).axes if axis.lines]
+    assert len(measured) == 3 + 3 + 1 + 2
 
 
 def test_other_modalities_are_another_dataset(three: Path) -> None:
@@ -200,23 +175,6 @@ def test_an_older_run_is_of_the_modalities_it_measured(tmp_path: Path) -> None:
     make_run(tmp_path, "baseline", 1, names=("audio", "video"))  # the same experiment
     (group,) = groups_of(tmp_path)
     assert (group.modalities, list(group.runs)) == (("audio", "video"), [0, 1])
-
-
-def test_curves_of_a_run_with_any_number_of_modalities() -> None:
-    history = [{"epoch": i, "train_loss": 1.0, "test_acc": 0.5, **{f"test_acc_{name}": 0.4 for name in NAMES},
-                "train_ce_joint": 0.9, "train_ce_audio": 0.8, "train_ce_video": None, "train_ce_text": 0.7,
-                **{f"n_{name}": None if i < 2 else 10 for name in NAMES}} for i in range(4)]  # fmt: skip
-    accuracy, entropy, shares = plot_curves(history, NAMES, "t").axes
-    assert [line.get_label() for line in accuracy.lines] == ["multimodal", *NAMES]
-    assert [line.get_label() for line in entropy.lines] == ["multimodal", "audio", "text"]
-    assert [line.get_color() for line in accuracy.lines][:3] == [JOINT_COLOUR, "#d1495b", "#2e6fbb"]
-    assert "cross entropy" in entropy.get_title()
-    assert np.allclose([[bar.get_height() for bar in bars] for bars in shares.containers], 1 / 3)
-    for axis in (accuracy, entropy, shares):
-        assert all(tick == int(tick) for tick in axis.get_xticks())
-    old = [{key: value for key, value in line.items() if not key.startswith("train_ce")} for line in history[:2]]
-    accuracy, loss = plot_curves(old, NAMES, "t").axes
-    assert loss.get_title() == "training loss" and len(loss.lines) == 1
 
 
 def test_partitions_of_any_number_of_modalities(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import rank_gradients
 import torch
 from helpers import REPO, TINY, in_two_processes, make_folder, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import remix
 import train
@@ -134,6 +136,21 @@ def test_tensorboard_tags(remix_run):
         round(x["test_acc"], 5) for x in lines
     ]
     assert [e.step for e in events.Scalars("remix/n_audio")] == [2, 3]
+    (layout,) = events.Tensors("custom_scalars__config__")
+    charts = Layout.FromString(layout.tensor_proto.string_val[0]).category[0].chart
+    assert {chart.title: list(chart.multiline.tag) for chart in charts} == {
+        "test accuracy": ["accuracy/multimodal", "accuracy/audio", "accuracy/video"],
+        "training accuracy": ["train_accuracy/joint", "train_accuracy/audio", "train_accuracy/video"],
+        "training cross entropy": ["loss/ce_joint", "loss/ce_audio", "loss/ce_video"],
+    }
+    assert {tag for chart in charts for tag in chart.multiline.tag} <= set(tags["scalars"])
+    board = {tag: HParamsPluginData.FromString(text) for tag, text in events.PluginTagToContent("hparams").items()}
+    flags = board["_hparams_/session_start_info"].session_start_info.hparams
+    assert flags["method"].string_value == "remix" and flags["epochs"].number_value == 4
+    assert "cache" not in flags and "run_name" not in flags  # how it was run is no setting
+    metrics_shown = [info.name.tag for info in board["_hparams_/experiment"].experiment.metric_infos]
+    assert metrics_shown == ["accuracy/multimodal", "accuracy/audio", "accuracy/video"]
+    assert "_hparams_/session_end_info" in board
 
 
 def test_checkpoints_load_safely_and_evaluate_to_the_same_numbers(remix_run, data, capsys):

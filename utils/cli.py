@@ -12,6 +12,7 @@ from utils.errors import UserError
 
 OTHER_NAMES = {"lr": "learning_rate", "seed": "random_seed", "bs": "batch_size", "workers": "num_workers",
                "gpus": "gpu_ids", "name": "run_name", "root": "data_root"}  # fmt: skip
+FIGURE_FORMATS = ("png", "pdf", "svg")
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,3 +95,11 @@ def id_list(text: str) -> str:
     if not all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts) or len(set(parts)) < len(parts):
         raise argparse.ArgumentTypeError(f"{text}: must be comma separated numbers, each once, such as 0,1")
     return text
+
+
+def format_list(text: str) -> tuple[str, ...]:
+    """An argparse type: formats of figures, such as png,pdf. Each once; at least one."""
+    names = tuple(dict.fromkeys(name.strip().lower() for name in text.split(",")))
+    if unknown := [name for name in names if name not in FIGURE_FORMATS]:
+        raise argparse.ArgumentTypeError(f"{text}: unknown format {unknown[0]!r}; allowed: {', '.join(FIGURE_FORMATS)}")
+    return names

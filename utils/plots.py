@@ -2,85 +2,126 @@
 
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-JOINT_COLOUR = "#1b1b1b"
-MODALITY_COLOURS = ("#d1495b", "#2e6fbb", "#1b9e77", "#b8860b", "#7b52ab", "#5f6b73")  # by place in the dataset's order
+from utils.style import JOINT_COLOUR, caption, epoch_axis, label_ends, mark_warmup, modality_colours, panels, styled
 
-
-def modality_colours(names: Sequence[str]) -> dict[str, str]:
-    """Colour of each modality: audio and video of the paper's datasets are the first two."""
-    return {name: MODALITY_COLOURS[i % len(MODALITY_COLOURS)] for i, name in enumerate(names)}
+VALUES = 40  # classes up to which a confusion matrix names classes and shows the value of each cell
 
 
+@styled()
 def plot_curves(history: list[dict], names: Sequence[str], title: str) -> Figure:
-    """Test accuracy and training cross entropy per head and, after Remix, the partition over epochs.
+    """Test accuracy, training accuracy and training cross entropy per head, and after Remix the partition, over epochs.
 
-    `history` has one dict per epoch (a run's metrics.jsonl), `names` are the dataset's modalities. The warm-up is
-    shaded. Runs without `train_ce_<head>` show their weighted training loss instead.
+    `history` has one dict per epoch (a run's metrics.jsonl), `names` are the dataset's modalities. Epochs count from 1.
+    A dashed line ends the warm-up. Runs without `train_ce_<head>` show their weighted training loss instead.
     """
-    epochs = [line["epoch"] for line in history]
+    epochs = [line["epoch"] + 1 for line in history]
+    kinds = [("test accuracy", "test_acc", "test_acc_{}"), ("training accuracy", "train_acc_joint", "train_acc_{}"),
+             ("training cross entropy", "train_ce_joint", "train_ce_{}")]  # fmt: skip
+    kinds = [kind for kind in kinds if any(line.get(kind[1]) is not None for line in history)]
+    if len(kinds) == 1:
+        kinds.append(("training loss, weighted", "train_loss", ""))
     remixed = [line for line in history if line.get(f"n_{names[0]}") is not None]
-    figure = Figure(figsize=(15 if remixed else 10, 4), layout="constrained")
-    axes = figure.subplots(1, 3 if remixed else 2)
-    _plot_heads(axes[0], history, names, "test_acc", "test_acc_{}")
-    axes[0].set(title="test accuracy", ylim=(0, 1))
-    if any(line.get("train_ce_joint") is not None for line in history):
-        _plot_heads(axes[1], history, names, "train_ce_joint", "train_ce_{}")
-        axes[1].set(title="training cross entropy")
-    else:
-        axes[1].plot(epochs, [line["train_loss"] for line in history], color=JOINT_COLOUR)
-        axes[1].set(title="training loss")
+    count = len(kinds) + bool(remixed)
+    figure, axes = panels(2 if count == 4 else count, 2 if count == 4 else 1, width=2.9)
+    caption(figure, title, "Training numbers are means over the clips that are fed to a head.")
+    for axis, (name, joint, unimodal) in zip(axes.flat, kinds, strict=False):
+        _plot_heads(axis, history, names, joint, unimodal)
+        axis.set_title(name)
+        axis.set_ylim(0, 1 if "accuracy" in name else 1.08 * max(axis.dataLim.y1, 1e-6))
     if remixed:
-        steps = [line["epoch"] for line in remixed]
-        counts = np.array([[line[f"n_{name}"] for line in remixed] for name in names], dtype=float)  # (M, epochs)
-        shares = counts / np.maximum(counts.sum(axis=0), 1)
-        below = np.cumsum(shares, axis=0) - shares
-        for name, share, bottom in zip(names, shares, below, strict=True):
-            axes[2].bar(steps, share, width=1.0, bottom=bottom, color=modality_colours(names)[name], label=name)
-        axes[2].set(title="share of clips that keep a modality", ylim=(0, 1))
-        for axis in axes[:2]:
-            axis.axvspan(epochs[0], min(steps), color="0.92", zorder=0)
-    for axis in axes:
-        axis.set(xlabel="epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(loc="best")
-    figure.suptitle(title)
+        _plot_shares(axes.flat[count - 1], remixed, names)
+    for axis in axes.flat:
+        epoch_axis(axis, epochs)
+        if remixed and (first := remixed[0]["epoch"] + 1) > epochs[0]:
+            mark_warmup(axis, first)
+    ends = [(axis, _ends(history, names, *kind[1:])) for axis, kind in zip(axes.flat, kinds, strict=False)]
+    label_ends([*ends, *([(axes.flat[count - 1], _share_ends(remixed, names))] if remixed else [])])
     return figure
 
 
+def _heads(names: Sequence[str], joint: str, unimodal: str) -> dict[str, tuple[str, str]]:
+    """Head -> (the key of its numbers, colour); only the joint one without a `unimodal` key."""
+    heads = {"multimodal": (joint, JOINT_COLOUR)}
+    own = {name: (unimodal.format(name), colour) for name, colour in modality_colours(names).items()}
+    return heads | own if unimodal else heads
+
+
+def _ends(history: list[dict], names: Sequence[str], joint: str, unimodal: str) -> list[tuple[str, str, float]]:
+    """Name, colour and last number of each head that has numbers."""
+    last = {head: (colour, [line[key] for line in history if line.get(key) is not None])
+            for head, (key, colour) in _heads(names, joint, unimodal).items()}  # fmt: skip
+    return [(head, colour, values[-1]) for head, (colour, values) in last.items() if values]
+
+
 def _plot_heads(axis: Axes, history: list[dict], names: Sequence[str], joint: str, unimodal: str) -> None:
-    """A line per head that has numbers: the joint head's metric `joint`, each modality's `unimodal`."""
-    heads = {"multimodal": (joint, JOINT_COLOUR, 2.0)}
-    heads |= {name: (unimodal.format(name), colour, 1.3) for name, colour in modality_colours(names).items()}
-    for label, (key, colour, width) in heads.items():
-        values = np.array([line.get(key) for line in history], dtype=float)  # None becomes NaN: a gap in the line
+    """A line per head that has numbers. An epoch without a number is a gap, one between two gaps a dot."""
+    for label, (key, colour) in _heads(names, joint, unimodal).items():
+        values = np.array([line.get(key) for line in history], dtype=float)  # None becomes NaN
         if not np.isnan(values).all():
-            axis.plot(
-                [line["epoch"] for line in history], values, color=colour, label=label, lw=width, marker=".", ms=3
-            )
+            width = 1.8 if label == "multimodal" else 1.2
+            marker = "o" if len(history) <= 30 else None
+            epochs = [line["epoch"] + 1 for line in history]
+            axis.plot(epochs, values, color=colour, label=label, lw=width, marker=marker, ms=2.5)
 
 
+def _shares(remixed: list[dict], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the clips that keep each modality in each epoch of Remix, (M, epochs); the sum of those before it."""
+    counts = np.array([[line[f"n_{name}"] for line in remixed] for name in names], dtype=float)  # (M, epochs)
+    shares = counts / np.maximum(counts.sum(axis=0), 1)
+    return shares, np.cumsum(shares, axis=0) - shares
+
+
+def _share_ends(remixed: list[dict], names: Sequence[str]) -> list[tuple[str, str, float]]:
+    """Name, colour and middle of each modality's last bar."""
+    shares, below = _shares(remixed, names)
+    return [
+        (name, modality_colours(names)[name], y) for name, y in zip(names, (below + shares / 2)[:, -1], strict=True)
+    ]
+
+
+def _plot_shares(axis: Axes, remixed: list[dict], names: Sequence[str]) -> None:
+    """Stacked bars of `_shares`."""
+    steps = [line["epoch"] + 1 for line in remixed]
+    for name, share, bottom in zip(names, *_shares(remixed, names), strict=True):
+        axis.bar(steps, share, width=1.0 if len(steps) > 30 else 0.85, bottom=bottom,
+                 color=modality_colours(names)[name], label=name)  # fmt: skip
+    axis.set(title="share of clips that keep a modality", ylim=(0, 1))
+
+
+@styled()
 def plot_confusion(matrices: dict[str, np.ndarray], classes: list[str], title: str) -> Figure:
-    """Confusion matrices (C, C) side by side, rows normalised: of the clips of a class, the share named each class."""
-    figure = Figure(figsize=(4.6 * len(matrices), 4.6), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(matrices)))
-    images = []
-    for axis, (name, counts) in zip(axes, matrices.items(), strict=True):
+    """Confusion matrices (C, C), one for each head, with the accuracy of each.
+
+    Rows are normalised: a cell is the percentage of a class's clips that were named as the column's class. Cells that
+    round to 0 are empty. Above `VALUES` classes there are no names and no values.
+    """
+    count, written = len(classes), len(classes) <= VALUES
+    side = min(max(0.24 * count if count <= 15 else 0.17 * count, 1.7), 7)
+    columns = len(matrices) if side < 4 else min(2, len(matrices))
+    rows = -(-len(matrices) // columns)
+    figure, axes = panels(columns, rows, width=side + 0.5, height=side + 0.6)
+    size = 5.5 if count <= 15 else 4
+    for axis in axes.flat[len(matrices) :]:
+        axis.set_axis_off()
+    for axis, (name, counts) in zip(axes.flat, matrices.items(), strict=False):
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        images.append(axis.imshow(shares, vmin=0, vmax=1, cmap="viridis"))
-        axis.set(title=f"{name}: {np.trace(counts) / max(counts.sum(), 1):.3f}", xlabel="predicted", ylabel="label")
-        if len(classes) <= 40:
-            axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
-            axis.set_yticks(range(len(classes)), classes, fontsize=7)
-    figure.colorbar(images[-1], ax=axes, shrink=0.8, label="share of the class")
-    figure.suptitle(title)
+        axis.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+        right = np.trace(counts) / max(counts.sum(), 1)
+        axis.set(title=f"{name}, accuracy {100 * right:.1f} %", xlabel="predicted", ylabel="label")
+        axis.grid(False)
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0, pad=2)
+        axis.set_xticks(range(count) if written else [], classes if written else [])
+        axis.set_yticks(range(count) if written else [], classes if written else [])
+        long = max(map(len, classes)) > 3
+        axis.tick_params(axis="x", labelrotation=90 if long else 0)
+        axis.tick_params(labelsize=6.5 if count <= 15 else 5)
+        for i, j in np.argwhere(shares >= 0.005) if written else ():
+            axis.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=size,
+                      color="white" if shares[i, j] > 0.55 else JOINT_COLOUR)  # fmt: skip
+    caption(figure, title, "Percentage of a class's clips (row) named as each class (column).")
     return figure

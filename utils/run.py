@@ -30,11 +30,16 @@ from utils.signals import Signals
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 CONTINUE = "continue with --resume"
 FORMAT = 2  # of last.pth; raise it when a run of an earlier version can no longer be resumed
 # A folder that holds nothing but these is a run stopped before its first checkpoint: nothing is lost with it.
 BEGINNINGS = ("config.json", "metrics.jsonl", "partition.csv", "events.out.tfevents.*", ".tmp-*")
+
+# Flags that change where and how a run is made but not its result.
+HOW = {"run_name", "log_path", "num_workers", "cache", "device", "gpu_ids", "resume", "train", "preset", "diagnose",
+       "save_every", "compile"}  # fmt: skip
 
 
 def board_tag(key: str) -> str:
@@ -47,6 +52,29 @@ def board_tag(key: str) -> str:
             return tag + key.removeprefix(start)
     return {"train_loss": "loss/train", "test_loss": "loss/test", "val_loss": "loss/val",
             "clips_per_second": "speed/clips_per_second"}.get(key, key)  # fmt: skip
+
+
+def describe_run(board: "SummaryWriter", config: dict) -> None:
+    """Charts of all heads together (Custom Scalars), and flags beside the test accuracies (HParams).
+
+    Those flags are the given ones and a few that always tell runs apart. HParams reads its metrics from the scalars of
+    the same tags, so a run in progress is listed too.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    modalities, writer = config.get("data", {}).get("modalities", ()), board.file_writer
+    tested = [board_tag("test_acc"), *(board_tag(f"test_acc_{name}") for name in modalities)]
+    charts = {"test accuracy": tested}
+    for title, key in (("training accuracy", "train_acc"), ("training cross entropy", "train_ce")):
+        charts[title] = [board_tag(f"{key}_{head}") for head in ("joint", *modalities)]
+    board.add_custom_scalars({"heads": {title: ["Multiline", tags] for title, tags in charts.items()}})
+    given = (key for key in config if key not in config.get("from_preset", {}))
+    names = {"method", "balance", "dataset", "epochs", "random_seed", "learning_rate", *given} - HOW
+    names -= {"command", "git_commit", "allow_missing"}
+    flags = {key: config[key] for key in sorted(names) if isinstance(config.get(key), (float, int, str))}
+    if writer is not None:
+        for part in hparams(flags, dict.fromkeys(tested))[:2]:  # the third one says that the run has ended
+            writer.add_summary(part)
 
 
 class Run:
@@ -94,6 +122,7 @@ class Run:
             with atomic_path(self.folder / "metrics.jsonl") as path:
                 path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
             self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
+            describe_run(self.board, config)
 
     def epoch(self, metrics: dict) -> None:
         """One epoch's numbers, `epoch` among them, to metrics.jsonl and TensorBoard."""
@@ -131,9 +160,10 @@ class Run:
         """A matplotlib figure as `<name>.png` and in TensorBoard."""
         if not self.writes or self.board is None:
             return
-        picture = self.folder / f"{name}.png"
-        with writing(picture, CONTINUE), atomic_path(picture) as path:
-            figure.savefig(path, dpi=120)
+        from utils.style import save  # late: matplotlib is not needed before the end
+
+        with writing(self.folder / f"{name}.png", CONTINUE):
+            save(figure, self.folder / name)
         with writing(self.folder, CONTINUE):
             self.board.add_figure(name, figure, epoch)
 
@@ -141,7 +171,11 @@ class Run:
         """The last file of a run: a folder that has it is finished."""
         if not self.writes or self.board is None:
             return
+        from torch.utils.tensorboard.summary import hparams  # late, as above
+
         with writing(self.folder, CONTINUE):
+            if self.board.file_writer is not None:
+                self.board.file_writer.add_summary(hparams({}, {})[2])
             self.board.close()
         write_json(self.folder / "summary.json", summary)
 
