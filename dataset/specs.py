@@ -348,6 +348,8 @@ def _check_modalities(modalities: tuple[Modality, ...]) -> None:
             if other is None or other is modality or {other.kind, modality.kind} != {"frames"} or other.like:
                 raise ValueError(f"modality {name}: like {modality.like!r}; the name of another modality of frames, "
                                  "which is like none itself, is needed")  # fmt: skip
-            if (other.frames, other.pick) != (modality.frames, modality.pick):
-                raise ValueError(f"modality {name}: {modality.frames} frames are fed, pick {modality.pick}; "
-                                 f"{other.name}, whose picks it shares, has {other.frames}, {other.pick}")  # fmt: skip
+            for field in ("frames", "pick"):
+                own, its = getattr(modality, field), getattr(other, field)
+                if own != its:
+                    what = f"{own} frames are fed" if field == "frames" else f"pick {own!r}"
+                    raise ValueError(f"modality {name}: {what}; {other.name}, whose picks it shares, has {its}")
