@@ -186,7 +186,7 @@ def product(data, runs, monkeypatch, seed: int, *flags: str) -> tuple[dict, list
 
     monkeypatch.setattr(train, "build_model", double_model)
     monkeypatch.setattr(Run, "partition", partition)
-    words = f"--train --dataset folder --data_root {data} --preset official --model resnet18_thin --image_size 64"
+    words = f"--train --dataset folder --data_root {data} --preset official --encoder resnet18_thin --image_size 64"
     words += f" --cache ram --batch_size {BATCH} --epochs {EPOCHS} --warmup {WARMUP} --lr_decay_step {STEP}"
     words += f" --random_seed {seed} --log_path {runs} --run_name official"
     train.main([*words.split(), *flags])
@@ -194,10 +194,9 @@ def product(data, runs, monkeypatch, seed: int, *flags: str) -> tuple[dict, list
     return first, kept, metrics, torch.load(runs / "official" / "last.pth", weights_only=True)
 
 
-@pytest.mark.parametrize(("optimizer", "masked_encoder", "seed"), [
-    ("adam", "run", 0), ("adam", "run_heads", 1), ("sgd", "run_heads", 2)
-])  # fmt: skip
-def test_three_epochs_of_the_official_main_loop(data, clips, tmp_path, monkeypatch, optimizer, masked_encoder, seed):
+@pytest.mark.parametrize(("optimizer", "masked_encoder"), [("adam", "run"), ("sgd", "run_heads")])
+def test_three_epochs_of_the_official_main_loop(data, clips, tmp_path, monkeypatch, optimizer, masked_encoder):
+    seed = 2  # whose partitions change and leave a last batch of one clip
     flags = [] if masked_encoder == "run" else ["--masked_encoder", masked_encoder]  # `run` is the preset's
     first, kept, metrics, last = product(data, tmp_path, monkeypatch, seed, "--optimizer", optimizer, *flags)
     assert last["config"]["masked_encoder"] == masked_encoder and last["config"]["learning_rate"] == RATE
