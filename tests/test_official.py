@@ -7,20 +7,30 @@ weights, the pixels of each batch and the order in which a seed shuffles the cli
 
 import json
 import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_folder
-from torch import Tensor
+from networks import network
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision import transforms
+from torchvision.transforms import functional as vision
 
 import remix
 import train
+from dataset.augment import IMAGENET_MEAN, IMAGENET_STD, draw_views
 from dataset.clips import Clips, Feed, make_clips
 from dataset.folder import load_folder
-from dataset.specs import get_spec
+from dataset.specs import description, get_spec, spec_of
 from models import build_model
+from models.batchnorm import batchnorm_of_one_clip
 from models.checkpoint import model_weights
+from utils.acceleration import PRECISIONS, set_precision
 from utils.run import Run
 from utils.seeding import epoch_generator
 
@@ -123,28 +133,30 @@ class Official:
     # evaluation mode
 
     @torch.no_grad()
-    def logits(self, clips: Clips) -> list[dict[str, Tensor]]:
-        """Clip by clip."""
-        return [self.forward(batch, False) for batch in clips.epoch(remix.batches_of(len(clips), 1, BOTH, None))]
+    def logits(self, clips: Clips) -> dict[str, Tensor]:
+        """(N, C) of each head, clips in their order."""
+        (batch,) = clips.epoch(remix.batches_of(len(clips), len(clips), BOTH, None))
+        return self.forward(batch, False)
 
     def partition(self, clips: Clips) -> list[str]:
         """The modality that each clip keeps; a tie keeps video."""
-        kept = []
-        for outputs in self.logits(clips):
-            audio, video = (slow_kl(outputs[name][0].softmax(0).tolist()) for name in BOTH)
-            kept.append("audio" if audio < video else "video")
-        return kept
+        outputs = self.logits(clips)
+        audio, video = (map(slow_kl, outputs[name].softmax(dim=1).tolist()) for name in BOTH)
+        return ["audio" if a < v else "video" for a, v in zip(audio, video, strict=True)]
 
     def accuracies(self, clips: Clips) -> dict[str, float]:
-        found, labels = self.logits(clips), clips.labels.tolist()
-        right = {name: [int(o[name].argmax()) == y for o, y in zip(found, labels, strict=True)] for name in found[0]}
-        return {name: sum(values) / len(clips) for name, values in right.items()}
+        labels = clips.labels.tolist()
+        hits = {name: [row.index(max(row)) for row in rows.tolist()] for name, rows in self.logits(clips).items()}
+        return {name: sum(map(int.__eq__, found, labels)) / len(labels) for name, found in hits.items()}
 
 
-def slow_kl(probabilities: list[float]) -> float:
-    """KL from uniform in bits of float probabilities, clipped to [1e-9, 1], summed in float64."""
-    p = [min(max(x, 1e-9), 1.0) for x in probabilities]
-    return math.fsum(x * (math.log2(x) + math.log2(len(p))) for x in p)
+def slow_kl(probabilities: list[float], least: float = 1e-9) -> float:
+    """KL from uniform in bits, class by class in Python floats; probabilities are clipped to [least, 1]."""
+    total = 0.0
+    for p in probabilities:
+        p = min(max(p, least), 1.0)
+        total += p * math.log2(p / (1 / len(probabilities)))
+    return total
 
 
 def official_plan(kept: list[str] | None, epoch: int, seed: int, clips: int) -> list[remix.Batch]:
@@ -171,13 +183,20 @@ def clips(data) -> dict[str, Clips]:
     return {name: make_clips(folder.root, name, folder.parts[name], folder.shapes, feed) for name in ("train", "test")}
 
 
+def in_double(model: nn.Module) -> nn.Module:
+    """The network in float64, where rounding cannot grow: Adam turns a gradient of pure rounding error into a step."""
+    model.double().register_forward_pre_hook(
+        lambda _, given: ({name: x.double() for name, x in given[0].items()}, *given[1:])
+    )
+    return model
+
+
 def product(data, runs, monkeypatch, seed: int, *flags: str) -> tuple[dict, list, list[dict], dict]:
     """Initial weights, the partition of each Remix epoch, metrics and last.pth of a run in float64."""
     first, kept = {}, []
 
     def double_model(*arguments):
-        model = build_model(*arguments).double()
-        model.register_forward_pre_hook(lambda _, given: ({k: x.double() for k, x in given[0].items()}, *given[1:]))
+        model = in_double(build_model(*arguments))
         first.update({name: value.clone() for name, value in model_weights(model).items()})
         return model
 
@@ -222,3 +241,176 @@ def test_three_epochs_of_the_official_main_loop(data, clips, tmp_path, monkeypat
     worst = {name: (last["model"][name] - value).abs().max().item() for name, value in slow.w.items()}
     print(f"{optimizer}, {masked_encoder}: largest difference {max(worst.values()):.1e}")
     assert max(worst.values()) < TOLERANCE, max(worst, key=worst.__getitem__)
+
+
+def small_steps(clips: Clips, plan: list[remix.Batch], words: str) -> tuple[dict, dict, Official]:
+    """Weights before and after one epoch of `train_epoch` over `plan` in float64, and the transcription's."""
+    args = train.parse_args(["--train", "--dataset", "folder", "--preset", "official", *words.split()])
+    args.joint_weights, args.alone_weights = train.loss_weights(args, BOTH)
+    torch.manual_seed(0)
+    net = in_double(network(3))
+    first = {name: value.clone() for name, value in model_weights(net).items()}
+    slow = Official(first, args.optimizer, args.masked_encoder == "run_heads")
+    train.train_epoch(net, clips, plan, train.make_optimizer(net, args), 0, args)
+    for batch in clips.epoch(plan, epoch_generator(args.random_seed, 0, "views"), load_masked=True):
+        slow.train_batch(batch, batch.fed, args.learning_rate)
+    return first, model_weights(net), slow
+
+
+@pytest.mark.parametrize("masked_encoder", ["run", "run_heads"])
+def test_the_masked_head_is_stepped_under_data_parallel_alone(clips, masked_encoder):
+    """In a batch of video alone, first with audio's head as it was drawn, then with momentum from a joint step."""
+    words = f"--masked_encoder {masked_encoder}"
+    video = remix.Batch(torch.arange(6), VIDEO)
+    first, after, _ = small_steps(clips["train"], [video], words)
+    for name in ("head_audio.weight", "head_audio.bias"):
+        assert torch.equal(first[name], after[name]) == (masked_encoder == "run")
+    _, after, slow = small_steps(clips["train"], [remix.Batch(torch.arange(8, 16), BOTH), video], words)
+    for name, value in slow.w.items():
+        assert (after[name] - value).abs().max() < TOLERANCE, name
+
+
+@pytest.mark.parametrize("fed", [BOTH, AUDIO, VIDEO])
+def test_a_batch_of_one_clip_takes_its_own_statistics_under_the_preset(clips, fed):
+    first, after, slow = small_steps(clips["train"], [remix.Batch(torch.tensor([3]), fed)], "")
+    assert (after["visual_net.bn1.running_mean"] - first["visual_net.bn1.running_mean"]).abs().max() > 1e-3
+    for name, value in slow.w.items():
+        assert (after[name] - value).abs().max() < TOLERANCE, name
+
+
+def test_a_batch_of_one_clip_leaves_the_running_statistics_alone_by_default(clips):
+    first, after, _ = small_steps(clips["train"], [remix.Batch(torch.tensor([3]), BOTH)], "--batchnorm refreshed")
+    for name, value in first.items():
+        assert ("running" in name or "tracked" in name) == torch.equal(after[name], value), name
+
+
+def test_a_layer_with_one_value_per_channel_uses_the_running_statistics():
+    """Where PyTorch, and with it the official code, raises: maps of 1 x 1 of one clip."""
+    net = torch.nn.Sequential(nn.BatchNorm2d(3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)).train()
+    x = torch.randn(1, 3, 4, 4)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        net(x)
+    net[2].running_mean.fill_(2.0)
+    steps = [int(net[i].num_batches_tracked) for i in (0, 2)]
+    with batchnorm_of_one_clip(net, own=True):
+        out = net(x)
+    own = (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+    expected = (own.mean((2, 3), keepdim=True) - 2.0) / math.sqrt(1 + 1e-5)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert [int(net[i].num_batches_tracked) for i in (0, 2)] == [steps[0] + 1, steps[1]]
+    assert all(layer.training for layer in net) and not net[0]._forward_pre_hooks
+
+
+# Arithmetic ---------------------------------------------------------------------------------------------------------
+
+STATE = "torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32"
+
+
+def test_a_gpu_computes_as_pytorch_does_by_default(monkeypatch):
+    """Convolutions in TF32, matrix products in float32, as the official code, which sets cuDNN's determinism alone."""
+    assert train.parse_args(["--train", "--preset", "official"]).precision == "official"
+    fresh = subprocess.run([sys.executable, "-c", f"import torch; print(({STATE}))"], capture_output=True, text=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    matmul, found = torch.get_float32_matmul_precision(), {}
+    with torch.backends.cudnn.flags():  # puts cuDNN's flags back
+        for precision in PRECISIONS:
+            set_precision(precision, torch.device("cuda"))
+            found[precision] = str(eval(STATE))
+            assert torch.backends.cudnn.deterministic == (precision == "official")
+    torch.set_float32_matmul_precision(matmul)
+    assert found["official"] == fresh.stdout.strip() == "(True, 'highest', False)"
+    assert [name for name, state in found.items() if state == found["official"]] == ["official"]
+
+
+@pytest.mark.parametrize("classes", [3, 6, 31])
+def test_saturated_clips_are_assigned_as_by_numpy_arithmetic(classes):
+    """Logits with margins up to 30: float32 softmax and clipping, a float64 sum class by class; no clip moves.
+
+    Beyond a margin of about 20 both heads are certain, and KLs differ in their last bits alone.
+    """
+    moved, ours_moved, least = {}, 0, float(np.float32(1e-9))
+    for margin in (2, 10, 14, 16, 18, 20, 25, 30):
+        draw = torch.Generator().manual_seed(margin)
+        logits = [torch.randn(3000, classes, generator=draw) for _ in BOTH]
+        for values in logits:
+            top = torch.randint(classes, (3000,), generator=draw)
+            values[torch.arange(3000), top] = values.max(dim=1).values + margin
+        probabilities = [values.softmax(dim=1).tolist() for values in logits]
+        audio, video = ([slow_kl(row, least) for row in rows] for rows in probabilities)
+        expected = [a < v for a, v in zip(audio, video, strict=True)]
+        ours_moved += sum(map(bool.__ne__, remix.decouple(remix.difficulty(logits))[:, 0].tolist(), expected))
+        p = [values.softmax(dim=1).clamp(1e-9, 1) for values in logits]
+        short = [(q * (q * classes).log2()).sum(dim=1) for q in p]
+        moved[margin] = sum(map(bool.__ne__, (short[0] < short[1]).tolist(), expected))
+    print(f"{classes} classes, clips of 3,000 that a float32 sum moves, by margin: {moved}")
+    assert ours_moved == 0
+    assert moved[2] == 0 and moved[18] > 100
+
+
+# Frames -------------------------------------------------------------------------------------------------------------
+
+
+def official_frame(path, box=None, flip=False, size=64) -> Tensor:
+    """A frame as torchvision's transforms make it of a PIL image; `box` (top, left, height, width) is a random crop."""
+    image = Image.open(path).convert("RGB")
+    if box is not None:
+        image = vision.hflip(vision.crop(image, *box)) if flip else vision.crop(image, *box)
+        # Pillow before 13 resizes rows first; 13 takes columns first for some shapes. In two calls the order is fixed.
+        image = image.resize((size, image.height), Image.Resampling.BILINEAR)
+    image = transforms.Resize(size=(size, size))(image)
+    return transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)(transforms.ToTensor()(image))
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+@pytest.mark.parametrize("seed", [None, 4])
+def test_frames_equal_torchvisions_to_the_last_bit(data, cache, seed):
+    folder = load_folder(data, get_spec("folder"))
+    feed = Feed(folder.spec.modalities, 64, torch.device("cpu"), cache, as_pil=True)
+    part = folder.parts["train"]
+    own = make_clips(folder.root, "train", part, folder.shapes, feed)
+    plan = [remix.Batch(torch.arange(25), BOTH)]
+    draws = [None if seed is None else torch.Generator().manual_seed(seed) for _ in range(2)]
+    (batch,) = own.epoch(plan, draws[0])
+    views = draw_views(own.counts["video"], own.sizes["video"], 2, draws[1])
+    for clip in range(25):
+        for k in range(2):
+            path = part.files["video"][clip][int(views.picks[clip, k])]
+            box = None if seed is None else views.boxes[clip, k].tolist()
+            expected = official_frame(path, box, bool(views.flips[clip, k]))
+            assert torch.equal(batch.inputs["video"][clip, k], expected), (clip, k)
+
+
+@pytest.fixture(scope="module")
+def ten_frames(tmp_path_factory):
+    """Four clips of ten frames, each frame of one grey level: ten times its number."""
+    root = make_folder(tmp_path_factory.mktemp("ten"), train=4, test=2, frames=10)
+    for path in root.glob("visual/*/*.jpg"):
+        Image.new("RGB", (48, 40), (10 * int(path.stem[-5:]),) * 3).save(path, quality=100)
+    return root
+
+
+@pytest.mark.parametrize("cache", ["ram", "none"])
+@pytest.mark.parametrize(("pick", "evaluated"), [("first", [1, 4, 7]), ("random", [2, 5, 8])])
+def test_ogm_ges_frames_are_1_4_and_7_of_10(ten_frames, cache, pick, evaluated):
+    """`"pick": "first"` in training and in evaluation; the default draws one of each three in training."""
+    modalities = [{"name": "audio", "kind": "array", "folder": "audio"},
+                  {"name": "video", "kind": "frames", "folder": "visual", "frames": 3, "pick": pick}]  # fmt: skip
+    (ten_frames / "dataset.json").write_text(json.dumps({"modalities": modalities}))
+    folder = load_folder(ten_frames, spec_of("folder", ten_frames))
+    assert description(folder.spec)["modalities"][1].get("pick", "random") == pick
+    feed = Feed(folder.spec.modalities, 32, torch.device("cpu"), cache)
+    clips = make_clips(ten_frames, "train", folder.parts["train"], folder.shapes, feed)
+
+    def numbers(generator) -> list[list[int]]:
+        (batch,) = clips.epoch([remix.Batch(torch.arange(4), BOTH)], generator)
+        red = batch.inputs["video"][:, :, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]  # (4, 3, 32, 32) in [0, 1]
+        return (red.mean(dim=(2, 3)) * 255 / 10).round().int().tolist()
+
+    assert numbers(None) == [evaluated] * 4
+    drawn = [row for seed in range(8) for row in numbers(torch.Generator().manual_seed(seed))]
+    seen = [sorted(set(column)) for column in zip(*drawn, strict=True)]
+    assert seen == ([[1], [4], [7]] if pick == "first" else [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+
+
+def test_kinetics_sounds_is_fed_as_data_remixing_feeds_its_frames():
+    assert get_spec("KineticSound").modality("video").pick == "random"
