@@ -7,13 +7,15 @@ weights, the pixels of each batch and the order in which a seed shuffles the cli
 
 import json
 import math
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_folder
+from helpers import REPO, make_folder
 from networks import network
 from PIL import Image
 from torch import Tensor, nn
@@ -418,3 +420,16 @@ def test_ogm_ges_frames_are_1_4_and_7_of_10(ten_frames, cache, pick, evaluated):
 
 def test_kinetics_sounds_is_fed_as_data_remixing_feeds_its_frames():
     assert get_spec("KineticSound").modality("video").pick == "random"
+
+
+def test_fidelity_md_names_tests_that_exist():
+    document = (REPO / "docs" / "fidelity.md").read_text()
+    default = Path(__file__).read_text()
+    for cell in re.findall(r"\| ([^|]*) \|$", document, re.MULTILINE):
+        source = default
+        for name in re.findall(r"`(test_\w+(?:\.py)?)`", cell):
+            if name.endswith(".py"):
+                source = (REPO / "tests" / name).read_text()
+            else:
+                assert f"def {name}(" in source, name
+    assert document.count("`test_") > 30
