@@ -18,8 +18,8 @@ def kl_from_uniform(logits: Tensor) -> Tensor:
     Probabilities are clipped to [1e-9, 1] as in the official code (paper section 3.2), which fixes C to 6; here C is
     the number of columns. The arithmetic is the official one to the last bit: softmax and clipping in float32 (float64
     for float64 logits), then p log2(p / (1 / C)) in float64, added up class by class. Clips of which a head is certain
-    differ in the last bits alone, so any other order of operations assigns many of them differently. For the same
-    reason the sum is computed on the CPU: a GPU's logarithm may differ in the last bit.
+    differ in the last bits alone, so adding up in another order assigns many of them differently. For the same reason
+    the sum is computed on the CPU: a GPU's logarithm may differ in the last bit.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     p = logits.softmax(dim=1).clamp(1e-9, 1.0).double().cpu()  # (N, C)
