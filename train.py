@@ -30,7 +30,7 @@ from dataset.clips import CACHES, Clips
 from dataset.folder import digest
 from dataset.specs import AUDIO, SPECS, VIDEO, get_spec, spec_of
 from models import FUSIONS, IMAGE_ENCODERS, MODELS, SHARED_HEADS, UNIMODAL, MultimodalClassifier, Output, build_model
-from models.batchnorm import frozen_batchnorm, reestimate, synchronise_batchnorm
+from models.batchnorm import batchnorm_of_one_clip, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
 from models.inference import predict
 from utils import distributed
@@ -55,7 +55,7 @@ SHARED = {"batch_size": 64, "epochs": 60, "warmup": 10, "optimizer": "adam", "lr
           "alpha": 0.5, "beta": 0.5, "gamma1": 1.0, "gamma2": 1.0, "fusion_method": "concat", "score": "kl",
           "keep": "hard", "rescore_every": 1, "reassemble": "sequential"}  # fmt: skip
 PRESETS = {"fair": SHARED | {"masked_encoder": "skip", "batchnorm": "refreshed"},
-           "official": SHARED | {"masked_encoder": "run", "batchnorm": "running"}}  # fmt: skip
+           "official": SHARED | {"masked_encoder": "run", "batchnorm": "running", "precision": "official"}}  # fmt: skip
 OFFICIAL_RATES = {"remix": 5e-5}  # and 1e-3 for every other method
 OFFICIAL_FLAGS = ("dataset", "n_classes", "batch_size", "epoch", "warmup", "optimizer", "learning_rate",
                   "lr_decay_step", "lr_decay_ratio", "encoder_lr_decay", "alpha", "beta", "gamma1", "gamma2", "train",
@@ -108,8 +108,8 @@ def make_parser() -> Parser:
     g.add_argument("--reassemble", choices=(*remix.ORDERS, *remix.ABLATIONS),
                    help="order of homogeneous batches; off: mixed batches, a mask per clip (decouple only); unmasked: "
                    "homogeneous, without masks (reassemble only) (default: sequential)")
-    g.add_argument("--masked_encoder", choices=("skip", "run"),
-                   help="what the encoder of a masked modality does in a batch (default: skip)")
+    g.add_argument("--masked_encoder", choices=("skip", "run", "run_heads"), help="encoder of a masked modality: "
+                   "skip it, run it, or run it and step its head too (default: skip)")
     g.add_argument("--batchnorm", choices=("refreshed", "running"), help="statistics for scoring and evaluation: "
                    "re-estimated after each epoch, or the running ones (default: refreshed)")
     g.add_argument("--alpha", type=factor, help="audio loss weight in joint batches (default: 0.5)")
@@ -160,7 +160,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     spec, official = spec_of(args.dataset, Path(args.data_root or root)), args.preset == "official"
     preset = PRESETS[args.preset] | {"encoder": spec.encoder, "image_size": spec.image_size, "data_root": root}
     preset["learning_rate"] = OFFICIAL_RATES.get(args.method, 1e-3) if official else spec.learning_rate
-    preset["precision"] = default_precision(args.device)
+    preset.setdefault("precision", default_precision(args.device))
     filled = {name: value for name, value in preset.items() if getattr(args, name) is None}
     args.from_preset = getattr(args, "from_preset", {}) | filled  # beside those of a resumed run
     vars(args).update(filled)
@@ -269,13 +269,12 @@ def train_epoch(
     network.train()
     views = epoch_generator(args.random_seed, epoch, "views")
     with progress(f"epoch {epoch + 1} train", sum(len(batch.clips) for batch in plan), distributed.is_main()) as bar:
-        for i, batch in enumerate(clips.epoch(plan, views, args.masked_encoder == "run")):
+        for i, batch in enumerate(clips.epoch(plan, views, args.masked_encoder != "skip")):
             joint = len(batch.fed) > 1 and batch.mask is None
             given = {} if batch.mask is None else dict(zip(clips.modalities, batch.mask.unbind(1), strict=True))
             step = Step(epoch, i, batch, joint)
             balance.before_forward(step)
-            # A single clip has no batch statistics where maps are 1 x 1.
-            alone = frozen_batchnorm(network) if batch.total == 1 else nullcontext()
+            alone = batchnorm_of_one_clip(network, args.batchnorm == "running") if batch.total == 1 else nullcontext()
             with alone, compiled(batch.total == args.batch_size):
                 output = network(batch.inputs, batch.fed, batch.mask)
             output = balance.outputs(output, step)
@@ -287,6 +286,8 @@ def train_epoch(
             optimizer.zero_grad(set_to_none=True)
             # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
             balance.backward(loss * step.weight, terms, output, step)
+            if args.masked_encoder == "run_heads":
+                distributed.fill_gradients(network)
             optimizer.step()
             tally.add(i, loss, entropies, output.heads, batch.labels, batch.share * batch.total, given)
             bar.update(batch.total)

@@ -11,6 +11,7 @@ import math
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ FLOW_CHANNELS = 2
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 LARGE = 64 * 64  # pixels of a frame from which the CPU is faster frame by frame
+FIXED = 22  # bits after the point of the weights that PIL resizes 8-bit images with
 
 
 class Views(NamedTuple):
@@ -37,17 +39,21 @@ class Views(NamedTuple):
         return Views(*(field.to(device, non_blocking=True) for field in self))
 
 
-def pick_frames(counts: Tensor, picks: int, generator: torch.Generator | None) -> Tensor:
+def pick_frames(counts: Tensor, picks: int, generator: torch.Generator | None, pick: str = "random") -> Tensor:
     """Frame numbers (N, picks) for clips of `counts` (N,) frames: the clip is cut in `picks` equal segments.
 
-    With `generator` a random frame of each segment, without it the middle one: seg = floor(n / picks), pick i draws
-    from [i*seg, (i+1)*seg - 1] or takes min(i*seg + floor(seg/2), n-1). A clip with fewer frames than picks repeats
-    them in order.
+    random  with `generator` a random frame of each segment, without it the middle one: seg = floor(n / picks), pick i
+            draws from [i*seg, (i+1)*seg - 1] or takes min(i*seg + floor(seg/2), n-1).
+    first   the first frame of each segment, i*seg, with and without `generator`.
+
+    A clip with fewer frames than picks repeats them in order.
     """
     n = counts[:, None]  # (N, 1)
     i = torch.arange(picks)[None, :]  # (1, T)
     seg = n // picks
-    if generator is None:
+    if pick == "first":
+        inside = torch.zeros_like(seg)
+    elif generator is None:
         inside = seg // 2
     else:
         draw = torch.rand(len(counts), picks, generator=generator, dtype=torch.float64)
@@ -88,13 +94,15 @@ def draw_views(
     generator: torch.Generator | None,
     crop_area: tuple[float, float] = (0.08, 1.0),
     mirror: bool = True,
+    pick: str = "random",
 ) -> Views:
     """Views of N clips with `counts` (N,) frames of `sizes` (N, 2) pixels; without `generator` the evaluation's.
 
-    `crop_area` and `mirror` say how training pictures may be cropped and whether half of them are flipped.
+    `crop_area` and `mirror` say how training pictures may be cropped and whether half of them are flipped; `pick` is
+    that of `pick_frames`.
     """
     n = len(counts)
-    frames = pick_frames(counts, picks, generator)
+    frames = pick_frames(counts, picks, generator, pick)
     per_frame = sizes.repeat_interleave(picks, dim=0)  # (N*T, 2)
     if generator is None:
         boxes = torch.cat([torch.zeros_like(per_frame), per_frame], dim=1)
@@ -105,17 +113,18 @@ def draw_views(
     return Views(frames, boxes.view(n, picks, 4), flips)
 
 
-def crop_resize(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+def crop_resize(frames: Tensor, boxes: Tensor, flips: Tensor, size: int, as_pil: bool = False) -> Tensor:
     """Cut a box out of each frame, resize it to `size` x `size` and mirror it where asked.
 
     frames (M, c, H, W) uint8, boxes (M, 4), flips (M,), all on one device -> (M, c, S, S) float32 in [0, 255].
     Bilinear with antialiasing as PIL's, on either of two ways, by what is faster there: on a GPU, and for small frames,
-    all at once; on the CPU large frames one by one. In a mirrored flow the motion along x is reversed too.
+    all at once; on the CPU large frames one by one. With `as_pil` levels are whole and equal PIL's (`pil_resize`) on
+    either way; without it they are within one level. In a mirrored flow the motion along x is reversed too.
     """
     if frames.device.type == "cpu" and frames.shape[-2] * frames.shape[-1] >= LARGE:
-        pixels = crop_resize_singly(frames, boxes, flips, size)
+        pixels = crop_resize_singly(frames, boxes, flips, size, as_pil)
     else:
-        pixels = crop_resize_at_once(frames, boxes, flips, size)
+        pixels = crop_resize_at_once(frames, boxes, flips, size, as_pil)
     return reverse_flow(pixels, flips) if frames.shape[1] == FLOW_CHANNELS else pixels
 
 
@@ -128,33 +137,68 @@ def reverse_flow(pixels: Tensor, flips: Tensor) -> Tensor:
     return torch.stack([torch.where(flips[:, None, None], 255 - x, x), y], dim=1)
 
 
-def crop_resize_singly(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """`crop_resize` frame by frame in whole levels of 255, as PIL: work in proportion to the box, on the CPU."""
+def crop_resize_singly(frames: Tensor, boxes: Tensor, flips: Tensor, size: int, as_pil: bool = False) -> Tensor:
+    """`crop_resize` frame by frame in whole levels of 255: work in proportion to the box, on the CPU.
+
+    PyTorch's resize of 8-bit images has coarser weights than PIL's and can differ by one level; `as_pil` calls PIL.
+    """
     pixels = torch.empty(*frames.shape[:2], size, size)
     for frame, (top, left, h, w), flip, out in zip(frames, boxes.tolist(), flips.tolist(), pixels, strict=True):
-        box = frame[None, :, top : top + h, left : left + w]
-        resized = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]  # (c, S, S) uint8
+        box = frame[:, top : top + h, left : left + w]
+        if as_pil:
+            resized = pil_resize(box, size)
+        else:
+            resized = F.interpolate(box[None], (size, size), mode="bilinear", antialias=True)[0]  # (c, S, S) uint8
         out.copy_(resized.flip(2) if flip else resized)
     return pixels
 
 
-def crop_resize_at_once(frames: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
-    """`crop_resize` for a whole batch at once, without rounding and without reading anything back from the device.
+def pil_resize(image: Tensor, size: int) -> Tensor:
+    """An image (c, h, w) uint8 on the CPU resized to (c, S, S) uint8 by PIL, channel by channel.
+
+    Rows first, then columns, in two calls: so did every Pillow before 13, which for some shapes takes columns first.
+    """
+    from PIL import Image  # late: only `as_pil` needs it
+
+    height, bilinear = image.shape[1], Image.Resampling.BILINEAR
+    wide = [Image.fromarray(channel).resize((size, height), bilinear) for channel in image.numpy()]
+    return torch.from_numpy(np.stack([np.asarray(channel.resize((size, size), bilinear)) for channel in wide]))
+
+
+def crop_resize_at_once(frames: Tensor, boxes: Tensor, flips: Tensor, size: int, as_pil: bool = False) -> Tensor:
+    """`crop_resize` for a whole batch at once, without reading anything back from the device.
 
     The filter is a triangle as wide as the reduction, over the pixels of the box. It is separable, so each axis is one
-    matrix product with a weight matrix per frame; a mirror image is a reversed weight matrix.
+    matrix product with a weight matrix per frame; a mirror image is a reversed weight matrix. Levels are rounded only
+    with `as_pil`, after each axis, in the order of `pil_resize`.
     """
     height, width = frames.shape[-2:]
-    rows = resize_weights(boxes[:, 0], boxes[:, 2], height, size)  # (M, S, H)
-    columns = resize_weights(boxes[:, 1], boxes[:, 3], width, size)  # (M, S, W)
+    kind = torch.float64 if as_pil else torch.float32
+    rows = resize_weights(boxes[:, 0], boxes[:, 2], height, size, kind)  # (M, S, H)
+    columns = resize_weights(boxes[:, 1], boxes[:, 3], width, size, kind)  # (M, S, W)
     columns = torch.where(flips[:, None, None], columns.flip(1), columns)
-    pixels = frames.float() @ columns.transpose(1, 2)[:, None]  # (M, c, H, S)
-    return rows[:, None] @ pixels  # (M, c, S, S)
+    across, down = columns.transpose(1, 2)[:, None], rows[:, None]
+    if as_pil:
+        pixels = whole_levels(frames.float(), across)
+        return whole_levels(pixels.transpose(2, 3), down.transpose(2, 3)).transpose(2, 3)  # (M, c, S, S)
+    return down @ (frames.float() @ across)  # (M, c, S, S)
 
 
-def resize_weights(start: Tensor, extent: Tensor, length: int, size: int) -> Tensor:
+def whole_levels(pixels: Tensor, weights: Tensor) -> Tensor:
+    """pixels (..., h, w) in whole levels times weights (..., w, S), rounded to whole levels as PIL rounds.
+
+    PIL's arithmetic on 8-bit images: weights are rounded to 22 bits after the point, sums are exact, halves round up.
+    Here the weights are split in two parts of 11 bits, so that float32 sums are exact too, up to a 16-fold reduction.
+    """
+    fixed = (weights * 2**FIXED + 0.5).floor().int()
+    low = 2 ** (FIXED // 2)
+    high_sums, low_sums = (pixels @ part.float() for part in (fixed // low, fixed % low))
+    return ((high_sums.int() * low + low_sums.int() + 2 ** (FIXED - 1)) >> FIXED).clamp(max=255).float()
+
+
+def resize_weights(start: Tensor, extent: Tensor, length: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Weights (M, S, length) that resize [start, start + extent) of an axis of `length` pixels to `size` pixels."""
-    start, extent = start.float()[:, None, None], extent.float()[:, None, None]
+    start, extent = start.to(dtype)[:, None, None], extent.to(dtype)[:, None, None]
     scale = extent / size
     support = scale.clamp(min=1.0)  # half the filter's width, in source pixels
     out = torch.arange(size, device=start.device)[None, :, None]
@@ -165,24 +209,28 @@ def resize_weights(start: Tensor, extent: Tensor, length: int, size: int) -> Ten
     return weights / weights.sum(dim=2, keepdim=True)
 
 
-def normalise(pixels: Tensor) -> Tensor:
+def normalise(pixels: Tensor, as_torchvision: bool = False) -> Tensor:
     """Pixels (..., c, S, S) in [0, 255], normalised.
 
-    RGB to ImageNet's mean 0 and standard deviation 1 per channel; optical flow to [-1, 1], 0 for no motion.
+    RGB to ImageNet's mean 0 and standard deviation 1 per channel; optical flow to [-1, 1], 0 for no motion. The last
+    bit is that of torchvision's ToTensor and Normalize with `as_torchvision`, at the cost of one more pass.
     """
     if pixels.shape[-3] == FLOW_CHANNELS:
         return pixels / 127.5 - 1
-    mean, std = _imagenet(pixels.device, pixels.dtype)
+    if as_torchvision:
+        mean, std, white = _imagenet(pixels.device, pixels.dtype, 1)
+        return (pixels / white - mean) / std  # by a tensor: a GPU multiplies by the reciprocal of a number
+    mean, std, _ = _imagenet(pixels.device, pixels.dtype, 255)
     return (pixels - mean) / std
 
 
 @cache  # made once: a copy from the host in every batch would make the host wait for the GPU
-def _imagenet(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, (3, 1, 1) each, for pixels in [0, 255]."""
+def _imagenet(device: torch.device, dtype: torch.dtype, white: int) -> tuple[Tensor, ...]:
+    """Mean and standard deviation, (3, 1, 1) each, for pixels in [0, white]; the number 255."""
     with torch.inference_mode(False):  # or batches to train on could not use what evaluation made first
-        mean = torch.tensor(IMAGENET_MEAN, device=device, dtype=dtype)[:, None, None] * 255
-        std = torch.tensor(IMAGENET_STD, device=device, dtype=dtype)[:, None, None] * 255
-    return mean, std
+        mean = torch.tensor(IMAGENET_MEAN, device=device, dtype=dtype)[:, None, None] * white
+        std = torch.tensor(IMAGENET_STD, device=device, dtype=dtype)[:, None, None] * white
+        return mean, std, torch.tensor(255, device=device, dtype=dtype)
 
 
 def _uniform(rows: int, columns: int, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:

@@ -64,7 +64,7 @@ def build_data(args: Namespace, device: torch.device, only: tuple[str, ...] | No
     used = {name: part for name, part in parts.items() if only is None or name in only}
     spec = folder.spec
     feed = Feed(spec.modalities, args.image_size, device, args.cache, args.num_workers, spec.crop_area, spec.mirror,
-                args.pack_size)  # fmt: skip
+                args.pack_size, args.precision == "official")  # fmt: skip
     step = step_bytes(args.batch_size, feed, folder.shapes)
     cache = choose_cache(folder.root, used, folder.shapes, feed, step)
     feed = feed._replace(cache=cache[0])

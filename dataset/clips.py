@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.augment import FLOW_CHANNELS, Views, crop_resize, draw_views, normalise
+from dataset.augment import FLOW_CHANNELS, Views, crop_resize, draw_views, normalise, pil_resize
 from dataset.folder import Part
 from dataset.pack import (
     Pack,
@@ -84,7 +84,8 @@ class Feed(NamedTuple):
     """How clips are fed: their `modalities`, images at `image_size` pixels, to `device`.
 
     `crop_area` and `mirror` as in `draw_views`; `pack_size`, in pixels, is the shorter side frames are kept at (None:
-    as stored), on either path alike.
+    as stored), on either path alike. With `as_pil` frames are resized and normalised as PIL and torchvision do it, to
+    the last bit.
     """
 
     modalities: tuple[Modality, ...]
@@ -95,6 +96,7 @@ class Feed(NamedTuple):
     crop_area: tuple[float, float] = (0.08, 1.0)
     mirror: bool = True
     pack_size: int | None = None
+    as_pil: bool = False
 
 
 class Clips:
@@ -132,9 +134,9 @@ class Clips:
         order = torch.cat([batch.clips for batch in plan])
         crops = self.feed.crop_area, self.feed.mirror
         views = {
-            name: draw_views(counts[order], self.sizes[name][order], self.modalities[name].frames, generator, *crops)
+            name: draw_views(counts[order], self.sizes[name][order], own.frames, generator, *crops, own.pick)
             for name, counts in self.counts.items()
-            if self.modalities[name].like is None
+            if (own := self.modalities[name]).like is None
         }
         views |= {name: views[other] for name in self.counts if (other := self.modalities[name].like) is not None}
         jobs, shares, start = [], [], 0  # a share: the places in `order` that are this process's
@@ -143,10 +145,10 @@ class Clips:
             split = total >= world_size()
             mine = places[rank() :: world_size()] if split else places
             load = tuple(self.modalities) if load_masked else batch.fed
-            own = {name: values.rows(mine) for name, values in views.items()}
+            seen = {name: values.rows(mine) for name, values in views.items()}
             share = len(mine) / total if split else 1 / world_size()
             mask = None if batch.mask is None else batch.mask[mine - start]
-            jobs.append(Job(order[mine], own, batch.fed, load, total, share, mask))
+            jobs.append(Job(order[mine], seen, batch.fed, load, total, share, mask))
             shares.append(mine)
             start += total
         # To the device once for the whole epoch: a copy in each batch would make the host wait for it each time.
@@ -163,7 +165,7 @@ class Clips:
         if isinstance(values, Sequences):
             return values
         if name in self.counts:
-            return normalise(values).unflatten(0, (-1, self.modalities[name].frames))
+            return normalise(values, self.feed.as_pil).unflatten(0, (-1, self.modalities[name].frames))
         return values[:, None] if values.dim() == 3 else values
 
     def _load(self, jobs: list[Job]) -> Iterator[Mapping[str, Tensor | Sequences]]:
@@ -196,7 +198,8 @@ class ResidentClips(Clips):
                     loaded[name] = self._sequences(name, job.clips)
                 elif name in images:
                     row, box, flip = (values[i] for values in images[name])
-                    loaded[name] = crop_resize(self._take(self.arrays[name], row), box, flip, self.feed.image_size)
+                    frames, size = self._take(self.arrays[name], row), self.feed.image_size
+                    loaded[name] = crop_resize(frames, box, flip, size, self.feed.as_pil)
                 else:
                     loaded[name] = self._take(self.arrays[name], clip)
             yield loaded
@@ -270,7 +273,7 @@ class FileClips(Clips):
         super().__init__(part, feed)
         self.jobs: list[Job] = []
         self.loader = DataLoader(
-            _JobReader(part, feed.image_size, shapes, {name: sizes.numpy() for name, sizes in self.sizes.items()}),
+            _JobReader(part, feed, shapes, {name: sizes.numpy() for name, sizes in self.sizes.items()}),
             sampler=self.jobs,  # filled anew for each epoch, so that the workers live on
             batch_size=None,
             num_workers=feed.workers,
@@ -304,8 +307,8 @@ def _ignore_signals(_: int) -> None:
 class _JobReader(Dataset):
     """Reads a whole batch in a worker: arrays (B, ...), frames (B*T, c, S, S) uint8 and sequences, by modality."""
 
-    def __init__(self, part: Part, image_size: int, shapes: dict[str, tuple[int, ...]], sizes: dict[str, np.ndarray]):
-        self.part, self.image_size, self.shapes = part, image_size, shapes
+    def __init__(self, part: Part, feed: Feed, shapes: dict[str, tuple[int, ...]], sizes: dict[str, np.ndarray]):
+        self.part, self.image_size, self.as_pil, self.shapes = part, feed.image_size, feed.as_pil, shapes
         self.sizes = sizes  # (height, width) the clip's boxes are for, which every frame of it is resized to
 
     def __getitem__(self, job: Job) -> tuple[dict[str, Tensor | Sequences], str]:
@@ -334,7 +337,10 @@ class _JobReader(Dataset):
             paths, size = files[clip], tuple(self.sizes[name][clip].tolist())
             for pick, box, flip in zip(picks, boxes, flips, strict=True):
                 image = torch.from_numpy(fit(read_frame(paths[pick]), size)).permute(2, 0, 1)[: files.channels]
-                image = vision.resized_crop(image, *box, size=side, antialias=True)
+                if self.as_pil:
+                    image = pil_resize(vision.crop(image, *box), self.image_size)
+                else:
+                    image = vision.resized_crop(image, *box, size=side, antialias=True)
                 image = image.flip(2) if flip else image
                 if flip and files.channels == FLOW_CHANNELS:
                     image[0] = 255 - image[0]  # motion along x is reversed

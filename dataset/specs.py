@@ -102,9 +102,11 @@ class Modality:
     "sequence"  a file (L, D) per clip, `<folder>/<clip>.npy`, of any length L and one D per dataset.
 
     Arrays are fed as float32; other real types are cast. `encoder` is a name of `models.ENCODERS`; None means the
-    run's `--encoder` for images, "mlp" for vectors, "gru" for sequences. `stored_frames` is how many frames of a clip
-    are kept on disk at most (None: one for each second there is). `recipe` makes the spectrograms of a modality of
-    sound; None is "as found in the folder" or, for modalities that are not sound, no recipe at all.
+    run's `--encoder` for images, "mlp" for vectors, "gru" for sequences. `pick` says which frame of each of the clip's
+    `frames` equal segments is fed: "random", a random one in training and the middle one in evaluation (the code of
+    Data Remixing); "first", the first one in both (the code of OGM-GE: frames 1, 4 and 7 of 10). `stored_frames` is how
+    many frames of a clip are kept on disk at most (None: one for each second there is). `recipe` makes the spectrograms
+    of a modality of sound; None is "as found in the folder" or, for modalities that are not sound, no recipe at all.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Modality:
     recipe: AudioRecipe | None = None
     channels: int = 3
     like: str | None = None
+    pick: str = "random"
 
 
 def audio(recipe: str | AudioRecipe | None) -> Modality:
@@ -210,10 +213,12 @@ def get_spec(name: str) -> DatasetSpec:
 DESCRIPTION = "dataset.json"  # what a training folder may say of itself, for --dataset folder
 OWN_FIELDS = ("image_size", "learning_rate", "encoder", "mirror", "crop_area")
 KINDS = ("frames", "array", "sequence")
+PICKS = ("random", "first")
 # Fields of a modality in dataset.json and their types.
 MODALITY_FIELDS: dict[str, type | tuple[type, ...]] = {
     "name": str, "kind": str, "folder": str, "encoder": (str, type(None)), "frames": int,
     "stored_frames": (int, type(None)), "recipe": (str, dict, type(None)), "channels": int, "like": (str, type(None)),
+    "pick": str,
 }  # fmt: skip
 
 
@@ -245,7 +250,7 @@ def description(spec: DatasetSpec) -> dict:
     modalities = []
     for modality in spec.modalities:
         fields: dict = {"name": modality.name, "kind": modality.kind, "folder": modality.folder}
-        for field in ("encoder", "frames", "stored_frames", "channels", "like"):
+        for field in ("encoder", "frames", "stored_frames", "channels", "like", "pick"):
             if (value := getattr(modality, field)) != getattr(Modality, field):
                 fields[field] = value
         if modality.recipe is not None:
@@ -335,6 +340,8 @@ def _check_modalities(modalities: tuple[Modality, ...]) -> None:
             raise ValueError(f"modality {name}: folder {modality.folder!r} must be a plain folder name")
         if modality.channels not in (2, 3):
             raise ValueError(f"modality {name}: channels {modality.channels}; 3 (RGB) or 2 (optical flow) is needed")
+        if modality.pick not in PICKS:
+            raise ValueError(f"modality {name}: pick {modality.pick!r}; allowed: {', '.join(PICKS)}")
         if modality.recipe is not None and modality.kind != "array":
             raise ValueError(f"modality {name}: a recipe makes arrays; kind {modality.kind!r} takes none")
         if modality.like is not None:
@@ -342,6 +349,8 @@ def _check_modalities(modalities: tuple[Modality, ...]) -> None:
             if other is None or other is modality or {other.kind, modality.kind} != {"frames"} or other.like:
                 raise ValueError(f"modality {name}: like {modality.like!r}; the name of another modality of frames, "
                                  "which is like none itself, is needed")  # fmt: skip
-            if other.frames != modality.frames:
-                raise ValueError(f"modality {name}: {modality.frames} frames are fed; {other.name}, whose picks it "
-                                 f"shares, has {other.frames}")  # fmt: skip
+            for field in ("frames", "pick"):
+                own, its = getattr(modality, field), getattr(other, field)
+                if own != its:
+                    what = f"{own} frames are fed" if field == "frames" else f"pick {own!r}"
+                    raise ValueError(f"modality {name}: {what}; {other.name}, whose picks it shares, has {its}")

@@ -1,4 +1,4 @@
-"""BatchNorm: statistics over all processes, re-estimated after an epoch, frozen for a batch of one clip."""
+"""BatchNorm: statistics over all processes, re-estimated after an epoch, and in a batch of one clip."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,9 +72,16 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @contextmanager
-def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Use the running statistics in training too: a single clip has no batch statistics where maps are 1 x 1."""
+def batchnorm_of_one_clip(model: nn.Module, own: bool) -> Iterator[None]:
+    """Train on a batch of a single clip inside the block.
+
+    By default BatchNorm uses its running statistics and leaves them as they are: those of one clip would erase what
+    sets the clip apart. With `own` it does what the official code does, normalises with the clip's own statistics and
+    moves the running ones, in every layer whose maps have more than one value per channel (frames of the clip counted
+    in). A layer with a single value per channel has no statistics, and PyTorch raises; there the running ones are used.
+    """
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(_train_if_many_values) for norm in norms if own]
     for norm in norms:
         norm.eval()
     try:
@@ -82,6 +89,12 @@ def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.train()
+        for hook in hooks:
+            hook.remove()
+
+
+def _train_if_many_values(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+    norm.train(inputs[0].numel() > inputs[0].shape[1])
 
 
 @torch.no_grad()

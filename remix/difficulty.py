@@ -3,7 +3,6 @@
 Shapes: N clips, C classes, M modalities.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,12 +16,15 @@ def kl_from_uniform(logits: Tensor) -> Tensor:
     """KL(softmax(logits) || uniform) in bits, (N, C) -> (N,): 0 for a uniform prediction, log2(C) for a certain one.
 
     Probabilities are clipped to [1e-9, 1] as in the official code (paper section 3.2), which fixes C to 6; here C is
-    the number of columns. The softmax is computed in float32 (float64 for float64 logits) and the sum in float64. That
-    is the official arithmetic; a float32 sum orders saturated clips differently.
+    the number of columns. The arithmetic is the official one to the last bit: softmax and clipping in float32 (float64
+    for float64 logits), then p log2(p / (1 / C)) in float64, added up class by class. Clips of which a head is certain
+    differ in the last bits alone, so adding up in another order assigns many of them differently. For the same reason
+    the sum is computed on the CPU: a GPU's logarithm may differ in the last bit.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    p = logits.softmax(dim=1).double().clamp(1e-9, 1.0)
-    return (p * (p.log2() + math.log2(logits.shape[1]))).sum(dim=1)
+    p = logits.softmax(dim=1).clamp(1e-9, 1.0).double().cpu()  # (N, C)
+    terms = p * (p / (1 / logits.shape[1])).log2()
+    return sum(terms.unbind(dim=1), torch.zeros(len(p), dtype=p.dtype)).to(logits.device)
 
 
 def difficulty(

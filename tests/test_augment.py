@@ -83,6 +83,26 @@ def test_pixels_equal_pils_antialiased_resize(size, way):
             assert np.abs(picture - expected).mean() < 0.5  # PIL rounds to whole levels twice
 
 
+@pytest.mark.parametrize("way", [crop_resize_at_once, crop_resize_singly])
+@pytest.mark.parametrize("size", [17, 224])
+def test_whole_levels_are_pils(size, way):
+    """Rows, then columns, on noise: every level equals that of PIL's fixed-point arithmetic."""
+    draw = np.random.default_rng(0)
+    for height, width in ((37, 53), (240, 320), (300, 90)):
+        image = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        boxes = random_boxes(torch.tensor([[height, width]]).expand(6, 2), torch.Generator().manual_seed(1))
+        boxes[0] = torch.tensor([0, 0, height, width])
+        flips = torch.tensor([False, True] * 3)
+        frames = torch.from_numpy(image).permute(2, 0, 1).expand(6, -1, -1, -1)
+        ours = way(frames, boxes, flips, size, as_pil=True).permute(0, 2, 3, 1).numpy()
+        for picture, (top, left, h, w), flip in zip(ours, boxes.tolist(), flips.tolist(), strict=True):
+            crop = Image.fromarray(image).crop((left, top, left + w, top + h))
+            for shape in ((size, h), (size, size)):  # in one call Pillow 13 would choose the order of the axes
+                crop = crop.resize(shape, Image.Resampling.BILINEAR)
+            expected = np.asarray(crop)[:, ::-1] if flip else np.asarray(crop)
+            assert np.array_equal(picture, expected)
+
+
 @pytest.mark.parametrize("side", [32, 96])  # either way
 def test_a_whole_frame_at_its_own_size_is_untouched(side):
     frames = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)

@@ -435,6 +435,8 @@ def with_field(place: int, **fields) -> dict:
         (with_field(0, like="audio"), "flow: like 'audio'; the name of another modality of frames"),
         (with_field(0, like="flow"), "flow: like 'flow'; the name of another"),
         (with_field(0, frames=3), "flow: 3 frames are fed; video, whose picks it shares, has 2"),
+        (with_field(0, pick="last"), "flow: pick 'last'; allowed: random, first"),
+        (with_field(0, pick="first"), "flow: pick 'first'; video, whose picks it shares, has random"),
         (with_field(0, channels=4), "flow: channels 4; 3 (RGB) or 2 (optical flow)"),
         (with_field(0, frames=True), "modality 'flow': frames True is of the wrong type"),
         (with_field(0, frames=0), "flow: frames 0; a whole number from 1"),

@@ -280,7 +280,11 @@ def test_findings_fail_the_run_but_do_not_hide_the_tests(machine, tool):
 
 @pytest.mark.parametrize(
     ("script", "leading"),
-    [("run_train.sh", ["--train"]), ("run_baseline.sh", ["--train", "--method", "baseline"])],
+    [
+        ("run_train.sh", ["--train"]),
+        ("run_baseline.sh", ["--train", "--method", "baseline"]),
+        ("run_official.sh", ["--train", "--preset", "official", "--dataset", "CREMAD"]),
+    ],
 )
 def test_flags_are_passed_through(machine, script, leading):
     machine.have("requirements.txt")

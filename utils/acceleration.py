@@ -10,7 +10,7 @@ from torch import nn
 
 from utils.errors import UserError
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "official")
 
 
 def default_precision(device: str) -> str:
@@ -21,8 +21,9 @@ def default_precision(device: str) -> str:
 def set_precision(precision: str, device: torch.device) -> None:
     """Whether float32 products on the GPU may round their factors to TF32 (10 bits of mantissa); the CPU never does.
 
-    bf16 is the network's own affair: with it, what stays in float32 is computed as by tf32. Raises `UserError` where
-    the GPU has no bfloat16.
+    fp32 forbids it, tf32 allows it, official allows it in convolutions alone: PyTorch's defaults, which the official
+    code keeps. That code also asks cuDNN for deterministic algorithms. bf16 is the network's own affair: with it, what
+    stays in float32 is computed as by tf32. Raises `UserError` where the GPU has no bfloat16.
     """
     if device.type != "cuda":
         return
@@ -30,7 +31,8 @@ def set_precision(precision: str, device: torch.device) -> None:
         name = torch.cuda.get_device_name(device)
         raise UserError(f"--precision bf16: {name} does not compute in bfloat16; type --precision fp32")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.deterministic = precision == "official"
+    torch.set_float32_matmul_precision("highest" if precision in ("fp32", "official") else "high")
 
 
 def use_huge_pages() -> None:

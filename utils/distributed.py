@@ -91,6 +91,18 @@ def parallel(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
+def fill_gradients(network: nn.Module) -> None:
+    """Give each trainable parameter that got no gradient one of zeros, so that the optimizer steps it too.
+
+    That is what DataParallel does on several GPUs: its `Broadcast` is differentiated as a whole and returns zeros for
+    parameters that no loss reaches. Adam's momentum and weight decay then move them. On one GPU DataParallel calls the
+    module itself, and DistributedDataParallel leaves unused parameters alone: their gradients stay None.
+    """
+    for parameter in network.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
