@@ -98,9 +98,14 @@ def predict(
     with progress(name, len(clips), is_main()) as bar:
         batches = clips.epoch(batches_of(len(clips), batch_size, fed, generator=None))
         logits = collect(model, batches, len(clips), features=False, bar=bar, check=check, full=batch_size).logits
+    check_finite(logits, clips.names, name)
+    return logits
+
+
+def check_finite(logits: dict[str, Tensor], clips: list[str], name: str) -> None:
+    """Raise `UserError` naming those of the `clips` whose logits, (N, C) of each head, are not all finite."""
     finite = torch.stack([values.isfinite().all(dim=1) for values in logits.values()]).all(dim=0)  # (N,)
     if not finite.all():
-        bad = [clips.names[i] for i in (~finite).nonzero().flatten().tolist()]
+        bad = [clips[i] for i in (~finite).nonzero().flatten().tolist()]
         raise UserError(f"{name}: not finite for {len(bad)} of {len(clips)} clips: {some(bad)}; look at them, or train "
                         "with a lower --learning_rate")  # fmt: skip
-    return logits

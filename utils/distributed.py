@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from utils.errors import Told, UserError
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 _hosts = None  # the group in which hosts talk past their GPUs: asking it waits for no kernel; None is the default group
 
 

@@ -23,6 +23,7 @@ from utils import distributed
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import Interrupted, UserError
 from utils.files import atomic_path, remove_leftovers, writing
+from utils.partitions import Partitions
 from utils.seeding import rng_state, set_rng_state
 from utils.signals import Signals
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 CONTINUE = "continue with --resume"
 FORMAT = 2  # of last.pth; raise it when a run of an earlier version can no longer be resumed
 # A folder that holds nothing but these is a run stopped before its first checkpoint: nothing is lost with it.
-BEGINNINGS = ("config.json", "metrics.jsonl", "partition.csv", "events.out.tfevents.*", ".tmp-*")
+BEGINNINGS = ("config.json", "metrics.jsonl", "partition.csv", "partitions.npz", "events.out.tfevents.*", ".tmp-*")
 
 
 def board_tag(key: str) -> str:
@@ -54,6 +55,7 @@ class Run:
         """Claim `<log_path>/<name>`; raises `UserError` where it exists and `resume` is false."""
         self.folder, self.writes = Path(log_path) / name, distributed.is_main()
         self.signals, self.board, self.history = Signals(), None, []
+        self.partitions = Partitions(self.folder / "partitions.npz")
         with distributed.together():
             if self.writes:
                 claim_folder(log_path, name, resume)
@@ -91,6 +93,7 @@ class Run:
             self.history = [line for line in read_metrics(self.folder) if line["epoch"] < first_epoch]
             with atomic_path(self.folder / "metrics.jsonl") as path:
                 path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            self.partitions.load(first_epoch)
             self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
 
     def epoch(self, metrics: dict) -> None:
@@ -107,7 +110,7 @@ class Run:
             self.board.flush()
 
     def partition(self, epoch: int, clips: list[str], labels: list[str], kl: dict[str, Tensor], kept: Tensor) -> None:
-        """The last scoring to partition.csv and TensorBoard.
+        """A scoring to partition.csv, which holds the last one, partitions.npz, which holds all, and TensorBoard.
 
         `kl` holds the KL from uniform in bits (N,) for each modality, `kept` (N, M) which of them a clip keeps.
         """
@@ -116,6 +119,9 @@ class Run:
         with writing(self.folder, CONTINUE):
             for name, values in kl.items():
                 self.board.add_histogram(f"remix/kl_{name}", values, epoch)
+        with writing(self.partitions.path, CONTINUE):
+            values = torch.stack(list(kl.values()), dim=1)  # (N, M)
+            self.partitions.add(epoch, clips, list(kl), values.cpu().numpy(), kept.cpu().numpy())
         table = self.folder / "partition.csv"
         with writing(table, CONTINUE), atomic_path(table) as path, open(path, "w", newline="") as file:
             writer = csv.writer(file)

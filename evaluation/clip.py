@@ -1,0 +1,97 @@
+"""Raw clips classified: video and sound files through the preparation that the network's training folder went through.
+
+    python train.py --checkpoint runs/NAME/best.pth --clip a.mp4 b.mp4
+    python train.py --checkpoint runs/NAME/best.pth --clip a.flv a.wav     # pictures and sound of one clip
+    python train.py --checkpoint runs/NAME/best.pth --clip a.mp4@1.2-3.4   # seconds cut out of a file
+
+A checkpoint says what its network takes (`Data.input`), so the training folder is not needed. For a checkpoint of an
+earlier version, which does not, the training folder is read.
+
+Shapes: C classes.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dataset.build import Data, load_parts
+from dataset.clips import Feed, FileClips
+from dataset.folder import Folder, Part
+from dataset.lists import read_record
+from dataset.prepare.given import given_clips, prepare_given
+from dataset.specs import described
+from evaluation.numbers import fed_to, trained_heads
+from models import MultimodalClassifier
+from models.inference import predict
+from utils import distributed
+from utils.errors import UserError
+
+SHOWN = 5  # classes of each head, the most probable first
+
+
+class Answer(NamedTuple):
+    """What the network says of one clip: the modalities it was given, and each trained head's probabilities (C,)."""
+
+    clip: str
+    fed: tuple[str, ...]
+    probabilities: dict[str, Tensor]
+
+
+def classify_clips(args: Namespace, device: torch.device, make_model: Callable[..., MultimodalClassifier]) -> None:
+    """Print the classes of the clips of `--clip` by each head. `make_model` is train.py's own."""
+    if distributed.world_size() > 1:
+        raise UserError("--clip: start it as one process, by python")
+    clips = given_clips(args.clip)
+    folder, record = training_folder(args)
+    model = make_model(args, Data(folder.spec, folder, {}, {}, ("none", "")), device)
+    with TemporaryDirectory(prefix="clips-") as place:
+        parts = prepare_given(clips, Path(place), folder.spec, folder.shapes, record)
+        answers = {answer.clip: answer for fed, part in parts for answer in answers_for(args, folder, fed, part, model)}
+    for clip in clips:
+        print("\n".join(lines(answers[clip.name], folder)))
+
+
+def training_folder(args: Namespace) -> tuple[Folder, dict]:
+    """What the network takes, as a folder without clips, and the prepare.json of the training folder."""
+    known, root = args.trained.get("input"), Path(args.data_root)
+    if known is None:
+        folder, _ = load_parts(args, only=("test",))
+        return folder, read_record(root, "prepare.json")
+    shapes = {name: tuple(shape) for name, shape in known["shapes"].items()}
+    folder = Folder(root, described(args.dataset, known), args.trained["classes"], {}, shapes, [], {}, None)
+    return folder, known["prepared"]
+
+
+def answers_for(
+    args: Namespace, folder: Folder, names: tuple[str, ...], part: Part, model: MultimodalClassifier
+) -> list[Answer]:
+    """The answers for the clips of `part`, which have the modalities `names`: fed as test clips are."""
+    fed = tuple(name for name in fed_to(args, folder.spec.names) if name in names)
+    if not fed:
+        raise UserError(f"--clip {part.clips[0]}: {' and '.join(names)} alone, and the network was trained by --method "
+                        f"{args.method}")  # fmt: skip
+    modalities, device = tuple(folder.spec.modality(name) for name in fed), next(model.parameters()).device
+    clips = FileClips(part, Feed(modalities, args.image_size, device, "none", pack_size=args.pack_size), folder.shapes)
+    logits = predict(model, clips, fed, 4 * args.batch_size, "clips")
+    heads = {name: rows.float().softmax(1).cpu() for name, rows in logits.items()
+             if name in ("joint", *trained_heads(args))}  # fmt: skip
+    return [Answer(clip, fed, {name: rows[i] for name, rows in heads.items()}) for i, clip in enumerate(part.clips)]
+
+
+def lines(answer: Answer, folder: Folder) -> list[str]:
+    """The clip and what it has, then for each head the most probable classes."""
+    masked = [name for name in folder.spec.names if name not in answer.fed]
+    given = " and ".join(answer.fed) + (f" alone ({' and '.join(masked)} masked)" if masked else "")
+    width = max(len(name) for name in ("multimodal", *folder.spec.names))
+    shown = [f"{answer.clip}: {given}"]
+    for head, values in answer.probabilities.items():
+        top = values.topk(min(SHOWN, len(values)))
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        classes = (f"{folder.classes[i]} {probability:.3f}" for i, probability in pairs)
+        shown.append(f"  {'multimodal' if head == 'joint' else head:{width}}  {'  '.join(classes)}")
+    return shown
