@@ -160,8 +160,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     elif args.checkpoint and not args.train:
         evaluation_flags(args, typed)
     root = str(get_spec(args.dataset).root)
-    known = args.trained.get("input") if args.clip else None
-    spec = described(args.dataset, known) if known else spec_of(args.dataset, Path(args.data_root or root))
+    folder, known = Path(args.data_root or root), args.trained.get("input")
+    described_alone = known is not None and (args.clip or not folder.is_dir())
+    spec = described(args.dataset, known) if described_alone else spec_of(args.dataset, folder)
     official = args.preset == "official"
     preset = PRESETS[args.preset] | {"model": spec.model, "image_size": spec.image_size, "data_root": root}
     preset["learning_rate"] = OFFICIAL_RATES.get(args.method, 1e-3) if official else spec.learning_rate

@@ -4,9 +4,6 @@
     python train.py --checkpoint runs/NAME/best.pth --clip a.flv a.wav     # pictures and sound of one clip
     python train.py --checkpoint runs/NAME/best.pth --clip a.mp4@1.2-3.4   # seconds cut out of a file
 
-A checkpoint says what its network takes (`Data.input`), so the training folder is not needed. For a checkpoint of an
-earlier version, which does not, the training folder is read.
-
 Shapes: C classes.
 """
 
@@ -19,13 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dataset.build import Data, load_parts
 from dataset.clips import Feed, FileClips
 from dataset.folder import Folder, Part
-from dataset.lists import read_record
 from dataset.prepare.given import given_clips, prepare_given
-from dataset.specs import described
 from evaluation.numbers import fed_to, trained_heads
+from evaluation.trained import trained_folder, without_clips
 from models import MultimodalClassifier
 from models.inference import predict
 from utils import distributed
@@ -47,24 +42,13 @@ def classify_clips(args: Namespace, device: torch.device, make_model: Callable[.
     if distributed.world_size() > 1:
         raise UserError("--clip: start it as one process, by python")
     clips = given_clips(args.clip)
-    folder, record = training_folder(args)
-    model = make_model(args, Data(folder.spec, folder, {}, {}, ("none", "")), device)
+    folder, record = trained_folder(args)
+    model = make_model(args, without_clips(folder), device)
     with TemporaryDirectory(prefix="clips-") as place:
         parts = prepare_given(clips, Path(place), folder.spec, folder.shapes, record)
         answers = {answer.clip: answer for fed, part in parts for answer in answers_for(args, folder, fed, part, model)}
     for clip in clips:
         print("\n".join(lines(answers[clip.name], folder)))
-
-
-def training_folder(args: Namespace) -> tuple[Folder, dict]:
-    """What the network takes, as a folder without clips, and the prepare.json of the training folder."""
-    known, root = args.trained.get("input"), Path(args.data_root)
-    if known is None:
-        folder, _ = load_parts(args, only=("test",))
-        return folder, read_record(root, "prepare.json")
-    shapes = {name: tuple(shape) for name, shape in known["shapes"].items()}
-    folder = Folder(root, described(args.dataset, known), args.trained["classes"], {}, shapes, [], {}, None)
-    return folder, known["prepared"]
 
 
 def answers_for(
