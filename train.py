@@ -33,7 +33,7 @@ from dataset.specs import AUDIO, SPECS, VIDEO, described, get_spec, spec_of
 from evaluation.checkpoint import evaluate_checkpoint
 from evaluation.numbers import evaluate, fed_to, trained_heads
 from evaluation.predictions import refuse_existing
-from models import FUSIONS, IMAGE_ENCODERS, MultimodalClassifier, Output, build_model
+from models import FUSIONS, IMAGE_ENCODERS, MODELS, UNIMODAL, MultimodalClassifier, Output, build_model
 from models.batchnorm import frozen_batchnorm, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
 from models.inference import predict
@@ -44,7 +44,7 @@ from utils.cli import Parser, id_list, number, path_name
 from utils.console import epoch_line, lap, progress, some, start_lines
 from utils.errors import UserError, run_main
 from utils.metrics import Tally
-from utils.run import Run, check_same_run, continues, environment, take_flags_of_run, update_best
+from utils.run import Run, check_same_run, continues, environment, modern, take_flags_of_run, update_best
 from utils.seeding import epoch_generator, seed_everything
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -56,7 +56,7 @@ METHODS = ("remix", "baseline")  # or the name of a modality: that one alone
 # `official` is the official code's behaviour, its two unexplained learning rates included.
 SHARED = {"batch_size": 64, "epochs": 60, "warmup": 10, "optimizer": "adam", "lr_decay_step": 30, "lr_decay_ratio": 0.1,
           "alpha": 0.5, "beta": 0.5, "gamma1": 1.0, "gamma2": 1.0, "fusion_method": "concat", "score": "kl",
-          "keep": "hard", "rescore_every": 1, "batch_order": "sequential"}  # fmt: skip
+          "keep": "hard", "rescore_every": 1, "reassemble": "sequential"}  # fmt: skip
 PRESETS = {"fair": SHARED | {"masked_encoder": "skip", "batchnorm": "refreshed"},
            "official": SHARED | {"masked_encoder": "run", "batchnorm": "running"}}  # fmt: skip
 OFFICIAL_RATES = {"remix": 5e-5}  # and 1e-3 for every other method
@@ -67,8 +67,8 @@ MANY = 10**6  # no count or factor is sensibly larger
 # What may change when a run is resumed: where it runs and how long, not what it computes.
 RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "run_name", "gpu_ids", "device", "data_root",
              "diagnose", "compile", "checkpoint"}  # fmt: skip
-AS_TRAINED = ("method", "model", "fusion_method", "image_size", "pack_size", "alpha", "beta", "gamma1", "gamma2",
-              "balance")  # fmt: skip
+AS_TRAINED = ("method", "model", "encoder", "fusion_method", "unimodal", "image_size", "pack_size", "alpha", "beta",
+              "gamma1", "gamma2", "balance")  # fmt: skip
 DERIVED = ("from_preset", "joint_weights", "alone_weights", "trained")  # of the Namespace, not flags
 
 
@@ -93,8 +93,11 @@ def make_parser() -> Parser:
                    help="processes that read files with --cache none (default: cores, at most 8)")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model", choices=IMAGE_ENCODERS, help="encoder of images, spectrograms (default: the dataset's)")
+    g.add_argument("--model", default="late", choices=MODELS, help="where modalities meet (default: late)")
+    g.add_argument("--encoder", choices=IMAGE_ENCODERS, help="encoder of images, spectrograms (default: the dataset's)")
     g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (default: concat)")
+    g.add_argument("--unimodal", default="heads", choices=UNIMODAL, help="unimodal predictions: of unimodal heads, or "
+                   "of the joint head with the other modalities masked, without heads' losses (default: heads)")
     g.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate or load (default: none)")
     g.add_argument("--predictions", type=path_name, metavar="FILE",
                    help="with --checkpoint: logits and features of all clips to this .npz (default: none)")
@@ -109,7 +112,9 @@ def make_parser() -> Parser:
     g.add_argument("--score", choices=remix.SCORES, help="difficulty of a clip in a modality (default: kl)")
     g.add_argument("--keep", choices=remix.KEEP, help="modality that a clip keeps (default: hard)")
     g.add_argument("--rescore_every", type=count, metavar="K", help="epochs per scoring (default: 1)")
-    g.add_argument("--batch_order", choices=remix.ORDERS, help="order of homogeneous batches (default: sequential)")
+    g.add_argument("--reassemble", choices=(*remix.ORDERS, *remix.ABLATIONS),
+                   help="order of homogeneous batches; off: mixed batches, a mask per clip (decouple only); unmasked: "
+                   "homogeneous, without masks (reassemble only) (default: sequential)")
     g.add_argument("--masked_encoder", choices=("skip", "run"),
                    help="what the encoder of a masked modality does in a batch (default: skip)")
     g.add_argument("--batchnorm", choices=("refreshed", "running"), help="statistics for scoring and evaluation: "
@@ -164,7 +169,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     described_alone = known is not None and (args.clip or not folder.is_dir())
     spec = described(args.dataset, known) if described_alone else spec_of(args.dataset, folder)
     official = args.preset == "official"
-    preset = PRESETS[args.preset] | {"model": spec.model, "image_size": spec.image_size, "data_root": root}
+    preset = PRESETS[args.preset] | {"encoder": spec.encoder, "image_size": spec.image_size, "data_root": root}
     preset["learning_rate"] = OFFICIAL_RATES.get(args.method, 1e-3) if official else spec.learning_rate
     preset["precision"] = default_precision(args.device)
     filled = {name: value for name, value in preset.items() if getattr(args, name) is None}
@@ -184,7 +189,7 @@ def evaluation_flags(args: Namespace, typed: dict) -> None:
     """
     state = load_checkpoint(args.checkpoint, mapped=True)
     args.trained = {name: state[name] for name in ("classes", "input") if name in state}
-    config = balances.modernise(state.get("config", {}))
+    config = balances.modernise(modern(state.get("config", {})))
     for name in AS_TRAINED:
         if name in typed and name in config and typed[name] != config[name]:
             raise UserError(f"--{name} {typed[name]}: {args.checkpoint} was trained with --{name} {config[name]}; "
@@ -196,6 +201,8 @@ def evaluation_flags(args: Namespace, typed: dict) -> None:
 
 def loss_weights(args: Namespace, names: Names) -> tuple[dict[str, float], dict[str, float]]:
     """Weights of the unimodal losses in joint and in homogeneous batches; the official flags name two modalities."""
+    if args.unimodal == "masked":
+        return dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     joint, alone = {AUDIO: args.alpha, VIDEO: args.beta}, {AUDIO: args.gamma2, VIDEO: args.gamma1}
     return {name: joint.get(name, 0.5) for name in names}, {name: alone.get(name, 1.0) for name in names}
 
@@ -236,9 +243,19 @@ def flags(args: Namespace) -> dict:
 # ------------------------------------------------------------------------------------------------------ loss terms
 
 
-def cross_entropies(output: Output, labels: Tensor) -> dict[str, Tensor]:
-    """The mean cross entropy of the joint head and of each fed modality's head. labels (B,)."""
-    return {head: F.cross_entropy(logits, labels) for head, logits in output.heads.items()}
+def cross_entropies(output: Output, labels: Tensor, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The cross entropy of the joint head and of each fed modality's head, a mean over the batch. labels (B,).
+
+    In a mixed batch a clip has a term only in the heads of the modalities it is given, `given` (B,) bool by modality.
+    The mean is over the whole batch all the same, so that each clip weighs the same whatever it keeps.
+    """
+    found = {}
+    for head, logits in output.heads.items():
+        if given and head in given:
+            found[head] = (F.cross_entropy(logits, labels, reduction="none") * given[head]).mean()
+        else:
+            found[head] = F.cross_entropy(logits, labels)
+    return found
 
 
 def loss_terms(entropies: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
@@ -246,6 +263,7 @@ def loss_terms(entropies: dict[str, Tensor], weights: dict[str, float]) -> dict[
 
     joint batches                CE(head) + sum_m w_m CE(head_m)
     batches of one modality m    CE(head with the other features zero) + g_m CE(head_m)
+    mixed batches                the mean over clips of the latter, each clip with the modality m that it keeps
     """
     return {head: value if head == "joint" else weights[head] * value for head, value in entropies.items()}
 
@@ -272,15 +290,16 @@ def train_epoch(
     views = epoch_generator(args.random_seed, epoch, "views")
     with progress(f"epoch {epoch + 1} train", sum(len(batch.clips) for batch in plan), distributed.is_main()) as bar:
         for i, batch in enumerate(clips.epoch(plan, views, args.masked_encoder == "run")):
-            joint = len(batch.fed) > 1
-            step = Step(epoch, i, batch.fed, joint, batch.labels, batch.share, batch.total, batch.weight)
+            joint = len(batch.fed) > 1 and batch.mask is None
+            given = {} if batch.mask is None else dict(zip(clips.modalities, batch.mask.unbind(1), strict=True))
+            step = Step(epoch, i, batch, joint)
             balance.before_forward(step)
             # A single clip has no batch statistics where maps are 1 x 1.
             alone = frozen_batchnorm(network) if batch.total == 1 else nullcontext()
             with alone, compiled(batch.total == args.batch_size):
-                output = network(batch.inputs, batch.fed)
+                output = network(batch.inputs, batch.fed, batch.mask)
             output = balance.outputs(output, step)
-            entropies = cross_entropies(output, batch.labels)
+            entropies = cross_entropies(output, batch.labels, given)
             terms = loss_terms(entropies, args.joint_weights if joint else args.alone_weights)
             terms = balance.losses(terms, output, step)
             first, *others = terms.values()
@@ -289,7 +308,7 @@ def train_epoch(
             # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
             balance.backward(loss * step.weight, terms, output, step)
             optimizer.step()
-            tally.add(i, loss, entropies, output.heads, batch.labels, batch.share * batch.total)
+            tally.add(i, loss, entropies, output.heads, batch.labels, batch.share * batch.total, given)
             bar.update(batch.total)
             after_step()
     if (bad := tally.first_not_finite()) is not None:
@@ -303,17 +322,25 @@ def train_epoch(
 
 
 def plan_epoch(
-    model: MultimodalClassifier, data: Data, fed: Names, keep: Tensor | None, epoch: int, args: Namespace, run: Run
+    model: MultimodalClassifier,
+    data: Data,
+    fed: Names,
+    keep: Tensor | None,
+    epoch: int,
+    args: Namespace,
+    run: Run,
+    balance: Balance | None = None,
 ) -> tuple[list[remix.Batch], Tensor | None, dict]:
     """What an epoch trains on, the partition (N, M) it follows from, and numbers to report.
 
     Joint epochs feed every clip in all modalities. From the end of the warm-up, Remix scores how hard each clip is in
     each modality, lets it keep its hardest one, and builds batches of a single modality (paper section 3).
     """
-    clips, order = data.clips["train"], epoch_generator(args.random_seed, epoch, "plan")
+    clips, order, balance = data.clips["train"], epoch_generator(args.random_seed, epoch, "plan"), balance or Balance()
     if args.method != "remix" or epoch < args.warmup:
         counts = {f"n_{name}": None for name in model.names}
-        return remix.batches_of(len(clips), args.batch_size, fed, order), keep, {"phase": "joint"} | counts
+        plan = balance.plan(remix.batches_of(len(clips), args.batch_size, fed, order), epoch)
+        return plan, keep, {"phase": "joint"} | counts
 
     numbers: dict = {"phase": "remix"}
     if keep is None or (epoch - args.warmup) % args.rescore_every == 0:
@@ -329,9 +356,9 @@ def plan_epoch(
         run.partition(epoch, clips.names, [data.classes[label] for label in labels.tolist()], kl, keep)
         if args.diagnose:
             numbers |= partition_moves(keep, before, model.names, labels, data.classes)
-    plan = remix.reassemble(keep, model.names, args.batch_size, args.batch_order, order)
-    for name in model.names:
-        numbers[f"n_{name}"] = sum(len(batch.clips) for batch in plan if batch.fed == (name,))
+    plan = balance.plan(remix.reassemble(keep, model.names, args.batch_size, args.reassemble, order), epoch)
+    for name, count in zip(model.names, keep.sum(0).tolist(), strict=True):
+        numbers[f"n_{name}"] = count
         if numbers[f"n_{name}"] == 0 and run.writes:
             print(f"epoch {epoch + 1}: no clip keeps {name}; its encoder is not trained in this epoch")
     return plan, keep, numbers
@@ -346,8 +373,8 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
     Raises `UserError` for weights that do not fit or were trained for other classes.
     """
     set_precision(args.precision, device)
-    model = build_model(data.spec.modalities, data.folder.shapes, len(data.classes), args.model, args.fusion_method,
-                        args.precision, device)  # fmt: skip
+    model = build_model(data.spec.modalities, data.folder.shapes, len(data.classes), args.encoder, args.fusion_method,
+                        args.precision, device, args.unimodal)  # fmt: skip
     balances.replace_heads(model, args)
     synchronise_batchnorm(model, device)
     if args.compile:
@@ -447,7 +474,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     for epoch in range(first, args.epochs):
         clock = time.perf_counter()
         balance.start_epoch(epoch)
-        plan, keep, found = plan_epoch(model, data, fed, keep, epoch, args, run)
+        plan, keep, found = plan_epoch(model, data, fed, keep, epoch, args, run, balance)
         numbers: dict = {"epoch": epoch} | found | {"lr": scheduler.get_last_lr()[-1]}
         numbers["seconds_score"], clock = lap(clock)
 
@@ -464,8 +491,8 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         if args.diagnose:
             numbers |= diagnose(model, data.clips, fed, args.batch_size, args.random_seed)
             numbers["seconds_diagnose"], clock = lap(clock)
-        trained = sum(len(batch.clips) for batch in plan)
-        numbers["clips_per_second"] = trained / (numbers["seconds_score"] + numbers["seconds_train"])
+        numbers["n_fed"] = sum(len(batch.clips) for batch in plan)
+        numbers["clips_per_second"] = numbers["n_fed"] / (numbers["seconds_score"] + numbers["seconds_train"])
 
         improved = update_best(best, numbers)
         scheduler.step()

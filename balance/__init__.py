@@ -96,6 +96,8 @@ def _refuse(args: Namespace, names: tuple[str, ...], method: type[Method], other
         reason = f"there is nothing to balance in --method {args.method}; use it with baseline or remix"
     elif method.two_modalities and len(names) > 2:
         reason = f"is defined for two modalities, and the dataset has {len(names)} ({', '.join(names)})"
+    elif method.needs_heads and args.unimodal == "masked":
+        reason = "needs unimodal heads, which --unimodal masked trains none of; leave the flag out"
     elif method.needs_slices and args.fusion_method not in SLICED:
         reason = (f"needs joint logits that are one part per modality, which --fusion_method {args.fusion_method} "
                   f"does not have; use --fusion_method {' or '.join(SLICED)}")  # fmt: skip

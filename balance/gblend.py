@@ -42,6 +42,7 @@ class GBlend(Method):
         Option("sum", number(float, 0, open_low=True), None, "sum of the weights (default: that of those replaced)"),
     )
     owns = frozenset({"loss weights"})
+    needs_heads = True
 
     def __init__(self, context: Context):
         super().__init__(context)

@@ -1,18 +1,20 @@
 """What a balance method is: a class with hooks, each optional, called by the one loop of train.py in this order:
 
     start_epoch                                      once an epoch, before Remix scores
+    plan                                             once an epoch, after Remix made its batches
     before_forward -> (network) -> outputs -> losses -> backward -> after_backward -> (optimizer)      each batch
 
-A batch feeds all modalities ("joint") or one ("homogeneous", Remix's). A method says in `acts_in` in which of the two
-it acts; in the others none of its hooks is called. What it keeps from epoch to epoch goes through `state_dict`, and
-what it draws comes from `generator`, so that a run resumed after any epoch continues bit for bit.
+A batch feeds all modalities ("joint"), one ("homogeneous", Remix's), or to each clip its own ("mixed", of `--reassemble
+off` and of methods that mask clip by clip). A method says in `acts_in` in which of them it acts; in the others none of
+its hooks is called. What it keeps from epoch to epoch goes through `state_dict`, and what it draws comes from
+`generator`, so that a run resumed after any epoch continues bit for bit.
 
 Shapes: B clips of a batch on this process, C classes, M modalities, D_m features of modality m.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,25 +60,77 @@ class Context(NamedTuple):
     check: Callable[[], None]
 
 
-class Step(NamedTuple):
-    """One batch as the hooks see it: the modalities it feeds, labels (B,).
+class ClipBatchLike(Protocol):
+    """What is read of a `dataset.clips.ClipBatch`."""
 
-    batch: its place in the epoch's plan; joint: whether all modalities are fed; share: this process's part of the
-    batch; total: clips over all processes; clip_weight: what each clip here counts in a sum over processes.
+    @property
+    def clips(self) -> Tensor: ...
+    @property
+    def fed(self) -> tuple[str, ...]: ...
+    @property
+    def inputs(self) -> Mapping[str, Any]: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def mask(self) -> Tensor | None: ...
+    @property
+    def weight(self) -> float: ...
+
+
+class Step(NamedTuple):
+    """One batch as the hooks see it.
+
+    batch: its place in the epoch's plan; source: this process's share of it (`dataset.clips.ClipBatch`); joint: whether
+    every clip is fed all modalities. The other attributes are those of `source`: clips (B,) indices into the training
+    part, the modalities fed, their inputs, labels (B,), in a mixed batch the mask (B, M), share: this process's part of
+    the batch, total: clips over all processes, clip_weight: what each clip here counts in a sum over processes.
     """
 
     epoch: int
     batch: int
-    fed: tuple[str, ...]
+    source: ClipBatchLike
     joint: bool
-    labels: Tensor
-    share: float
-    total: int
-    clip_weight: float
 
     @property
     def kind(self) -> str:
-        return "joint" if self.joint else "homogeneous"
+        """ "joint", "homogeneous" or "mixed"."""
+        return "joint" if self.joint else "mixed" if self.mask is not None else "homogeneous"
+
+    @property
+    def clips(self) -> Tensor:
+        return self.source.clips
+
+    @property
+    def fed(self) -> tuple[str, ...]:
+        return self.source.fed
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        return self.source.inputs
+
+    @property
+    def labels(self) -> Tensor:
+        return self.source.labels
+
+    @property
+    def mask(self) -> Tensor | None:
+        return self.source.mask
+
+    @property
+    def share(self) -> float:
+        return self.source.share
+
+    @property
+    def total(self) -> int:
+        return self.source.total
+
+    @property
+    def clip_weight(self) -> float:
+        return self.source.weight
 
     @property
     def weight(self) -> float:
@@ -94,8 +148,9 @@ class Method:
     name = ""  # as typed after --balance
     options: tuple[Option, ...] = ()
     acts_in: tuple[str, ...] = ("joint", "homogeneous")
-    owns: frozenset[str] = frozenset()  # of "head", "backward", "loss weights": each has one owner in a run
+    owns: frozenset[str] = frozenset()  # of "head", "backward", "loss weights", "plan": each has one owner in a run
     conflicts: dict[str, str] = {}  # noqa: RUF012  # method it cannot be combined with -> why
+    needs_heads = False  # of unimodal heads: it reads or changes their losses
     needs_slices = False  # a fusion whose logits are one part per modality: concat, sum
     two_modalities = False  # defined by "the other modality" alone: there is no published rule for more than two
     compiles = True  # False: what it does to the network's pass is lost, or fails, where that is compiled
@@ -127,6 +182,10 @@ class Method:
 
     def start_epoch(self, epoch: int) -> None:
         """Once at the start of an epoch, before Remix scores."""
+
+    def plan(self, plan: list[Batch], epoch: int) -> list[Batch]:
+        """Edit the epoch's batches: joint ones in the warm-up and without Remix, else those that Remix made."""
+        return plan
 
     def before_forward(self, step: Step) -> None:
         """Before the network sees the batch."""
@@ -162,9 +221,10 @@ class Method:
         """This method's random numbers of this step, the same on every process."""
         return step_generator(self.context.args.random_seed, step.epoch, step.batch, "balance", self.name, device)
 
-    def note(self, name: str, value: Tensor) -> None:
-        """Report the epoch's mean of `value` (a number on the device, the same on every process) in metrics.jsonl."""
-        old = self.sums.get(name)
+    def note(self, name: str, value: Tensor | float) -> None:
+        """Report the epoch's mean of `value` (a number, best on the device, the same on every process) in
+        metrics.jsonl."""
+        old, value = self.sums.get(name), torch.as_tensor(value, dtype=torch.float32)
         new = torch.stack([value.detach().float(), torch.ones((), device=value.device)])
         self.sums[name] = new if old is None else old.to(value.device) + new
 
@@ -202,6 +262,11 @@ class Balance:
         for method in self.methods:
             method.sums = {}
             method.start_epoch(epoch)
+
+    def plan(self, plan: list[Batch], epoch: int) -> list[Batch]:
+        for method in self.methods:
+            plan = method.plan(plan, epoch)
+        return plan
 
     def before_forward(self, step: Step) -> None:
         for method in self._acting(step):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from balance.method import Method, Option
 from models import MultimodalClassifier
-from models.fusion import Concat, Features, Sum
+from models.fusion import Concat, Features, Fed, Sum
 from utils.cli import number
 
 
@@ -51,7 +51,7 @@ class CosineConcat(Concat):
 
     scale: float
 
-    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, features: Features, fed: Fed = (), mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         first, *others = self.slices(features).values()
         return sum(others, first)  # (B, C)
 

@@ -21,6 +21,7 @@ class MMPareto(Method):
         Option("norm", str, "tensor", "what the magnitude is restored over", choices=("tensor", "encoder")),
     )
     owns = frozenset({"backward"})
+    needs_heads = True
     scales_gradients = True
     compiles = False  # the graph is walked twice
 

@@ -24,7 +24,7 @@ from utils.run import environment
 
 MODALITIES = get_spec("folder").modalities  # of the generated folders
 PICTURES = 16  # different frames and spectrograms; the other files are hard links to them
-CREMAD_SHAPE = {"frame_size": (480, 360), "image_size": 224, "audio_shape": (257, 188), "model": "resnet18"}
+CREMAD_SHAPE = {"frame_size": (480, 360), "image_size": 224, "audio_shape": (257, 188), "encoder": "resnet18"}
 
 
 def pair(text: str) -> tuple[int, int]:
@@ -47,7 +47,7 @@ def add_shape_flags(p: Parser, shape: dict | None = None) -> None:
         help=f"side of the frames fed to the network, pixels (default: {shape['image_size']})",
     )
     p.add_argument("--audio_shape", type=pair, metavar="FxW", help=f"shape of the arrays (default: {spectrogram})")
-    p.add_argument("--model", choices=IMAGE_ENCODERS, help=f"image encoder (default: {shape['model']})")
+    p.add_argument("--encoder", choices=IMAGE_ENCODERS, help=f"image encoder (default: {shape['encoder']})")
     p.set_defaults(**shape)
 
 
@@ -112,7 +112,7 @@ def picture(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 
 
 def flops_per_clip(
-    model: str,
+    encoder: str,
     classes: int,
     image_size: int,
     audio_shape: tuple[int, int],
@@ -126,7 +126,7 @@ def flops_per_clip(
     batch, counted = 2, {}
     shapes = {modality.name: audio_shape for modality in modalities if modality.kind == "array"}
     with torch.device("meta"):
-        network = build_model(modalities, shapes, classes, model, device="meta")
+        network = build_model(modalities, shapes, classes, encoder, device="meta")
         inputs = {
             modality.name: torch.empty(batch, 1, *audio_shape)
             if modality.kind == "array"

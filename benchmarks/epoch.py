@@ -61,7 +61,7 @@ PRESETS = {
     "cpu": {"clips": 128, "test_clips": 16, "settings": "ours,official"},
     "gpu": {"clips": 6698, "test_clips": 744, "settings": "all", "workers": 16},
     "tiny": {"clips": 16, "test_clips": 4, "settings": "ours,official", "batch_size": 8, "frame_size": (48, 36),
-             "image_size": 32, "audio_shape": (33, 24), "model": "resnet18_thin"},
+             "image_size": 32, "audio_shape": (33, 24), "encoder": "resnet18_thin"},
 }  # fmt: skip
 USUAL = CREMAD_SHAPE | {"batch_size": 64, "workers": 2}  # where a preset does not say
 # What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision, on a
@@ -148,7 +148,7 @@ class Setting:
         """A joint epoch's and a Remix epoch's: equal shares of the clips keep each modality."""
         shares = torch.arange(len(self.clips["train"])) % len(self.fed)
         keep, order = F.one_hot(shares, len(self.fed)).bool(), torch.Generator().manual_seed(0)
-        equal = remix.reassemble(keep, self.fed, self.args.batch_size, self.args.batch_order, order)
+        equal = remix.reassemble(keep, self.fed, self.args.batch_size, self.args.reassemble, order)
         return {"joint": self.plan(0), "remix": equal}
 
     def phases(self) -> dict:
@@ -299,7 +299,7 @@ def flags_of(choices: dict, args: argparse.Namespace, data: str, device: str, ca
         "--epochs",
         "2",
     ]
-    words += ["--model", args.model, "--image_size", str(args.image_size), "--batch_size", str(args.batch_size)]
+    words += ["--encoder", args.encoder, "--image_size", str(args.image_size), "--batch_size", str(args.batch_size)]
     words += ["--num_workers", str(args.workers), "--learning_rate", "1e-5"]
     words += ["--cache", choices.get("cache", cache), "--masked_encoder", choices.get("masked_encoder", "skip")]
     words += ["--precision", choices["precision"]] if "precision" in choices else []
@@ -337,10 +337,10 @@ def main(argv: list[str] | None = None) -> None:
         for precision in {setting.args.precision for setting in settings}:
             set_precision(precision, device)
             rates[precision] = product_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    flops = flops_per_clip(args.model, args.classes, args.image_size, args.audio_shape)
+    flops = flops_per_clip(args.encoder, args.classes, args.image_size, args.audio_shape)
     about |= {f"matrix product {name} TFLOP/s": f"{rate / 1e12:.3g}" for name, rate in rates.items()}
     about |= {"clips": args.clips, "frame_size": args.frame_size, "image_size": args.image_size,
-              "audio_shape": args.audio_shape, "model": args.model, "batch_size": args.batch_size,
+              "audio_shape": args.audio_shape, "encoder": args.encoder, "batch_size": args.batch_size,
               "workers": args.workers, "load_after": round(os.getloadavg()[0], 2)}  # fmt: skip
     ratios = ratio_rows(seconds, names)
     work = [{"fed": fed, "GFLOP forward": f"{c['forward'] / 1e9:.4g}", "GFLOP forward and backward":

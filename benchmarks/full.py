@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         generate_folder(data, args.clips, args.test_clips, args.frame_size, args.audio_shape)
         made = time.perf_counter() - clock
         command = [sys.executable, "train.py", "--train", "--dataset", "folder", "--data_root", str(data)]
-        command += ["--model", args.model, "--image_size", str(args.image_size), "--epochs", str(args.epochs)]
+        command += ["--encoder", args.encoder, "--image_size", str(args.image_size), "--epochs", str(args.epochs)]
         command += ["--warmup", str(args.warmup), "--log_path", folder, "--run_name", "run", *args.rest]
         clock = time.perf_counter()
         if subprocess.run(command, cwd=REPO).returncode:
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         config = json.loads((Path(folder) / "run" / "config.json").read_text())
     about |= config["hardware"]  # of the run, which may have had several processes
-    flops = flops_per_clip(args.model, 6, args.image_size, args.audio_shape)
+    flops = flops_per_clip(args.encoder, 6, args.image_size, args.audio_shape)
     rows = []
     for phase in dict.fromkeys(line["phase"] for line in lines):
         own = [line for line in lines if line["phase"] == phase]

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     shares = [row["changed"] / row["clips"] for row in rows]
     summary = [{"median share": f"{statistics.median(shares):.3%}", "highest": f"{max(shares):.3%}",
-                "scorings": len(shares), "dataset": args.dataset, "model": args.model}]  # fmt: skip
+                "scorings": len(shares), "dataset": args.dataset, "encoder": args.encoder}]  # fmt: skip
     save("precision", about, {"Clips whose kept modality is another in bf16": summary, "Each scoring": rows})
 
 

@@ -29,7 +29,7 @@ from utils.errors import UserError, run_main
 REPO = Path(__file__).resolve().parents[1]
 WAYS = {"none": ("none", 1), "ram": ("ram", 1), "ram x 2 processes": ("ram", 2)}
 STORED_FRAMES = 3
-SHAPE = {"frame_size": (96, 72), "image_size": 32, "audio_shape": (64, 48), "model": "resnet18_thin"}
+SHAPE = {"frame_size": (96, 72), "image_size": 32, "audio_shape": (64, 48), "encoder": "resnet18_thin"}
 PHASES = {"joint": "seconds_train", "remix": "seconds_train", "score": "seconds_score", "evaluate": "seconds_eval"}
 
 
@@ -125,7 +125,7 @@ def one_run(folder: Path, way: str, clips: int, classes: int, args: argparse.Nam
     generate_folder(data, clips, test, *shapes, classes, STORED_FRAMES)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "train.py", "--train", "--dataset", "folder", "--data_root", str(data)]
-    command += ["--cache", cache, "--device", "cpu", "--model", args.model, "--image_size", str(args.image_size)]
+    command += ["--cache", cache, "--device", "cpu", "--encoder", args.encoder, "--image_size", str(args.image_size)]
     command += ["--batch_size", str(args.batch_size), "--epochs", str(args.epochs), "--warmup", str(args.warmup)]
     command += ["--num_workers", str(args.workers), "--log_path", str(folder), "--run_name", "run"]
     command += ["--learning_rate", "1e-4"]
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         tables[over].append(row)
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     about |= {"frame_size": args.frame_size, "image_size": args.image_size, "audio_shape": args.audio_shape,
-              "model": args.model, "batch_size": args.batch_size, "epochs": args.epochs, "warmup": args.warmup,
+              "encoder": args.encoder, "batch_size": args.batch_size, "epochs": args.epochs, "warmup": args.warmup,
               "workers": args.workers, "load_after": round(os.getloadavg()[0], 2)}  # fmt: skip
     found = {}
     for over, rows in tables.items():

@@ -50,7 +50,8 @@ class ClipBatch(NamedTuple):
 
     clips (B,) indices into the part; fed: the modalities given to the network; inputs: images (B, T, c, S, S), arrays
     (B, 1, F, W), vectors (B, D) or `Sequences` by modality, masked ones only where they were asked for; labels (B,);
-    total: clips of the batch over all processes; share: this process's part of the batch, all shares adding up to 1.
+    total: clips of the batch over all processes; share: this process's part of the batch, all shares adding up to 1;
+    mask (B, M) bool: in a mixed batch, which of the fed modalities each clip is given (None: all of them).
     """
 
     clips: Tensor
@@ -59,6 +60,7 @@ class ClipBatch(NamedTuple):
     labels: Tensor
     total: int
     share: float
+    mask: Tensor | None = None
 
     @property
     def weight(self) -> float:
@@ -75,6 +77,7 @@ class Job(NamedTuple):
     load: tuple[str, ...]
     total: int
     share: float
+    mask: Tensor | None
 
 
 class Feed(NamedTuple):
@@ -117,7 +120,7 @@ class Clips:
     def epoch(
         self, plan: list, generator: torch.Generator | None = None, load_masked: bool = False
     ) -> Iterator[ClipBatch]:
-        """Load the batches of `plan`, a list of (clip indices, fed modalities), in order.
+        """Load the batches of `plan`, a list of (clip indices, fed modalities, mask), in order.
 
         With `generator` frames and crops are random (training), without it fixed (evaluation). `load_masked` loads the
         masked modalities' inputs too. Under torchrun each process gets every world_size-th clip of each batch, views
@@ -141,7 +144,9 @@ class Clips:
             mine = places[rank() :: world_size()] if split else places
             load = tuple(self.modalities) if load_masked else batch.fed
             own = {name: values.rows(mine) for name, values in views.items()}
-            jobs.append(Job(order[mine], own, batch.fed, load, total, len(mine) / total if split else 1 / world_size()))
+            share = len(mine) / total if split else 1 / world_size()
+            mask = None if batch.mask is None else batch.mask[mine - start]
+            jobs.append(Job(order[mine], own, batch.fed, load, total, share, mask))
             shares.append(mine)
             start += total
         # To the device once for the whole epoch: a copy in each batch would make the host wait for it each time.
@@ -150,7 +155,8 @@ class Clips:
         batches = zip(jobs, clips.split(per_batch), self.labels[clips].split(per_batch), self._load(jobs), strict=True)
         for job, mine, labels, loaded in batches:
             inputs = {name: self._shaped(name, loaded[name]) for name in job.load}
-            yield ClipBatch(mine, job.fed, inputs, labels, job.total, job.share)
+            mask = None if job.mask is None else _send(job.mask, self.device)
+            yield ClipBatch(mine, job.fed, inputs, labels, job.total, job.share, mask)
 
     def _shaped(self, name: str, values: Tensor | Sequences) -> Tensor | Sequences:
         """Pixels (B*T, c, S, S) in [0, 255] normalised to (B, T, c, S, S); arrays (B, F, W) to (B, 1, F, W)."""

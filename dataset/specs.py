@@ -102,9 +102,9 @@ class Modality:
     "sequence"  a file (L, D) per clip, `<folder>/<clip>.npy`, of any length L and one D per dataset.
 
     Arrays are fed as float32; other real types are cast. `encoder` is a name of `models.ENCODERS`; None means the
-    run's `--model` for images, "mlp" for vectors, "gru" for sequences. `stored_frames` is how many frames of a clip are
-    kept on disk at most (None: one for each second there is). `recipe` makes the spectrograms of a modality of sound;
-    None is "as found in the folder" or, for modalities that are not sound, no recipe at all.
+    run's `--encoder` for images, "mlp" for vectors, "gru" for sequences. `stored_frames` is how many frames of a clip
+    are kept on disk at most (None: one for each second there is). `recipe` makes the spectrograms of a modality of
+    sound; None is "as found in the folder" or, for modalities that are not sound, no recipe at all.
     """
 
     name: str
@@ -140,7 +140,7 @@ class DatasetSpec:
     The order of `modalities` is that of every table, column and tie: on a tie the last one is the hardest. `classes` is
     sorted (class index = rank); None means "as stat.csv says". `image_size` is the side in pixels that frames are fed
     at. `counts` are the published (train, test) numbers of clips, `train_class_counts` the published train clips per
-    class. `by_actor`: clip ids start with the actor's number. `model` and `learning_rate` are training defaults, with
+    class. `by_actor`: clip ids start with the actor's number. `encoder` and `learning_rate` are training defaults, with
     one rate for every method so that a comparison is fair.
     """
 
@@ -149,7 +149,7 @@ class DatasetSpec:
     modalities: tuple[Modality, ...]
     classes: tuple[str, ...] | None = None
     image_size: int = 224
-    model: str = "resnet18"
+    encoder: str = "resnet18"
     learning_rate: float = 1e-3
     crop_area: tuple[float, float] = (0.08, 1.0)
     mirror: bool = True
@@ -175,7 +175,7 @@ SPECS = {
             (audio("logmel"), video(frames=2)),
             classes=tuple("0123456789"),
             image_size=32,
-            model="resnet18_thin",
+            encoder="resnet18_thin",
             learning_rate=2e-3,  # few steps, a thin network: 1e-3 learns little, at 4e-3 Adam may destroy an encoder
             crop_area=(0.5, 1.0),  # less of a picture of 32 pixels shows no digit
             mirror=False,  # a mirrored digit is no digit
@@ -208,7 +208,7 @@ def get_spec(name: str) -> DatasetSpec:
 
 
 DESCRIPTION = "dataset.json"  # what a training folder may say of itself, for --dataset folder
-OWN_FIELDS = ("image_size", "learning_rate", "model", "mirror", "crop_area")
+OWN_FIELDS = ("image_size", "learning_rate", "encoder", "mirror", "crop_area")
 KINDS = ("frames", "array", "sequence")
 # Fields of a modality in dataset.json and their types.
 MODALITY_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -221,7 +221,7 @@ def spec_of(name: str, root: Path) -> DatasetSpec:
     """The spec called `name`, completed for `folder` by `<root>/dataset.json` where there is one.
 
     The file names the modalities (the fields of `Modality`; `recipe` as `recipe_of` reads it), and may set
-    `image_size`, `learning_rate`, `model`, `mirror` and `crop_area`:
+    `image_size`, `learning_rate`, `encoder`, `mirror` and `crop_area`:
 
         {"modalities": [{"name": "audio", "kind": "array", "folder": "audio",
                          "recipe": {"name": "logmel", "rate": 16000, "seconds": 1.5, "bands": 64}},
@@ -259,7 +259,7 @@ def description(spec: DatasetSpec) -> dict:
         if modality.recipe is not None:
             fields["recipe"] = modality.recipe.fields
         modalities.append(fields)
-    return {"modalities": modalities, "image_size": spec.image_size, "model": spec.model,
+    return {"modalities": modalities, "image_size": spec.image_size, "encoder": spec.encoder,
             "learning_rate": spec.learning_rate, "mirror": spec.mirror, "crop_area": list(spec.crop_area)}  # fmt: skip
 
 
@@ -267,19 +267,20 @@ def _own(found: object) -> dict:
     """The fields of a spec that the content of dataset.json sets. Raises `ValueError`."""
     if not isinstance(found, dict):
         raise ValueError('an object {"modalities": [...]} is needed')
+    found = {"encoder" if key == "model" else key: value for key, value in found.items()}  # its earlier name
     unknown = [key for key in found if key != "modalities" and key not in OWN_FIELDS]
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}; allowed: modalities, {', '.join(OWN_FIELDS)}")
     if not isinstance(found.get("modalities"), list):
         raise ValueError("field 'modalities' is missing or no list; see docs/own-data.md")
     own = {key: value for key, value in found.items() if key != "modalities"}
-    size, rate, model, mirror = (own.get(key) for key in OWN_FIELDS[:4])
+    size, rate, encoder, mirror = (own.get(key) for key in OWN_FIELDS[:4])
     if size is not None and not (_whole(size) and 8 <= size <= 4096):
         raise ValueError(f"image_size {size!r}; a whole number of pixels from 8 to 4096 is needed")
     if rate is not None and not (_number(rate) and rate > 0):
         raise ValueError(f"learning_rate {rate!r}; a number above 0 is needed")
-    if model is not None and not isinstance(model, str):
-        raise ValueError(f"model {model!r}; the name of an encoder is needed")
+    if encoder is not None and not isinstance(encoder, str):
+        raise ValueError(f"encoder {encoder!r}; the name of an encoder is needed")
     if mirror is not None and not isinstance(mirror, bool):
         raise ValueError(f"mirror {mirror!r}; true or false is needed")
     if "crop_area" in own:

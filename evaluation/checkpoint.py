@@ -74,7 +74,7 @@ def measured(args: Namespace, data: Data, model: MultimodalClassifier, parts: di
             heads[name]["probe"]["C"] = probe.cost
     about = {"dataset": args.dataset, "root": str(data.folder.root), "part": "test", "clips": len(test.clips),
              "left_out": len(data.folder.missing), "classes": classes, "modalities": list(data.spec.names)}  # fmt: skip
-    settings = {name: getattr(args, name) for name in ("method", "balance", "fusion_method", "precision")}
+    settings = {name: getattr(args, name) for name in ("method", "balance", "model", "fusion_method", "unimodal", "precision")}
     return {"kind": KIND, "format": FORMAT, "checkpoint": args.checkpoint, "data": about, "settings": settings,
             "sources": SOURCES, "heads": heads}  # fmt: skip
 

@@ -20,7 +20,9 @@ def fed_to(args: Namespace, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def trained_heads(args: Namespace) -> tuple[str, ...]:
-    """The modalities whose unimodal heads a loss reaches in some epoch; the others stay as they were drawn."""
+    """The modalities whose unimodal logits a loss reaches in some epoch; other heads stay as they were drawn."""
+    if args.unimodal == "masked":  # the joint head with the others masked, which is always trained
+        return fed_to(args, tuple(args.joint_weights))
     alone = [name for name, weight in args.alone_weights.items() if weight > 0]
     if args.method in args.alone_weights:
         return (args.method,) if args.method in alone else ()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import MultimodalClassifier
 
@@ -30,8 +30,7 @@ def slices(model: MultimodalClassifier, features: dict[str, Tensor]) -> dict[str
 
 def masked(model: MultimodalClassifier, features: dict[str, Tensor], fed: tuple[str, ...]) -> dict[str, Tensor]:
     """The joint head's logits (N, C) from each fed modality alone, the other features being masked."""
-    zeros = {name: torch.zeros_like(values) for name, values in features.items()}
-    return {name: model.head(zeros | {name: features[name]}, (name,)) for name in fed}
+    return {name: model.masked(features, name) for name in fed}
 
 
 # ----------------------------------------------------------------------------------------------------- linear probe
@@ -75,6 +74,6 @@ def linear_probe(train: Labelled, test: Tensor, n_classes: int, val: Labelled | 
     return Probe(torch.from_numpy(logits), cost)
 
 
-def has_head(model: nn.Module, name: str, trained: tuple[str, ...]) -> bool:
+def has_head(model: MultimodalClassifier, name: str, trained: tuple[str, ...]) -> bool:
     """Whether the network's logits of the modality `name` are those of a unimodal head that was trained."""
-    return name in trained and getattr(model, "unimodal", "heads") == "heads"
+    return name in trained and model.unimodal == "heads"

@@ -1,8 +1,9 @@
 """The network: an encoder and a head per modality, and a fusion head."""
 
 from models.build import build_model
-from models.classifier import MultimodalClassifier, Output
+from models.classifier import MODELS, UNIMODAL, MultimodalClassifier, Output
 from models.encoders import ENCODERS, IMAGE_ENCODERS
 from models.fusion import FUSIONS, SLICED
 
-__all__ = ["ENCODERS", "FUSIONS", "IMAGE_ENCODERS", "SLICED", "MultimodalClassifier", "Output", "build_model"]
+__all__ = ["ENCODERS", "FUSIONS", "IMAGE_ENCODERS", "MODELS", "SLICED", "UNIMODAL", "MultimodalClassifier", "Output",
+           "build_model"]  # fmt: skip

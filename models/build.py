@@ -29,15 +29,16 @@ def build_model(
     modalities: Sequence[ModalityLike],
     shapes: dict[str, tuple[int, ...]],
     n_classes: int,
-    model: str = "resnet18",
+    encoder: str = "resnet18",
     fusion_method: str = "concat",
     precision: str = "fp32",
     device: torch.device | str = "cpu",
+    unimodal: str = "heads",
 ) -> MultimodalClassifier:
     """The network for a dataset's `modalities`, on `device` in channels-last memory format.
 
     `shapes` holds the shape of one clip's array for each modality that is not frames: (F, W) is an image of one
-    channel, (D,) a vector; of a sequence (L, D) only D matters. `model` is the image encoder of the modalities that
+    channel, (D,) a vector; of a sequence (L, D) only D matters. `encoder` is the image encoder of the modalities that
     name none. Raises `UserError` for an encoder that does not exist or does not take such an input, and for a fusion
     head that is not defined for these modalities.
     """
@@ -45,7 +46,7 @@ def build_model(
     for modality in modalities:
         shape = tuple(shapes.get(modality.name, ()))
         takes, size = _input(modality, shape)
-        name = modality.encoder or (model if takes == "image" else DEFAULT_ENCODERS.get(takes, "mlp"))
+        name = modality.encoder or (encoder if takes == "image" else DEFAULT_ENCODERS.get(takes, "mlp"))
         if name not in ENCODERS:
             raise UserError(f"encoder {name} of {modality.name}: unknown; allowed: {', '.join(ENCODERS)}")
         wanted = ENCODERS[name].takes
@@ -55,7 +56,7 @@ def build_model(
             raise UserError(f"encoder {name} of {modality.name}: takes {wanted}s, the clips have {given}; {advice}")
         inputs[modality.name] = name, size
     try:
-        network = MultimodalClassifier(inputs, n_classes, fusion_method, precision == "bf16")
+        network = MultimodalClassifier(inputs, n_classes, fusion_method, precision == "bf16", unimodal)
     except ValueError as error:
         raise UserError(str(error)) from None
     return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

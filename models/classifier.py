@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from models.encoders import ENCODERS, Sequences
 from models.fusion import Fusion, make_fusion
 
+MODELS = ("late",)
+UNIMODAL = ("heads", "masked")
+
 
 class Output(NamedTuple):
     """Joint logits (B, C), unimodal logits (B, C) of the fed modalities, features (B, D_m) of all modalities.
@@ -35,16 +38,23 @@ class MultimodalClassifier(nn.Module):
 
     `inputs` maps each modality, in order, to (encoder name, channels or numbers of its input). With `bf16` the encoders
     compute in bfloat16 by autocast (weights stay float32); pooling, heads and logits are float32 all the same.
+    `unimodal` is where unimodal logits come from: the `heads` of the modalities, or the joint head with the other
+    modalities "masked" (paper Table 6), which are computed in evaluation mode alone, since nothing trains them.
     Checkpoints are written under the official code's names (`models.checkpoint`).
 
     Raises `ValueError` for a fusion head that is not defined for these modalities.
     """
 
     def __init__(
-        self, inputs: dict[str, tuple[str, int]], n_classes: int, fusion_method: str = "concat", bf16: bool = False
+        self,
+        inputs: dict[str, tuple[str, int]],
+        n_classes: int,
+        fusion_method: str = "concat",
+        bf16: bool = False,
+        unimodal: str = "heads",
     ):
         super().__init__()
-        self.bf16, self.n_classes = bf16, n_classes
+        self.bf16, self.n_classes, self.unimodal = bf16, n_classes, unimodal
         self.widths = {name: ENCODERS[encoder].features for name, (encoder, _) in inputs.items()}
         self.encoders = nn.ModuleDict({name: ENCODERS[encoder].make(size) for name, (encoder, size) in inputs.items()})
         self.head: Fusion = make_fusion(fusion_method, self.widths, n_classes)
@@ -66,12 +76,15 @@ class MultimodalClassifier(nn.Module):
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         return features.unflatten(0, frames).mean(dim=1) if frames else features  # (B, D_m)
 
-    def forward(self, inputs: Mapping[str, Tensor | Sequences], fed: tuple[str, ...]) -> Output:
+    def forward(
+        self, inputs: Mapping[str, Tensor | Sequences], fed: tuple[str, ...], mask: Tensor | None = None
+    ) -> Output:
         """Logits of all heads where the modalities `fed` are given to the network and the others are masked.
 
         The feature of a masked modality is zero. Its encoder runs only if its input is given (the official code's
         `--masked_encoder run`: BatchNorm statistics move and gradients are zeros); without it the encoder stays
-        untouched.
+        untouched. In a mixed batch `mask` (B, M) bool says which modalities each clip is given: all fed encoders run
+        on the whole batch, and the features of each clip are masked for itself.
         """
         features = {name: self.encode(name, x) for name, x in inputs.items()}
         some = next(iter(features.values()))
@@ -81,5 +94,17 @@ class MultimodalClassifier(nn.Module):
             elif name not in fed:  # zeros in the encoder's graph, so that its gradients are zeros
                 features[name] = features[name].masked_fill(torch.ones_like(features[name], dtype=torch.bool), 0.0)
         features = {name: features[name] for name in self.widths}
-        joint = self.head(features, fed)
-        return Output(joint, {name: self.heads[name](features[name]) for name in self.widths if name in fed}, features)
+        if mask is not None:
+            columns = zip(features.items(), mask.split(1, dim=1), strict=True)
+            features = {name: values.masked_fill(~given, 0.0) for (name, values), given in columns}
+        joint = self.head(features, fed, mask)
+        if self.unimodal == "heads":
+            logits = {name: self.heads[name](features[name]) for name in self.widths if name in fed}
+        else:
+            logits = {} if self.training else {name: self.masked(features, name) for name in self.widths if name in fed}
+        return Output(joint, logits, features)
+
+    def masked(self, features: dict[str, Tensor], name: str) -> Tensor:
+        """Joint logits (B, C) from the features of the modality `name` alone, the others masked."""
+        alone = {own: values if own == name else torch.zeros_like(values) for own, values in features.items()}
+        return self.head(alone, (name,))

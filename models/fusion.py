@@ -1,7 +1,8 @@
 """Fusion heads: features of all modalities in, joint logits out. Definitions as in OGM-GE (CVPR 2022).
 
 Shapes: B batch, D_m features of modality m, C classes. `features` maps every modality to (B, D_m), in the dataset's
-order; a modality that is not in `fed` is masked, and its feature is zero.
+order; a modality that is not in `fed` is masked, and its feature is zero. In a mixed batch `mask` (B, M) bool says the
+same of each clip; None: all clips are fed `fed`.
 
 What masking means. In a homogeneous batch the masked features are zero, and what remains must be a classifier of the
 fed modality, because that is what the batch trains:
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Features = dict[str, Tensor]
+Fed = tuple[str, ...]
 
 
 class Concat(nn.Linear):
@@ -30,7 +32,7 @@ class Concat(nn.Linear):
         super().__init__(sum(widths.values()), n_classes)
         self.widths = dict(widths)
 
-    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(self, features: Features, fed: Fed = (), mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return F.linear(torch.cat(list(features.values()), dim=1), self.weight, self.bias)  # (B, C)
 
     def weights(self) -> dict[str, Tensor]:
@@ -50,7 +52,7 @@ class Sum(nn.Module):
         super().__init__()
         self.maps = nn.ModuleDict({name: nn.Linear(width, n_classes) for name, width in widths.items()})
 
-    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:
+    def forward(self, features: Features, fed: Fed = (), mask: Tensor | None = None) -> Tensor:
         first, *others = self.slices(features).values()
         return sum(others, first)  # (B, C)
 
@@ -70,15 +72,19 @@ class FiLM(nn.Module):
 
     def __init__(self, widths: dict[str, int], n_classes: int):
         super().__init__()
+        self.column = list(widths).index("audio")  # of a mask
         self.fc = nn.Linear(widths["audio"], 2 * widths["video"])
         self.fc_out = nn.Linear(widths["video"], n_classes)
 
-    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:
+    def forward(self, features: Features, fed: Fed = (), mask: Tensor | None = None) -> Tensor:
         a, v = features["audio"], features["video"]
         if fed == ("video",):
             # gamma 1, beta 0: a sum of the zero feature, which keeps a running encoder in the graph
             return self.fc_out(v + a.sum(dim=1, keepdim=True))
         gamma, beta = self.fc(a).chunk(2, dim=1)  # (B, D) each
+        if mask is not None:
+            given = mask[:, self.column, None]  # (B, 1)
+            gamma, beta = gamma.where(given, 1.0), beta.where(given, 0.0)
         return self.fc_out(gamma * v + beta)  # (B, C)
 
 
@@ -89,13 +95,16 @@ class Gated(nn.Module):
 
     def __init__(self, widths: dict[str, int], n_classes: int):
         super().__init__()
+        self.column = list(widths).index("audio")  # of a mask
         self.fc_x = nn.Linear(widths["audio"], widths["audio"])
         self.fc_y = nn.Linear(widths["video"], widths["audio"])
         self.fc_out = nn.Linear(widths["audio"], n_classes)
 
-    def forward(self, features: Features, fed: tuple[str, ...] = ()) -> Tensor:
+    def forward(self, features: Features, fed: Fed = (), mask: Tensor | None = None) -> Tensor:
         a, v = features["audio"], features["video"]
         gate = 1 + a if fed == ("video",) else torch.sigmoid(self.fc_x(a))  # (B, D); a masked a is zero
+        if mask is not None:
+            gate = gate.where(mask[:, self.column, None], 1.0)
         return self.fc_out(gate * self.fc_y(v))  # (B, C)
 
 

@@ -10,13 +10,19 @@ import torch
 from torch import Tensor
 
 ORDERS = ("sequential", "shuffled", "alternate")
+ABLATIONS = ("off", "unmasked")
 
 
 class Batch(NamedTuple):
-    """Clip indices (b,), int64 on the CPU, and the names of the modalities that are fed to the network."""
+    """Clip indices (b,), int64 on the CPU, and the names of the modalities that are fed to the network.
+
+    mask (b, M) bool on the CPU says which of all M modalities each clip is fed in a mixed batch, whose clips differ in
+    that; None: every clip is fed `fed`.
+    """
 
     clips: Tensor
     fed: tuple[str, ...]
+    mask: Tensor | None = None
 
 
 def batches_of(
@@ -47,10 +53,17 @@ def reassemble(
                 code's order: video, then audio).
     shuffled    the same batches in random order.
     alternate   the lists of batches interleaved evenly, so that each modality is spread over the whole epoch.
+    off         mixed batches of all clips in random order, each clip masked for itself: decouple only (paper Table 5).
+    unmasked    the batches of "sequential", fed all modalities: reassemble only (paper Table 5).
 
     Raises `ValueError` for another `order`.
     """
+    if order not in (*ORDERS, *ABLATIONS):
+        raise ValueError(f"order {order!r}: allowed are {', '.join((*ORDERS, *ABLATIONS))}")
     keep = keep.cpu()
+    if order == "off":
+        mixed = batches_of(len(keep), batch_size, tuple(names), generator)
+        return [batch._replace(mask=keep[batch.clips]) for batch in mixed]
     groups = [
         batches_of(keep[:, m].nonzero().flatten(), batch_size, (names[m],), generator)
         for m in reversed(range(len(names)))
@@ -60,8 +73,8 @@ def reassemble(
         return plan
     if order == "shuffled":
         return [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
-    if order == "alternate":
-        # The i-th of n batches belongs at (i + 1/2) / n of the epoch; ties: the last modality first.
-        slots = [((i + 0.5) / len(group), batch) for group in groups for i, batch in enumerate(group)]
-        return [batch for _, batch in sorted(slots, key=lambda slot: slot[0])]
-    raise ValueError(f"order {order!r}: allowed are {', '.join(ORDERS)}")
+    if order == "unmasked":
+        return [batch._replace(fed=tuple(names)) for batch in plan]
+    # alternate: the i-th of n batches belongs at (i + 1/2) / n of the epoch; ties: the last modality first.
+    slots = [((i + 0.5) / len(group), batch) for group in groups for i, batch in enumerate(group)]
+    return [batch for _, batch in sorted(slots, key=lambda slot: slot[0])]

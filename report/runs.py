@@ -17,7 +17,7 @@ from scipy import stats
 
 from dataset.specs import AUDIO, VIDEO
 from utils.errors import UserError
-from utils.run import read_metrics
+from utils.run import modern, read_metrics
 
 # Settings with a name of their own: a method of `report.compare`, and the label of their row. Joint training without
 # the unimodal losses, and the control that remixes without choosing.
@@ -33,7 +33,7 @@ HOW = {"run_name", "log_path", "num_workers", "cache", "device", "gpu_ids", "res
 # Also not compared: the seed, which differs within a group, and the data, which separates the tables.
 IRRELEVANT = HOW | {"random_seed", "dataset", "data_root", "n_classes", "allow_missing"}
 NOT_FLAGS = {"from_preset", "data", "versions", "git_commit", "hardware", "command"}
-REMIX_ONLY = {"warmup", "score", "keep", "rescore_every", "batch_order", "masked_encoder"}
+REMIX_ONLY = {"warmup", "score", "keep", "rescore_every", "reassemble", "masked_encoder"}
 # Official flags: the weight of a modality's loss in joint batches, and in its homogeneous batches.
 WEIGHTS = {AUDIO: ("alpha", "gamma2"), VIDEO: ("beta", "gamma1")}
 # Balance options of older runs were flags with these prefixes: --ogm_alpha is now the option alpha of ogm_ge.
@@ -166,7 +166,7 @@ def read_run(folder: Path) -> Run:
     done, asked = history[-1]["epoch"] + 1 if history else 0, config["epochs"]
     if summary is None or summary.get("epochs") != asked or done != asked:
         return Run(folder, config, history, f"unfinished: {done} of {asked} epochs")
-    run = Run(folder, config, history, "")
+    run = Run(folder, modern(config), history, "")
     missing = [key for key in quantities(run.modalities or ("<modality>",)).values() if key not in history[-1]]
     return run._replace(problem=f"metrics.jsonl has no {', '.join(missing)}" if missing else "")
 

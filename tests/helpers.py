@@ -12,7 +12,18 @@ import numpy as np
 REPO = Path(__file__).resolve().parents[1]
 
 # A run on such a folder: seconds on one core.
-TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "8", "--cache", "ram"]
+TINY = [
+    "--dataset",
+    "folder",
+    "--encoder",
+    "resnet18_thin",
+    "--image_size",
+    "32",
+    "--batch_size",
+    "8",
+    "--cache",
+    "ram",
+]
 
 
 def make_folder(

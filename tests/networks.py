@@ -9,8 +9,8 @@ SHAPES = {"audio": (33, 20), "text": (7,)}
 
 
 def network(
-    classes: int = 3, model: str = "resnet18_thin", fusion: str = "concat", three: bool = False, **options
+    classes: int = 3, encoder: str = "resnet18_thin", fusion: str = "concat", three: bool = False, **options
 ) -> MultimodalClassifier:
     """Audio (33 x 20) and video, with `three` also vectors of 7 numbers."""
     modalities = (AUDIO, VIDEO, *([TEXT] if three else []))
-    return build_model(modalities, SHAPES, classes, model, fusion, **options)
+    return build_model(modalities, SHAPES, classes, encoder, fusion, **options)

@@ -6,7 +6,7 @@ from pathlib import Path
 from report.runs import Group, find_runs, group_runs
 
 PRESET = {"epochs": 4, "warmup": 1, "learning_rate": 1e-3, "alpha": 0.5, "beta": 0.5, "gamma1": 1.0, "gamma2": 1.0,
-          "score": "kl", "batch_size": 64, "data_root": "data/demo", "model": "resnet18_thin"}  # fmt: skip
+          "score": "kl", "batch_size": 64, "data_root": "data/demo", "encoder": "resnet18_thin"}  # fmt: skip
 
 
 def make_run(

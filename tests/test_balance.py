@@ -31,7 +31,7 @@ from balance.ogm_ge import damping
 from balance.opm import drop_chances
 from balance.pmr import class_means, coefficients, subset
 from balance.relearn import purity, reset_weight
-from dataset.clips import Feed, make_clips
+from dataset.clips import ClipBatch, Feed, make_clips
 from dataset.folder import load_folder
 from dataset.specs import get_spec
 from models.batchnorm import reestimate
@@ -40,7 +40,7 @@ from utils.errors import UserError
 from utils.seeding import epoch_generator, step_generator
 
 CLASSES, BATCH = 3, 12
-TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", str(BATCH)]
+TINY = ["--dataset", "folder", "--encoder", "resnet18_thin", "--image_size", "32", "--batch_size", str(BATCH)]
 AUDIO, VIDEO, BOTH = ("audio",), ("video",), ("audio", "video")
 # What makes a method do nothing; MMCosine has no such setting.
 NEUTRAL = {
@@ -75,6 +75,11 @@ def flags_of(text: str = "") -> Namespace:
     return train.parse_args([*words, *text.split()])
 
 
+def step(epoch: int, index: int, clips: int = 1) -> Step:
+    """A joint batch of which only the numbers matter."""
+    return Step(epoch, index, ClipBatch(torch.arange(clips), BOTH, {}, torch.zeros(clips), clips, 1.0), True)
+
+
 class Trained:
     """A network with the methods of some flags, and its optimizer, seeded alike."""
 
@@ -101,7 +106,7 @@ class Trained:
         self.net.train()
         (given,) = self.clips["train"].epoch([remix.Batch(torch.arange(clips), fed)])
         self.fed = given._replace(inputs={name: x.to(self.dtype) for name, x in given.inputs.items()})
-        step = Step(epoch, index, fed, len(fed) > 1, self.fed.labels, 1.0, clips, 1.0)
+        step = Step(epoch, index, self.fed, len(fed) > 1)
         self.balance.before_forward(step)
         self.output = self.balance.outputs(self.net(self.fed.inputs, fed), step)
         self.terms = self.balance.losses(self.plain_terms(self.output), self.output, step)
@@ -203,7 +208,7 @@ def test_random_numbers_depend_on_the_step_and_the_method_alone(clips):
     ogm, opm = (Trained(clips, f"--balance {name}").balance.methods[0] for name in ("ogm_ge", "opm"))
 
     def draw(method, epoch, index) -> list[float]:
-        return torch.rand(4, generator=method.generator(Step(epoch, index, BOTH, True, None, 1.0, 1, 1.0))).tolist()
+        return torch.rand(4, generator=method.generator(step(epoch, index))).tolist()
 
     drawn = [draw(ogm, 3, 5), draw(ogm, 3, 6), draw(ogm, 4, 5), draw(opm, 3, 5)]
     assert len({tuple(values) for values in drawn}) == 4
@@ -741,7 +746,9 @@ EARLIER = [
 def test_earlier_versions_flags_become_options(config, words, options):
     found = balance.modernise(config | {"method": "baseline"})
     assert found["balance"] == words and found["method"] == "baseline"
-    args = Namespace(balance=words, dataset="CREMAD", method="baseline", fusion_method="concat", train=False)
+    args = Namespace(
+        balance=words, dataset="CREMAD", method="baseline", fusion_method="concat", unimodal="heads", train=False
+    )
     balance.settle(args, BOTH)
     assert args.balance == words
     assert {name: args.balance_options[name] for name in options} == options
@@ -806,10 +813,9 @@ def test_opm_acts_in_its_share_of_the_batches(clips):
     (method,) = t.balance.methods
     acted = []
     for index in range(300):
-        step = Step(6, index, BOTH, True, None, 1.0, 2, 1.0)
-        method.before_forward(step)
+        method.before_forward(step(6, index, 2))
         acted.append(method.hook is not None)
-        method.outputs(None, step)
+        method.outputs(None, step(6, index, 2))
     assert 65 <= sum(acted) <= 115 and method.hook is None and not t.net.head._forward_pre_hooks
 
 

@@ -19,7 +19,7 @@ from report import compare
 from report.runs import find_runs, group_runs, reference_of
 from utils.errors import Interrupted, UserError
 
-TINY = ["--train", "--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "12"]
+TINY = ["--train", "--dataset", "folder", "--encoder", "resnet18_thin", "--image_size", "32", "--batch_size", "12"]
 TINY += ["--optimizer", "sgd", "--learning_rate", "0.01", "--cache", "ram"]
 TIMES = ("seconds_score", "seconds_train", "seconds_eval", "clips_per_second")
 
@@ -93,7 +93,7 @@ from models import MultimodalClassifier, build_model
 networks = []
 
 class Network(MultimodalClassifier):  # float64, BatchNorm on its running statistics: processes differ in sums alone
-    def forward(self, inputs, fed):
+    def forward(self, inputs, fed, mask=None):
         for module in self.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 module.eval()

@@ -91,7 +91,7 @@ def test_keep_all_has_every_clip_in_both(watched):
 def test_batches_come_in_the_order_asked_for(watched):
     orders = {}
     for order in ("sequential", "alternate", "shuffled"):
-        flags = ("--keep", "all", "--batch_order", order, "--run_name", order)
+        flags = ("--keep", "all", "--reassemble", order, "--run_name", order)
         orders[order] = [batch.fed[0] for batch in watched(*flags)[0][1]]  # 5 batches of each modality
     changes = {order: sum(a != b for a, b in pairwise(kept)) for order, kept in orders.items()}
     assert changes["sequential"] == 1 and changes["alternate"] == 9 and 1 < changes["shuffled"] < 9

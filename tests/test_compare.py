@@ -259,7 +259,7 @@ def test_a_flag_younger_than_the_run_had_the_default_of_its_dataset(fake: Compar
     fake(words)
     path = fake.runs / "CREMAD_baseline_seed0" / "config.json"
     config = json.loads(path.read_text())
-    for name in ("image_size", "learning_rate", "model"):  # the demo has others
+    for name in ("image_size", "learning_rate", "encoder"):  # the demo has others
         del config[name]
     path.write_text(json.dumps(config))
     assert fake(words) == []
@@ -335,7 +335,7 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_real_runs_stopped_by_a_signal_and_resumed(tmp_path: Path) -> None:
     make_folder(tmp_path / "data", train=24, test=6)
-    words = f"--dataset folder --data_root {tmp_path}/data --model resnet18_thin --image_size 32 --batch_size 8 "
+    words = f"--dataset folder --data_root {tmp_path}/data --encoder resnet18_thin --image_size 32 --batch_size 8 "
     words += f"--epochs 8 --warmup 1 --methods remix --seeds 0 --log_path {tmp_path}/runs --device cpu"
     command = [sys.executable, "-m", "utils.compare", *words.split()]  # the former name
     run = tmp_path / "runs" / "folder-data_remix_seed0"

@@ -214,7 +214,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("diagnose")
     make_folder(root / "data", train=26, test=12)
     words = f"--train --dataset folder --data_root {root}/data --log_path {root} --epochs 3 --warmup 1 --batch_size 8"
-    words += " --image_size 32 --model resnet18_thin --cache none --num_workers 0 --device cpu"
+    words += " --image_size 32 --encoder resnet18_thin --cache none --num_workers 0 --device cpu"
     for name, more in (("with", "--diagnose"), ("without", "")):
         train.main([*words.split(), "--run_name", name, *more.split()])
     return root

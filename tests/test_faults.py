@@ -35,7 +35,18 @@ from models.checkpoint import model_weights
 from utils.errors import run_main
 
 DOC = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
-TINY = ["--dataset", "folder", "--model", "resnet18_thin", "--image_size", "32", "--batch_size", "4", "--cache", "ram"]
+TINY = [
+    "--dataset",
+    "folder",
+    "--encoder",
+    "resnet18_thin",
+    "--image_size",
+    "32",
+    "--batch_size",
+    "4",
+    "--cache",
+    "ram",
+]
 EARLY = ["--method", "audio", "--epochs", "1"]  # the cheapest run
 
 

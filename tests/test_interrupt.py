@@ -241,7 +241,7 @@ def own(tmp_path_factory):
     root = make_folder(tmp_path_factory.mktemp("own") / "data", train=12, test=6)
     description = {"modalities": [{"name": "audio", "kind": "array", "folder": "audio"},
                                   {"name": "video", "kind": "frames", "folder": "visual", "frames": 2}],
-                   "image_size": 24, "learning_rate": 0.004, "model": "resnet18_thin"}  # fmt: skip
+                   "image_size": 24, "learning_rate": 0.004, "encoder": "resnet18_thin"}  # fmt: skip
     (root / "dataset.json").write_text(json.dumps(description))
     flags = ["--train", "--dataset", "folder", "--data_root", str(root), "--log_path", str(root.parent / "runs")]
     train.main([*flags, "--run_name", "own", *OWN])
@@ -301,12 +301,12 @@ def test_a_flag_that_makes_another_run_is_refused_in_one_line(own, flags, named,
 
 def test_a_flag_that_an_older_run_does_not_know_gets_its_dataset_s_default(copied):
     config = json.loads((copied / "config.json").read_text())
-    for name in ("image_size", "learning_rate", "model", "rescore_every", "val_fraction", "score"):
+    for name in ("image_size", "learning_rate", "encoder", "rescore_every", "val_fraction", "score"):
         del config[name]
         config["from_preset"].pop(name, None)
     (copied / "config.json").write_text(json.dumps(config))
     args = train.parse_args(["--resume", str(copied)])
-    assert (args.image_size, args.learning_rate, args.model) == (24, 0.004, "resnet18_thin")
+    assert (args.image_size, args.learning_rate, args.encoder) == (24, 0.004, "resnet18_thin")
     assert (args.rescore_every, args.val_fraction, args.score) == (1, 0.0, "kl")
 
 

@@ -392,7 +392,7 @@ def test_recipes_with_parameters():
 def test_a_spec_survives_its_description(tmp_path, name):
     (tmp_path / "dataset.json").write_text(json.dumps(description(SPECS[name])))
     found = spec_of("folder", tmp_path)
-    for field in ("modalities", "image_size", "model", "learning_rate", "crop_area", "mirror"):
+    for field in ("modalities", "image_size", "encoder", "learning_rate", "crop_area", "mirror"):
         assert getattr(found, field) == getattr(SPECS[name], field)
 
 
@@ -430,7 +430,7 @@ def with_field(place: int, **fields) -> dict:
         ({"modalities": MODALITIES, "crop_area": 0.5}, "crop_area 0.5; two shares"),
         ({"modalities": MODALITIES, "image_size": "64"}, "image_size '64'; a whole number"),
         ({"modalities": MODALITIES, "learning_rate": 0}, "learning_rate 0; a number above 0"),
-        ({"modalities": MODALITIES, "model": 18}, "model 18; the name of an encoder"),
+        ({"modalities": MODALITIES, "encoder": 18}, "encoder 18; the name of an encoder"),
         ({"modalities": MODALITIES, "fps": 1}, "unknown field 'fps'"),
         (with_field(0, like="audio"), "flow: like 'audio'; the name of another modality of frames"),
         (with_field(0, like="flow"), "flow: like 'flow'; the name of another"),

@@ -161,7 +161,7 @@ def test_loss_and_gradients_on_the_same_batch(clips, fed, masked_encoder):
 def test_three_epochs_of_the_official_preset(data, clips, tmp_path, monkeypatch):
     """Warm-up, then two Remix epochs through the command line: weights and BatchNorm statistics agree to 1e-5."""
     flags = ["--train", "--dataset", "folder", "--data_root", str(data), "--preset", "official", "--epochs", "3"]
-    flags += ["--model", "resnet18_thin", "--image_size", "32", "--batch_size", str(BATCH), "--warmup", "1"]
+    flags += ["--encoder", "resnet18_thin", "--image_size", "32", "--batch_size", str(BATCH), "--warmup", "1"]
     flags += ["--lr_decay_step", "2", "--random_seed", str(SEED), "--log_path", str(tmp_path), "--run_name", "official"]
     monkeypatch.setattr(train, "build_model", double_model)
     train.main(flags)

@@ -15,7 +15,7 @@ ORDER = ("utils", "remix", "models", "dataset", "dataset.prepare", "dataset.buil
 PLACES = {name: place for place, name in enumerate(ORDER)} | {"dataset.demo": ORDER.index("dataset.prepare")}
 FORWARDERS = ("utils/report.py", "utils/compare.py")  # commands of earlier versions
 MAY_IMPORT_TRAIN = ("report", "benchmarks", "tests")
-TRAIN_LINES = 500
+TRAIN_LINES = 540
 
 # Modalities have names where the paper's two are meant: their specs, the official names in checkpoints, the official
 # flags of their losses, heads that are defined for them, files of real sound and pictures, figures for people.
@@ -178,7 +178,7 @@ def test_a_downward_import_is_none(path, source):
     ("def f():\n    x = 1\n    def g():\n        return x\n", "train.py:3: function g inside f"),
     ("def f(x):\n    return lambda: x\n", "train.py:2: a lambda inside f"),
     ("class A:\n    def f(self):\n        class B:\n            def g(self): ...\n", "train.py:4: function g inside f"),
-    ("x = 1\n" * 501, "train.py: more than 500 lines"),
+    ("x = 1\n" * (TRAIN_LINES + 1), f"train.py: more than {TRAIN_LINES} lines"),
 ])  # fmt: skip
 def test_a_long_or_nested_train_is_found(source, fault):
     assert fault in faulty_train(source)

@@ -317,7 +317,7 @@ def test_two_commands(films, tmp_path, capsys):
 
     train.main(["--train", "--dataset", "folder", "--data_root", str(out), "--log_path", str(tmp_path),
                 "--run_name", "r", "--epochs", "2", "--warmup", "1", "--batch_size", "6", "--num_workers", "0",
-                "--model", "resnet18_thin", "--device", "cpu"])  # fmt: skip
+                "--encoder", "resnet18_thin", "--device", "cpu"])  # fmt: skip
     rows = records(tmp_path / "r" / "partition.csv")
     assert len(rows) == 18 and {row["label"] for row in rows} == {"first", "second"}, "labels as names"
 

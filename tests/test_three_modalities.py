@@ -163,7 +163,7 @@ def test_diagnosis_of_three(runs):
 
 
 def test_every_modality_is_kept_by_keep_all(data, tmp_path):
-    folder = run(data, tmp_path, "all", "--warmup", "0", "--epochs", "1", "--keep", "all", "--batch_order", "alternate")
+    folder = run(data, tmp_path, "all", "--warmup", "0", "--epochs", "1", "--keep", "all", "--reassemble", "alternate")
     assert {row["kept"] for row in partition(folder)} == {"audio+video+text"}
     assert [metrics(folder)[0][f"n_{name}"] for name in NAMES] == [CLIPS] * 3
 

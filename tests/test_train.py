@@ -276,7 +276,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(data, tmp_path, capsys):
             ("method", "audio"),
             ("image_size", "32"),
             ("fusion_method", "film"),
-            ("model", "resnet18"),
+            ("encoder", "resnet18"),
         ):
             with pytest.raises(UserError, match=rf"--{name} {value}: .*trained with --{name} .*; leave the flag out"):
                 train.main(["--checkpoint", str(folder / "last.pth"), f"--{name}", value])
@@ -602,7 +602,7 @@ def test_only_the_command_itself_may_start_torchrun(monkeypatch):
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, message, tmp_path, data):
     if "--data_root" not in flags and "--dataset" not in flags:
-        flags = [*flags, "--dataset", "folder", "--data_root", str(data), "--model", "resnet18_thin"]
+        flags = [*flags, "--dataset", "folder", "--data_root", str(data), "--encoder", "resnet18_thin"]
     with pytest.raises(UserError, match=message) as caught:
         train.main([*flags, "--log_path", str(tmp_path / "runs")])
     assert "\n" not in str(caught.value)

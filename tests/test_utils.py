@@ -134,7 +134,7 @@ def test_presets():
     )
     official = [train.parse_args(["--train", "--preset", "official", "--method", m]) for m in ("remix", "baseline")]
     assert [args.learning_rate for args in official] == [5e-5, 1e-3]
-    assert all(args.masked_encoder == "run" and args.batch_order == "sequential" for args in official)
+    assert all(args.masked_encoder == "run" and args.reassemble == "sequential" for args in official)
     mine = train.parse_args(["--train", "--preset", "official", "--masked_encoder", "skip", "--learning_rate", "0.01"])
     assert (mine.masked_encoder, mine.learning_rate) == ("skip", 0.01)
     assert "masked_encoder" not in mine.from_preset and mine.from_preset["score"] == "kl"

@@ -47,17 +47,28 @@ class Tally:
 
     @torch.no_grad()
     def add(
-        self, i: int, loss: Tensor, entropies: dict[str, Tensor], logits: dict[str, Tensor], labels: Tensor, n: float
+        self,
+        i: int,
+        loss: Tensor,
+        entropies: dict[str, Tensor],
+        logits: dict[str, Tensor],
+        labels: Tensor,
+        n: float,
+        given: dict[str, Tensor] | None = None,
     ) -> None:
-        """Count batch `i`: its mean loss and each head's cross entropy, means over `n` clips. logits (B, C)."""
+        """Count batch `i`: its mean loss and each head's cross entropy, means over `n` clips. logits (B, C).
+
+        `given` (B,) bool: in a mixed batch, the clips that are fed to a head; the others have no cross entropy there.
+        """
         if self.losses is None:
             self.losses = torch.zeros(self.batches, device=loss.device)
         self.losses[i] = loss.detach() * n
         for name, entropy in entropies.items():
             if name not in self.trained:
                 continue
-            correct = (logits[name].argmax(1) == labels).float().mean()
-            own = torch.stack([entropy.detach().float(), correct, torch.ones_like(correct)]) * n
+            correct = (logits[name].argmax(1) == labels).float()
+            fed = given[name].float() if given and name in given else torch.ones_like(correct)
+            own = torch.stack([entropy.detach().float(), (correct * fed).mean(), fed.mean()]) * n
             self.heads[name] = self.heads[name] + own if name in self.heads else own
 
     def numbers(self, heads: tuple[str, ...]) -> dict[str, float | None]:

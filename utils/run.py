@@ -282,6 +282,14 @@ def read_config(folder: Path) -> dict:
     return config
 
 
+def modern(config: dict) -> dict:
+    """A run's config with flags under their present names, whatever version wrote it."""
+    former = {"batch_order": "reassemble"}
+    if config.get("model") in ("resnet18", "resnet18_thin"):  # --model was the encoder before there were architectures
+        former["model"] = "encoder"
+    return {former.get(name, name): value for name, value in config.items()}
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; a last line torn by a kill is left out."""
     path = folder / "metrics.jsonl"

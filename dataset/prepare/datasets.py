@@ -218,7 +218,7 @@ def _official(args, name: str, raw: Path, out: Path, split: Split, index) -> Job
     published = SPECS[name]
     sound, frames = published.modality(AUDIO), published.modality(VIDEO)
     recipe = RecipeFlag(sound.recipe.name if sound.recipe else "fbank", {})
-    own = {"image_size", "model", "learning_rate", "crop_area", "mirror"}
+    own = {"image_size", "encoder", "learning_rate", "crop_area", "mirror"}
     defaults = Defaults(None, frames.frames, recipe, frames.stored_frames,
                         fields={field: getattr(published, field) for field in own})  # fmt: skip
     clips = find_clips(index, published, [clip for rows in split.parts.values() for clip, _ in rows])
@@ -421,7 +421,7 @@ def grid(args, raw: Path, out: Path) -> Job:
         notes.append(f"{spoken:,} videos have no times of their words and are left out")
     # As in our measurements on GRID: thin network, gentle crops, 64 x 64 spectrograms of the word.
     recipe = RecipeFlag("logmel", {"rate": 16_000, "seconds": 0.64, "bands": 64, "hop": 160})
-    fields = {"image_size": 64, "model": "resnet18_thin", "crop_area": (0.6, 1.0)}
+    fields = {"image_size": 64, "encoder": "resnet18_thin", "crop_area": (0.6, 1.0)}
     defaults = Defaults(25.0, 4, recipe, None, 64, MOUTH, fields=fields)
     record = {"source": "words.csv" if listed else "alignments", "role": args.role}
     return _own_job(args, "GRID", rows, raw, defaults, record, notes)._replace(faults=faults)
