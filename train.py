@@ -29,10 +29,10 @@ from balance.diagnostics import diagnose, partition_moves
 from dataset.build import Data, build_data
 from dataset.clips import CACHES, Clips
 from dataset.folder import digest
-from dataset.specs import AUDIO, SPECS, VIDEO, described, get_spec, spec_of
+from dataset.specs import AUDIO, SPECS, VIDEO, get_spec
 from evaluation.checkpoint import evaluate_checkpoint
 from evaluation.numbers import evaluate, fed_to, trained_heads
-from evaluation.predictions import refuse_existing
+from evaluation.trained import check_evaluation, take_flags_of_checkpoint, trained_spec
 from models import FUSIONS, IMAGE_ENCODERS, MODELS, UNIMODAL, MultimodalClassifier, Output, build_model
 from models.batchnorm import frozen_batchnorm, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
@@ -44,7 +44,7 @@ from utils.cli import Parser, id_list, number, path_name
 from utils.console import epoch_line, lap, progress, some, start_lines
 from utils.errors import UserError, run_main
 from utils.metrics import Tally
-from utils.run import Run, check_same_run, continues, environment, modern, take_flags_of_run, update_best
+from utils.run import Run, check_same_run, continues, environment, take_flags_of_run, update_best
 from utils.seeding import epoch_generator, seed_everything
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -67,8 +67,6 @@ MANY = 10**6  # no count or factor is sensibly larger
 # What may change when a run is resumed: where it runs and how long, not what it computes.
 RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "run_name", "gpu_ids", "device", "data_root",
              "diagnose", "compile", "checkpoint"}  # fmt: skip
-AS_TRAINED = ("method", "model", "encoder", "fusion_method", "unimodal", "image_size", "pack_size", "alpha", "beta",
-              "gamma1", "gamma2", "balance")  # fmt: skip
 DERIVED = ("from_preset", "joint_weights", "alone_weights", "trained")  # of the Namespace, not flags
 
 
@@ -163,12 +161,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.resume not in (None, "auto"):
         take_flags_of_run(args, typed)
     elif args.checkpoint and not args.train:
-        evaluation_flags(args, typed)
+        take_flags_of_checkpoint(args, typed)
     root = str(get_spec(args.dataset).root)
-    folder, known = Path(args.data_root or root), args.trained.get("input")
-    described_alone = known is not None and (args.clip or not folder.is_dir())
-    spec = described(args.dataset, known) if described_alone else spec_of(args.dataset, folder)
-    official = args.preset == "official"
+    spec, official = trained_spec(args, Path(args.data_root or root)), args.preset == "official"
     preset = PRESETS[args.preset] | {"encoder": spec.encoder, "image_size": spec.image_size, "data_root": root}
     preset["learning_rate"] = OFFICIAL_RATES.get(args.method, 1e-3) if official else spec.learning_rate
     preset["precision"] = default_precision(args.device)
@@ -179,24 +174,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     balances.settle(args, spec.names)
     check_args(args, spec.names)
     return args
-
-
-def evaluation_flags(args: Namespace, typed: dict) -> None:
-    """Take network and input of the checkpoint to evaluate from its config, where they were not given.
-
-    Raises `UserError` if another network or input was given; a checkpoint that says nothing (the official code's) is
-    evaluated with the flags as given.
-    """
-    state = load_checkpoint(args.checkpoint, mapped=True)
-    args.trained = {name: state[name] for name in ("classes", "input") if name in state}
-    config = balances.modernise(modern(state.get("config", {})))
-    for name in AS_TRAINED:
-        if name in typed and name in config and typed[name] != config[name]:
-            raise UserError(f"--{name} {typed[name]}: {args.checkpoint} was trained with --{name} {config[name]}; "
-                            "leave the flag out")  # fmt: skip
-    same_data = "dataset" not in typed or args.dataset == config.get("dataset")
-    names = (*AS_TRAINED, "dataset", "split", "val_fraction", "precision", *(["data_root"] if same_data else []))
-    vars(args).update({name: config[name] for name in names if name in config and name not in typed})
 
 
 def loss_weights(args: Namespace, names: Names) -> tuple[dict[str, float], dict[str, float]]:
@@ -216,13 +193,7 @@ def check_args(args: Namespace, names: Names) -> None:
                         "FILE to evaluate")  # fmt: skip
     if args.resume and not (args.train and args.run_name):
         raise UserError("--resume: name the run, as in --resume runs/NAME, or --train --run_name NAME --resume auto")
-    if args.train and (args.predictions or args.clip):
-        name = "predictions" if args.predictions else "clip"
-        raise UserError(f"--{name}: of a trained network; use --checkpoint FILE, without --train")
-    if args.predictions and args.clip:
-        raise UserError("--predictions: of the clips in the training folder, not of --clip; choose one")
-    if args.predictions:
-        refuse_existing(Path(args.predictions))
+    check_evaluation(args)
     if args.checkpoint and not continues(args) and not Path(args.checkpoint).is_file():
         raise UserError(f"{args.checkpoint}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
     if args.train and args.method == "remix" and args.warmup > args.epochs:
@@ -412,13 +383,8 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.together():
         if args.train and args.batch_size < (least := 2 * distributed.world_size()):
             raise UserError(f"--batch_size {args.batch_size}: BatchNorm needs 2 clips per process; use {least} or more")
-    if args.clip:
-        from evaluation.clip import classify_clips  # late: only this needs the code that prepares raw files
-
-        classify_clips(args, device, make_model)
-    elif not args.train:
-        data = build_data(args, device, only=None if args.predictions else ("test",))
-        evaluate_checkpoint(args, data, make_model(args, data, device))
+    if not args.train:
+        evaluate_checkpoint(args, device, make_model)
     else:
         named = [args.dataset, "+".join([args.method, *args.balance_options]), f"seed{args.random_seed}"]
         args.run_name = args.run_name or "_".join([*named, f"{datetime.now():%Y%m%d-%H%M%S}"])
@@ -485,7 +451,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         numbers["seconds_train"], clock = lap(clock)
 
         for part in [name for name in data.clips if name != "train"]:
-            logits[part] = predict(model, data.clips[part], fed, size, f"epoch {epoch + 1} {part}", run.check)
+            logits[part] = predict(model, data.clips[part], fed, size, f"epoch {epoch + 1} {part}", run.check, True)
             numbers |= evaluate(logits[part], data.clips[part].labels, part, args)
         numbers["seconds_eval"], clock = lap(clock)
         if args.diagnose:

@@ -2,9 +2,12 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
-from dataset.build import Data
+import torch
+
+from dataset.build import Data, build_data
 from evaluation.numbers import evaluate, fed_to, measure, trained_heads
 from evaluation.predictions import Predictions, as_arrays, predict_part, save_predictions
 from evaluation.unimodal import SOURCES, Labelled, Probe, has_head, linear_probe
@@ -18,12 +21,20 @@ KIND = "evaluation of a checkpoint"  # what our own files say of themselves; no 
 FORMAT = 1
 
 
-def evaluate_checkpoint(args: Namespace, data: Data, model: MultimodalClassifier) -> None:
-    """Print and save what `model`, the network of `--checkpoint`, does on the test clips.
+def evaluate_checkpoint(
+    args: Namespace, device: torch.device, make_model: Callable[..., MultimodalClassifier]
+) -> None:
+    """What train.py does without `--train`; `make_model` is its own.
 
-    With `--predictions`, `data` holds all parts: their logits and features go to that file, and a linear probe is
-    fitted on the features of the training clips.
+    Prints and saves the numbers of the test clips. With `--predictions` all clips' logits and features go to that
+    file, and a linear probe is fitted on the features of the training clips. `--clip` is classified instead.
     """
+    if args.clip:
+        from evaluation.clip import classify_clips  # late: only this needs the code that prepares raw files
+
+        return classify_clips(args, device, make_model)
+    data = build_data(args, device, only=None if args.predictions else ("test",))
+    model = make_model(args, data, device)
     fed, size = fed_to(args, data.spec.names), 4 * args.batch_size
     parts = {name: predict_part(model, clips, fed, size, name) for name, clips in data.clips.items()}
     with distributed.together():
@@ -74,9 +85,10 @@ def measured(args: Namespace, data: Data, model: MultimodalClassifier, parts: di
             heads[name]["probe"]["C"] = probe.cost
     about = {"dataset": args.dataset, "root": str(data.folder.root), "part": "test", "clips": len(test.clips),
              "left_out": len(data.folder.missing), "classes": classes, "modalities": list(data.spec.names)}  # fmt: skip
-    settings = {name: getattr(args, name) for name in ("method", "balance", "model", "fusion_method", "unimodal", "precision")}
-    return {"kind": KIND, "format": FORMAT, "checkpoint": args.checkpoint, "data": about, "settings": settings,
-            "sources": SOURCES, "heads": heads}  # fmt: skip
+    chosen = ("method", "balance", "model", "fusion_method", "unimodal", "precision")
+    return {"kind": KIND, "format": FORMAT, "checkpoint": args.checkpoint, "epoch": args.trained.get("epoch"),
+            "data": about, "settings": {name: getattr(args, name) for name in chosen}, "sources": SOURCES,
+            "heads": heads}  # fmt: skip
 
 
 def probe_of(parts: dict[str, Predictions], name: str, n_classes: int) -> Probe | None:

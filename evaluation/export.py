@@ -43,8 +43,8 @@ def example_inputs(folder: Folder, image_size: int) -> dict[str, Tensor]:
     inputs = {}
     for modality in folder.spec.modalities:
         if modality.kind == "sequence":
-            raise UserError(f"{modality.name} is a sequence of any length, which torch.export does not take; networks on "
-                            "frames, spectrograms and vectors can be exported")  # fmt: skip
+            raise UserError(f"{modality.name}: sequences of any length cannot be exported; frames, spectrograms and "
+                            "vectors can")  # fmt: skip
         if modality.kind == "frames":
             shape = (modality.frames, modality.channels, image_size, image_size)
         else:

@@ -31,11 +31,16 @@ def trained_heads(args: Namespace) -> tuple[str, ...]:
 
 
 def evaluate(logits: dict[str, Tensor], labels: Tensor, part: str, args: Namespace) -> dict[str, float | None]:
-    """Flat numbers of one part ("test" or "val"): accuracies are fractions in [0, 1], None for a head not trained."""
+    """Flat numbers of one part ("test" or "val"): accuracies are fractions in [0, 1], None for a head not trained.
+
+    `logits` may hold `slice_<modality>` beside the heads (`models.inference.collect`).
+    """
     trained = trained_heads(args)
     numbers: dict[str, float | None] = {f"{part}_acc": accuracy(logits["joint"], labels)}
     for name in args.joint_weights:
         numbers[f"{part}_acc_{name}"] = accuracy(logits[name], labels) if name in trained else None
+        if f"slice_{name}" in logits:
+            numbers[f"{part}_slice_{name}"] = accuracy(logits[f"slice_{name}"], labels)
     numbers[f"{part}_f1_macro"] = f1_macro(logits["joint"], labels)
     numbers[f"{part}_loss"] = F.cross_entropy(logits["joint"], labels).item()
     return numbers

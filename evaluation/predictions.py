@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from dataset.clips import Clips
+from evaluation.trained import refuse_existing
 from evaluation.unimodal import masked, slices
 from models import MultimodalClassifier
 from models.inference import check_finite, collect
 from remix import batches_of
 from utils import distributed
 from utils.console import progress
-from utils.errors import UserError
 from utils.files import atomic_path, writing
 
 
@@ -73,14 +73,6 @@ def as_arrays(
                              ("features", found.features)):  # fmt: skip
             arrays |= {f"{part}_{kind}_{name}": rows.float().cpu().numpy() for name, rows in values.items()}
     return arrays
-
-
-def refuse_existing(path: Path) -> None:
-    """Raise `UserError` for a file that is there already, or that can be none."""
-    if path.exists():
-        raise UserError(f"--predictions {path}: is there already; delete it, or choose another name")
-    if path.suffix != ".npz":
-        raise UserError(f"--predictions {path}: choose a name that ends in .npz")
 
 
 def save_predictions(path: Path, arrays: dict[str, np.ndarray]) -> None:

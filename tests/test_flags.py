@@ -31,6 +31,8 @@ WRONG = {
     "unimodal": NAME,
     "fusion_method": NAME,
     "checkpoint": [*PATH, "/nowhere/x.pth", "/"],
+    "predictions": [*PATH, "x.npz"],  # with --train
+    "clip": [*PATH, "x.mp4"],  # with --train
     "method": NAME,
     "preset": NAME,
     "warmup": [*WHOLE, "61"],

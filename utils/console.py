@@ -67,6 +67,13 @@ def result_table(rows: dict[str, dict], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def slice_lines(numbers: dict, names: Sequence[str]) -> list[str]:
+    """The accuracies of the joint head's slices, where a modality's own head was not trained."""
+    found = [f"{name} {numbers[key]:.4f}" for name in names
+             if numbers[f"test_acc_{name}"] is None and (key := f"test_slice_{name}") in numbers]  # fmt: skip
+    return [f"slices of the joint head, last epoch: {', '.join(found)}"] if found else []
+
+
 def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path, first: int) -> list[str]:
     """What a run starts with: what the preset changes from `usual`, and a line of device, precision, threads, seed."""
     filled = args.from_preset

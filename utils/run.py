@@ -41,6 +41,7 @@ def board_tag(key: str) -> str:
     if key in ("test_acc", "val_acc"):
         return {"test_acc": "accuracy/multimodal", "val_acc": "accuracy_val/multimodal"}[key]
     for start, tag in (("test_acc_", "accuracy/"), ("val_acc_", "accuracy_val/"), ("train_acc_", "train_accuracy/"),
+                       ("test_slice_", "accuracy/slice_"), ("val_slice_", "accuracy_val/slice_"),
                        ("train_ce_", "loss/ce_"), ("n_", "remix/n_"), ("seconds_", "speed/seconds_")):  # fmt: skip
         if key.startswith(start):
             return tag + key.removeprefix(start)
