@@ -21,9 +21,7 @@ KIND = "evaluation of a checkpoint"  # what our own files say of themselves; no 
 FORMAT = 1
 
 
-def evaluate_checkpoint(
-    args: Namespace, device: torch.device, make_model: Callable[..., MultimodalClassifier]
-) -> None:
+def evaluate_checkpoint(args: Namespace, device: torch.device, make_model: Callable[..., MultimodalClassifier]) -> None:
     """What train.py does without `--train`; `make_model` is its own.
 
     Prints and saves the numbers of the test clips. With `--predictions` all clips' logits and features go to that

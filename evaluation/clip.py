@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dataset.clips import Feed, FileClips
+from dataset.clips import Feed, make_clips
 from dataset.folder import Folder, Part
 from dataset.prepare.given import given_clips, prepare_given
 from evaluation.numbers import fed_to, trained_heads
@@ -46,21 +46,26 @@ def classify_clips(args: Namespace, device: torch.device, make_model: Callable[.
     model = make_model(args, without_clips(folder), device)
     with TemporaryDirectory(prefix="clips-") as place:
         parts = prepare_given(clips, Path(place), folder.spec, folder.shapes, record)
-        answers = {answer.clip: answer for fed, part in parts for answer in answers_for(args, folder, fed, part, model)}
+        found = [answers_for(args, folder, names, part, Path(place), model) for names, part in parts]
+    answers = {answer.clip: answer for group in found for answer in group}
     for clip in clips:
         print("\n".join(lines(answers[clip.name], folder)))
 
 
 def answers_for(
-    args: Namespace, folder: Folder, names: tuple[str, ...], part: Part, model: MultimodalClassifier
+    args: Namespace, folder: Folder, names: tuple[str, ...], part: Part, place: Path, model: MultimodalClassifier
 ) -> list[Answer]:
-    """The answers for the clips of `part`, which have the modalities `names`: fed as test clips are."""
+    """The answers for the clips of `part`, in the folder `place`, which have the modalities `names`.
+
+    They are fed as test clips are.
+    """
     fed = tuple(name for name in fed_to(args, folder.spec.names) if name in names)
     if not fed:
         raise UserError(f"--clip {part.clips[0]}: {' and '.join(names)} alone, and the network was trained by --method "
                         f"{args.method}")  # fmt: skip
     modalities, device = tuple(folder.spec.modality(name) for name in fed), next(model.parameters()).device
-    clips = FileClips(part, Feed(modalities, args.image_size, device, "none", pack_size=args.pack_size), folder.shapes)
+    feed = Feed(modalities, args.image_size, device, "ram", pack_size=args.pack_size)
+    clips = make_clips(place, "clips", part, {name: folder.shapes[name] for name in fed if name in folder.shapes}, feed)
     logits = predict(model, clips, fed, 4 * args.batch_size, "clips")
     heads = {name: rows.float().softmax(1).cpu() for name, rows in logits.items()
              if name in ("joint", *trained_heads(args))}  # fmt: skip

@@ -98,8 +98,8 @@ def predict(
 ) -> dict[str, Tensor]:
     """Logits (N, C) of "joint" and of each fed modality for all `clips` in order: eval mode, no augmentation.
 
-    One pass serves evaluation and the scoring of Remix. `slices` as in `collect`. Raises `UserError` naming the clips if
-    a logit is not finite.
+    One pass serves evaluation and the scoring of Remix. `slices` as in `collect`. Raises `UserError` naming the clips
+    if a logit is not finite.
     """
     model.eval()
     with progress(name, len(clips), is_main()) as bar:

@@ -8,7 +8,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, in_two_processes, run
+from helpers import TINY, run
 from sklearn import metrics as reference
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -235,20 +235,9 @@ def test_predictions_are_of_the_parts_the_network_was_trained_with(predicted, tr
             np.testing.assert_allclose(found[f"test_features_{name}"][i], values[0].numpy(), rtol=1e-3, atol=1e-4)
 
 
-def test_several_processes_write_the_same_predictions_once(predicted, trained, tmp_path):
-    words = ["train.py", "--checkpoint", str(trained), "--predictions", str(tmp_path / "two.npz"), "--device", "cpu"]
-    ((status, out, err),) = in_two_processes(tmp_path / "group", words)
-    assert status == [0, 0], err
-    assert out.count("test clips") == out.count("all numbers") == 1
-    found = np.load(tmp_path / "two.npz")
-    assert set(found) == set(predicted[1])
-    for name in found:
-        if found[name].dtype.kind == "f":
-            np.testing.assert_allclose(found[name], predicted[1][name], rtol=1e-4, atol=1e-5)
-        else:
-            assert (found[name] == predicted[1][name]).all()
-    with pytest.raises(UserError, match=r"--predictions .*two.npz: is there already; delete it, or choose another"):
-        train.main(words[1:])
+def test_a_file_of_predictions_is_never_replaced(predicted, trained, runs):
+    with pytest.raises(UserError, match=r"--predictions .*out.npz: is there already; delete it, or choose another"):
+        train.main(["--checkpoint", str(trained), "--predictions", str(runs / "out.npz")])
 
 
 def test_heads_that_were_not_trained_are_left_out(data, runs, tmp_path, capsys):

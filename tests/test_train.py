@@ -397,7 +397,14 @@ def pairs(data, runs, remix_run, tmp_path_factory):
         "existing": [*command, str(data), "--train", "--run_name", "remix"],
         "small batch": [*command, str(data), "--train", "--run_name", "small", "--batch_size", "3"],
         "few": [*command, str(few), "--train", "--run_name", "few", "--epochs", "2", "--warmup", "1", "--diagnose"],
-        "evaluate": [*command, str(few), "--checkpoint", str(runs / "few" / "last.pth")],
+        "evaluate": [
+            *command,
+            str(few),
+            "--checkpoint",
+            str(runs / "few" / "last.pth"),
+            "--predictions",
+            str(out / "two.npz"),
+        ],
         "gradients": ["tests/rank_gradients.py", str(out), *gradient_flags(sound)],
     }
     return dict(zip(commands, in_two_processes(out, *commands.values()), strict=True)) | {"data": sound, "out": out}
@@ -416,6 +423,22 @@ def test_a_mistake_on_several_processes_is_one_line(pairs, runs, case, said):
     status, _, err = pairs[case]
     assert status == [2, 2] and err.count("\n") == 1 and err.startswith("error: ") and said in err, err
     assert not (runs / "small").exists()
+
+
+def test_two_processes_write_the_predictions_of_one(pairs, runs):
+    """Once; of 18 training clips, and of one test clip, which both processes have."""
+    status, out, err = pairs["evaluate"]
+    assert status == [0, 0], err
+    assert out.count("1 test clips") == out.count("last.evaluation.json: all numbers") == 1
+    one, two = pairs["out"] / "one.npz", pairs["out"] / "two.npz"
+    train.main(["--checkpoint", str(runs / "few" / "last.pth"), "--predictions", str(one), "--device", "cpu"])
+    one, two = np.load(one), np.load(two)
+    assert set(one) == set(two) and two["train_logits_joint"].shape == (18, 3)
+    for name in one:
+        if one[name].dtype.kind == "f":
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5)
+        else:
+            assert (two[name] == one[name]).all()
 
 
 def test_two_processes_equal_one(pairs):
