@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from balance.diagnostics import calibration_error
+from models import SHARED_HEADS
 from utils.metrics import accuracy, confusion, f1_macro
 
 
@@ -21,7 +22,7 @@ def fed_to(args: Namespace, names: tuple[str, ...]) -> tuple[str, ...]:
 
 def trained_heads(args: Namespace) -> tuple[str, ...]:
     """The modalities whose unimodal logits a loss reaches in some epoch; other heads stay as they were drawn."""
-    if args.unimodal == "masked":  # the joint head with the others masked, which is always trained
+    if args.unimodal == "masked" or args.fusion_method in SHARED_HEADS:  # the joint loss trains what gives the logits
         return fed_to(args, tuple(args.joint_weights))
     alone = [name for name, weight in args.alone_weights.items() if weight > 0]
     if args.method in args.alone_weights:

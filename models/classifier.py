@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.encoders import ENCODERS, Sequences
-from models.fusion import Fusion, make_fusion
+from models.fusion import Decision, Fusion, make_fusion
 
 MODELS = ("late",)
 UNIMODAL = ("heads", "masked")
@@ -59,6 +59,8 @@ class MultimodalClassifier(nn.Module):
         self.encoders = nn.ModuleDict({name: ENCODERS[encoder].make(size) for name, (encoder, size) in inputs.items()})
         self.head: Fusion = make_fusion(fusion_method, self.widths, n_classes)
         self.heads = nn.ModuleDict({name: nn.Linear(width, n_classes) for name, width in self.widths.items()})
+        if isinstance(self.head, Decision):
+            self.head.shared.append(self.heads)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -113,8 +113,11 @@ def test_numbers_are_scikit_learn_s():
 ])  # fmt: skip
 def test_heads_that_a_loss_reaches(method, unimodal, alone, expected):
     joint = {"audio": 0.0, "video": 0.5} if unimodal == "heads" else dict.fromkeys(BOTH, 0.0)
-    args = Namespace(method=method, unimodal=unimodal, joint_weights=joint, alone_weights=dict.fromkeys(BOTH, alone))
+    weights = {"joint_weights": joint, "alone_weights": dict.fromkeys(BOTH, alone)}
+    args = Namespace(method=method, unimodal=unimodal, fusion_method="concat", **weights)
     assert trained_heads(args) == expected
+    args.fusion_method = "decision"  # the joint loss trains the unimodal heads
+    assert trained_heads(args) == ((method,) if method in BOTH else BOTH)
 
 
 # --------------------------------------------------------------------------------------------------------- unimodal
@@ -128,7 +131,7 @@ def small(fusion):
     return build_model(modalities, {"audio": (16, 8)}, 3, "resnet18_thin", fusion).eval()
 
 
-@pytest.mark.parametrize("fusion", ["concat", "sum", "film", "gated"])
+@pytest.mark.parametrize("fusion", ["concat", "sum", "film", "gated", "decision", "bigated"])
 @torch.no_grad()
 def test_slices_and_masked_heads(fusion):
     """Slices by hand from the weights, adding up to the joint logits; the masked head as the network gives it."""
@@ -138,7 +141,7 @@ def test_slices_and_masked_heads(fusion):
     parts, alone = slices(model, output.features), masked(model, output.features, BOTH)
     for name in BOTH:
         torch.testing.assert_close(alone[name], model({name: inputs[name]}, (name,)).joint)
-    if fusion in ("film", "gated"):
+    if fusion in ("film", "gated", "bigated"):
         assert parts == {}
         return
     torch.testing.assert_close(parts["audio"] + parts["video"], output.joint)

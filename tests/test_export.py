@@ -87,7 +87,7 @@ def test_pixels_are_scaled_as_the_file_says(trained, data, tmp_path):
 
 
 @pytest.mark.parametrize(("fusion", "bf16", "unimodal"), [
-    ("sum", True, "heads"), ("film", False, "heads"), ("gated", False, "masked"),
+    ("sum", True, "heads"), ("film", False, "heads"), ("gated", False, "masked"), ("decision_drop", False, "heads"),
 ])  # fmt: skip
 def test_every_kind_of_network_is_exported(fusion, bf16, unimodal):
     """One that trained in bf16 is exported in float32, and stays itself in bf16."""
