@@ -64,12 +64,12 @@ def measure(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict:
                "recall": float(recall[i]) if clips[i] else None, "f1": float(f1[i])}
         for i, name in enumerate(classes)
     }  # fmt: skip
-    logits = logits.cpu().double()  # on the host: not every device computes in float64
+    logits, labels = logits.cpu().double(), labels.cpu()  # on the host: not every device computes in float64
     return {
-        "accuracy": accuracy(logits, labels.cpu()),
+        "accuracy": accuracy(logits, labels),
         "f1_macro": f1_macro(logits, labels),
-        "nll": F.cross_entropy(logits, labels.cpu()).item(),
-        "ece": calibration_error(logits, labels.cpu()),
+        "nll": F.cross_entropy(logits, labels).item(),
+        "ece": calibration_error(logits, labels),
         "per_class": per_class,
         "confusion": counts.tolist(),
     }

@@ -18,8 +18,10 @@ def kl_from_uniform(logits: Tensor) -> Tensor:
 
     Probabilities are clipped to [1e-9, 1] as in the official code (paper section 3.2), which fixes C to 6; here C is
     the number of columns. The softmax is computed in float32 (float64 for float64 logits) and the sum in float64. That
-    is the official arithmetic; a float32 sum orders saturated clips differently.
+    is the official arithmetic; a float32 sum orders saturated clips differently. Logits on Apple's MPS, which has no
+    float64, are taken to the CPU.
     """
+    logits = logits.cpu() if logits.device.type == "mps" else logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     p = logits.softmax(dim=1).double().clamp(1e-9, 1.0)
     return (p * (p.log2() + math.log2(logits.shape[1]))).sum(dim=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from utils.acceleration import device_name, synchronise
 from utils.distributed import world_size
 
 
@@ -81,7 +82,7 @@ def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path
     lines = [f"preset {args.preset}: {', '.join(changed)}"] if changed else []
     if args.method == "remix" and args.warmup == args.epochs:
         lines.append(f"warning: all {args.epochs} epochs are warm-up, so Remix never starts")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = device_name(device)
     many = f" x {world_size()}" if world_size() > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     method = args.method if args.balance == "none" else f"{args.method} with {args.balance}"
@@ -92,7 +93,6 @@ def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path
 
 def lap(clock: float) -> tuple[float, float]:
     """Seconds since `clock`, the device having finished, and the time now."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    synchronise()
     now = time.perf_counter()
     return now - clock, now

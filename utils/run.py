@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from utils import distributed
+from utils.acceleration import device_name
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import Interrupted, UserError
 from utils.files import atomic_path, remove_leftovers, writing
@@ -324,7 +325,7 @@ def environment(device: torch.device, processes: int) -> dict:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "git_commit": git_commit(),
         "hardware": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": device_name(device) if device.type == "cuda" else device.type,
             "processes": processes,
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
