@@ -5,7 +5,7 @@
     python train.py --train --dataset CREMAD --epochs 60 --warmup 10     # the paper's setting
     python train.py --checkpoint runs/NAME/best.pth                      # evaluate
 
-Read it downward: flags, loss terms, one training epoch, the plan of an epoch (the method), evaluation, main. An epoch's
+Read it downward: flags, loss terms, one training epoch, the plan of an epoch (the method), main. An epoch's
 plan is a list of batches, each (clip indices, fed modalities). Joint training feeds all of them, Remix one. Everything
 else is the same.
 """
@@ -28,8 +28,11 @@ from balance.diagnostics import diagnose, partition_moves
 from dataset.build import Data, build_data
 from dataset.clips import CACHES, Clips
 from dataset.folder import digest
-from dataset.specs import AUDIO, SPECS, VIDEO, get_spec, spec_of
-from models import FUSIONS, IMAGE_ENCODERS, MODELS, SHARED_HEADS, UNIMODAL, MultimodalClassifier, Output, build_model
+from dataset.specs import AUDIO, SPECS, VIDEO, get_spec
+from evaluation.checkpoint import evaluate_checkpoint
+from evaluation.numbers import evaluate, fed_to, trained_heads
+from evaluation.trained import check_evaluation, take_flags_of_checkpoint, trained_spec
+from models import FUSIONS, IMAGE_ENCODERS, MODELS, UNIMODAL, MultimodalClassifier, Output, build_model
 from models.batchnorm import batchnorm_of_one_clip, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
 from models.inference import predict
@@ -37,11 +40,11 @@ from utils import distributed
 from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision, use_huge_pages
 from utils.checkpoint import load_checkpoint
 from utils.cli import Parser, id_list, number, path_name
-from utils.console import epoch_line, lap, progress, result_table, some, start_lines
+from utils.console import epoch_line, lap, progress, some, start_lines
 from utils.errors import UserError, run_main
 from utils.memory import usable_cores
-from utils.metrics import Tally, accuracy, f1_macro
-from utils.run import Run, check_same_run, continues, environment, modern, take_flags_of_run, update_best
+from utils.metrics import Tally
+from utils.run import Run, check_same_run, continues, environment, take_flags_of_run, update_best
 from utils.seeding import epoch_generator, seed_everything
 
 # ---------------------------------------------------------------------------------------------------------- flags
@@ -64,9 +67,7 @@ MANY = 10**6  # no count or factor is sensibly larger
 # What may change when a run is resumed: where it runs and how long, not what it computes.
 RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "run_name", "gpu_ids", "device", "data_root",
              "diagnose", "compile", "checkpoint"}  # fmt: skip
-AS_TRAINED = ("method", "model", "encoder", "fusion_method", "unimodal", "image_size", "pack_size", "alpha", "beta",
-              "gamma1", "gamma2", "balance")  # fmt: skip
-DERIVED = ("from_preset", "joint_weights", "alone_weights")  # of the Namespace, not flags
+DERIVED = ("from_preset", "joint_weights", "alone_weights", "trained")  # of the Namespace, not flags
 
 
 # fmt: off
@@ -96,6 +97,10 @@ def make_parser() -> Parser:
     g.add_argument("--unimodal", default="heads", choices=UNIMODAL, help="unimodal predictions: of unimodal heads, or "
                    "of the joint head with the other modalities masked, without heads' losses (default: heads)")
     g.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate or load (default: none)")
+    g.add_argument("--predictions", type=path_name, metavar="FILE",
+                   help="with --checkpoint: logits and features of all clips to this .npz (default: none)")
+    g.add_argument("--clip", nargs="+", type=path_name, metavar="FILE",
+                   help="with --checkpoint: classify these raw videos and sounds instead (default: none)")
 
     g = p.add_argument_group("method")
     g.add_argument("--method", default="remix", metavar="NAME",
@@ -133,7 +138,7 @@ def make_parser() -> Parser:
 
     g = p.add_argument_group("system")
     g.add_argument("--train", action="store_true", help="train; else evaluate --checkpoint (default: off)")
-    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: auto, a GPU if any)")
+    g.add_argument("--device", default="auto", choices=distributed.DEVICES, help="(default: auto, a CUDA GPU if any)")
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
     g.add_argument("--precision", choices=PRECISIONS, help="arithmetic (default: fp32 on a CPU, tf32 on a GPU)")
     g.add_argument("--compile", action="store_true", help="compile the encoders with torch.compile (default: off)")
@@ -152,12 +157,13 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     """
     parser = make_parser()
     args, typed = parser.parse_args(argv), parser.typed(argv)
+    args.trained = {}  # what the checkpoint to evaluate says of its data
     if args.resume not in (None, "auto"):
         take_flags_of_run(args, typed)
     elif args.checkpoint and not args.train:
-        evaluation_flags(args, typed)
+        take_flags_of_checkpoint(args, typed)
     root = str(get_spec(args.dataset).root)
-    spec, official = spec_of(args.dataset, Path(args.data_root or root)), args.preset == "official"
+    spec, official = trained_spec(args, Path(args.data_root or root)), args.preset == "official"
     preset = PRESETS[args.preset] | {"encoder": spec.encoder, "image_size": spec.image_size, "data_root": root}
     preset["learning_rate"] = OFFICIAL_RATES.get(args.method, 1e-3) if official else spec.learning_rate
     preset.setdefault("precision", default_precision(args.device))
@@ -168,22 +174,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     balances.settle(args, spec.names)
     check_args(args, spec.names)
     return args
-
-
-def evaluation_flags(args: Namespace, typed: dict) -> None:
-    """Take network and input of the checkpoint to evaluate from its config, where they were not given.
-
-    Raises `UserError` if another network or input was given; a checkpoint that says nothing (the official code's) is
-    evaluated with the flags as given.
-    """
-    config = balances.modernise(modern(load_checkpoint(args.checkpoint, mapped=True).get("config", {})))
-    for name in AS_TRAINED:
-        if name in typed and name in config and typed[name] != config[name]:
-            raise UserError(f"--{name} {typed[name]}: {args.checkpoint} was trained with --{name} {config[name]}; "
-                            "leave the flag out")  # fmt: skip
-    same_data = "dataset" not in typed or args.dataset == config.get("dataset")
-    names = (*AS_TRAINED, "dataset", "split", "precision", *(["data_root"] if same_data else []))
-    vars(args).update({name: config[name] for name in names if name in config and name not in typed})
 
 
 def loss_weights(args: Namespace, names: Names) -> tuple[dict[str, float], dict[str, float]]:
@@ -203,6 +193,7 @@ def check_args(args: Namespace, names: Names) -> None:
                         "FILE to evaluate")  # fmt: skip
     if args.resume and not (args.train and args.run_name):
         raise UserError("--resume: name the run, as in --resume runs/NAME, or --train --run_name NAME --resume auto")
+    check_evaluation(args)
     if args.checkpoint and not continues(args) and not Path(args.checkpoint).is_file():
         raise UserError(f"{args.checkpoint}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
     if args.train and args.method == "remix" and args.warmup > args.epochs:
@@ -345,31 +336,6 @@ def plan_epoch(
     return plan, keep, numbers
 
 
-# ----------------------------------------------------------------------------------------------------- evaluation
-
-
-def trained_heads(args: Namespace) -> tuple[str, ...]:
-    """The modalities whose unimodal heads a loss reaches in some epoch; the others stay as they were drawn."""
-    alone = [name for name, weight in args.alone_weights.items() if weight > 0]
-    if args.unimodal == "masked" or args.fusion_method in SHARED_HEADS:
-        return tuple(args.joint_weights) if args.method in METHODS else (args.method,)
-    if args.method not in METHODS:
-        return (args.method,) if args.method in alone else ()
-    remixed = alone if args.method == "remix" else []
-    return tuple(name for name, weight in args.joint_weights.items() if weight > 0 or name in remixed)
-
-
-def evaluate(logits: dict[str, Tensor], labels: Tensor, part: str, args: Namespace) -> dict[str, float | None]:
-    """Flat numbers of one part ("test" or "val"): accuracies are fractions in [0, 1], None for a head not trained."""
-    trained = trained_heads(args)
-    numbers: dict[str, float | None] = {f"{part}_acc": accuracy(logits["joint"], labels)}
-    for name in args.joint_weights:
-        numbers[f"{part}_acc_{name}"] = accuracy(logits[name], labels) if name in trained else None
-    numbers[f"{part}_f1_macro"] = f1_macro(logits["joint"], labels)
-    numbers[f"{part}_loss"] = F.cross_entropy(logits["joint"], labels).item()
-    return numbers
-
-
 # ------------------------------------------------------------------------------------------------------------ main
 
 
@@ -419,25 +385,13 @@ def main(argv: list[str] | None = None) -> None:
         if args.train and args.batch_size < (least := 2 * distributed.world_size()):
             raise UserError(f"--batch_size {args.batch_size}: BatchNorm needs 2 clips per process; use {least} or more")
     if not args.train:
-        evaluate_checkpoint(args, device)
+        evaluate_checkpoint(args, device, make_model)
     else:
         named = [args.dataset, "+".join([args.method, *args.balance_options]), f"seed{args.random_seed}"]
         args.run_name = args.run_name or "_".join([*named, f"{datetime.now():%Y%m%d-%H%M%S}"])
         with Run(args.log_path, args.run_name, args.resume == "auto") as run:
             train(args, device, run)
     distributed.stop()
-
-
-def evaluate_checkpoint(args: Namespace, device: torch.device) -> None:
-    """Print the test accuracies of `--checkpoint`."""
-    data = build_data(args, device, only=("test",))
-    model, test = make_model(args, data, device), data.clips["test"]
-    fed = data.spec.names if args.method in METHODS else (args.method,)
-    found = evaluate(predict(model, test, fed, 4 * args.batch_size), test.labels, "test", args)
-    if distributed.is_main():
-        left_out = f", {len(data.folder.missing)} clips with missing files left out" if data.folder.missing else ""
-        print(f"{args.dataset}, {data.folder.root}: {len(test)} test clips{left_out}")
-        print(result_table({args.checkpoint: found}, data.spec.names))
 
 
 def train(args: Namespace, device: torch.device, run: Run) -> None:
@@ -448,7 +402,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     # data and model
     data = build_data(args, device)
     clips, names = data.clips["train"], data.spec.names
-    fed = names if args.method in METHODS else (args.method,)  # what joint batches and predictions feed
+    fed = fed_to(args, names)  # what joint batches and predictions feed
     size = 4 * args.batch_size  # of batches without gradients
     model = make_model(args, data, device)
     network = distributed.parallel(model)
@@ -480,6 +434,8 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         told = [*data.lines(), *balances.notes(args), *start_lines(args, usual, device, run.folder, first)]
         print("\n".join(told), flush=True)
 
+    about = {"config": flags(args), "classes": data.classes, "input": data.input()}
+
     # loop
     logits: dict[str, dict[str, Tensor]] = {}
     for epoch in range(first, args.epochs):
@@ -496,7 +452,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         numbers["seconds_train"], clock = lap(clock)
 
         for part in [name for name in data.clips if name != "train"]:
-            logits[part] = predict(model, data.clips[part], fed, size, f"epoch {epoch + 1} {part}", run.check)
+            logits[part] = predict(model, data.clips[part], fed, size, f"epoch {epoch + 1} {part}", run.check, True)
             numbers |= evaluate(logits[part], data.clips[part].labels, part, args)
         numbers["seconds_eval"], clock = lap(clock)
         if args.diagnose:
@@ -510,7 +466,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         run.epoch(numbers)
         if run.writes:
             print(epoch_line(numbers, names, args.epochs, run.history), flush=True)
-        run.save(model_weights(model), {"config": flags(args), "classes": data.classes}, {
+        run.save(model_weights(model), about, {
             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "balance": balance.state_dict(),
             "epoch": epoch, "best": best, "keep": keep, "data": digests, "seconds": time.perf_counter() - started,
         }, improved)  # fmt: skip

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from models import MultimodalClassifier
 from models.inference import aside, collect
 from remix import Batch, batches_of
-from utils.acceleration import compiled
+from utils.acceleration import compiled, in_double
 from utils.distributed import sum_over_ranks
 
 PROBE_BATCHES = 4  # of training clips, on which gradients are taken
@@ -54,7 +54,7 @@ def gradient_clash(model: MultimodalClassifier, batches: Iterable) -> dict[str, 
                 total[name, loss] = total[name, loss] + part if (name, loss) in total else part
     numbers: dict[str, float | None] = {}
     for name in encoders:
-        joint, own = (sum_over_ranks(total[name, loss]).double() for loss in ("joint", name))
+        joint, own = (in_double(sum_over_ranks(total[name, loss])) for loss in ("joint", name))
         norms = joint.norm().item(), own.norm().item()
         finite = all(norm > 0 for norm in norms)  # False for NaN too
         numbers[f"clash_cosine_{name}"] = (joint @ own).item() / (norms[0] * norms[1]) if finite else None
@@ -107,7 +107,7 @@ def _encoder_gradient(model: MultimodalClassifier, clips: Any, chosen: Tensor, n
         value = batch.weight * F.cross_entropy(logits, batch.labels, reduction="sum")
         total = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(value, parameters)])
     assert total is not None
-    return sum_over_ranks(total).double()
+    return in_double(sum_over_ranks(total))
 
 
 # -------------------------------------------------------------------------------------------------------- imbalance
@@ -120,7 +120,8 @@ def discrepancy(slices: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
     The sum over clips of the true class's probability in m's part of the joint logits (N, C), over the mean of that of
     the other modalities.
     """
-    scores = {name: o.double().softmax(1).gather(1, labels[:, None]).sum().item() for name, o in slices.items()}
+    probabilities = {name: in_double(logits).softmax(1) for name, logits in slices.items()}  # (N, C) each
+    scores = {name: p.gather(1, labels.to(p.device)[:, None]).sum().item() for name, p in probabilities.items()}
     others = {name: (sum(scores.values()) - own) / (len(scores) - 1) for name, own in scores.items()}
     return {f"rho_{name}": own / max(others[name], 1e-12) for name, own in scores.items()}
 
@@ -138,7 +139,7 @@ def shapley(head: Callable[..., Tensor], features: dict[str, Tensor], labels: Te
     for size in range(len(names) + 1):
         for fed in combinations(names, size):
             kept = {name: z if name in fed else torch.zeros_like(z) for name, z in features.items()}
-            worth[fed] = (head(kept, fed or names).argmax(1) == labels).double().mean().item()
+            worth[fed] = in_double(head(kept, fed or names).argmax(1) == labels).mean().item()
     numbers = {f"worth_{'+'.join(fed) or 'none'}": value for fed, value in worth.items()}
     for name in names:
         gain = 0.0
@@ -157,8 +158,9 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float
 
     logits (N, C), labels (N,); the confidence is the highest probability (Guo et al., ICML 2017).
     """
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    excess = (predicted == labels).double() - confidence  # (N,)
+    logits = in_double(logits)
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    excess = (predicted == labels.to(logits.device)).double() - confidence  # (N,)
     # Bins are open below and closed above, as in the paper: (0, 1/bins], ..., (1 - 1/bins, 1].
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
     sums = torch.zeros(bins, dtype=torch.double, device=logits.device).index_add_(0, place, excess)
@@ -203,7 +205,7 @@ def diagnose_model(
             f"ece_{name}": calibration_error(values, labels) for name, values in logits.items()
         }
         if all(name in logits for name in model.names):
-            hits = [(logits[name].argmax(1) == labels).double().mean().item() for name in model.names]
+            hits = [in_double(logits[name].argmax(1) == labels).mean().item() for name in model.names]
             if len(hits) == 2:
                 numbers["unimodal_gap"] = hits[0] - hits[1]
             numbers |= shapley(model.head, features, labels)

@@ -8,7 +8,8 @@ import torch
 
 from dataset.clips import Clips, Feed, choose_cache, make_clips, step_bytes
 from dataset.folder import Folder, Part, load_folder, split_by_actor, split_validation
-from dataset.specs import DatasetSpec, get_spec, spec_of
+from dataset.lists import read_record
+from dataset.specs import DatasetSpec, description, get_spec, spec_of
 from utils import distributed
 from utils.console import some
 from utils.errors import UserError
@@ -32,6 +33,14 @@ class Data(NamedTuple):
         clips = {name: len(part) for name, part in self.clips.items()}
         return {"classes": self.classes, "clips": clips, "missing": len(self.folder.missing),
                 "split": self.folder.split, "modalities": list(self.spec.names)}  # fmt: skip
+
+    def input(self) -> dict:
+        """What a checkpoint says of its input, so that clips can be classified where the training folder is not.
+
+        The content of a dataset.json, the shape of each array, and the prepare.json of the folder ({}: made by others).
+        """
+        shapes = {name: list(shape) for name, shape in self.folder.shapes.items()}
+        return description(self.spec) | {"shapes": shapes, "prepared": read_record(self.folder.root, "prepare.json")}
 
     def lines(self) -> list[str]:
         """What the user should know of the data before a run."""
@@ -60,7 +69,7 @@ def build_data(args: Namespace, device: torch.device, only: tuple[str, ...] | No
     process, in one line.
     """
     with distributed.together():
-        folder, parts = load_parts(args)
+        folder, parts = load_parts(args, only)
     used = {name: part for name, part in parts.items() if only is None or name in only}
     spec = folder.spec
     feed = Feed(spec.modalities, args.image_size, device, args.cache, args.num_workers, spec.crop_area, spec.mirror,
@@ -72,8 +81,8 @@ def build_data(args: Namespace, device: torch.device, only: tuple[str, ...] | No
     return Data(spec, folder, parts, clips, cache)
 
 
-def load_parts(args: Namespace) -> tuple[Folder, dict[str, Part]]:
-    """The checked training folder and its parts train, test and, where asked for or there, val.
+def load_parts(args: Namespace, only: tuple[str, ...] | None = None) -> tuple[Folder, dict[str, Part]]:
+    """The checked training folder and its parts train, test and, where asked for or there, val; or `only` some of them.
 
     The demo is made first where it is missing.
     """
@@ -85,8 +94,7 @@ def load_parts(args: Namespace) -> tuple[Folder, dict[str, Part]]:
 
                 ensure_demo(root)
     recut = args.split == "actor" and spec.by_actor
-    only = ("test",) if not args.train and not recut else None
-    folder = load_folder(root, spec, args.allow_missing, only)
+    folder = load_folder(root, spec, args.allow_missing, None if recut else only)
     prepared = folder.split.get("name", "official")
     if args.split not in (None, prepared):
         if not recut:
@@ -96,7 +104,7 @@ def load_parts(args: Namespace) -> tuple[Folder, dict[str, Part]]:
     if args.n_classes not in (None, len(folder.classes)):
         raise UserError(f"--n_classes {args.n_classes}: {root}/stat.csv names {len(folder.classes)} classes")
     parts = dict(folder.parts)
-    if args.val_fraction and args.train:
+    if args.val_fraction and only is None:
         if "val" in parts:
             raise UserError(f"--val_fraction: {root} has a val.csv already; leave the flag out")
         parts["train"], parts["val"] = split_validation(parts["train"], args.val_fraction, folder.groups)

@@ -233,6 +233,8 @@ class ResidentClips(Clips):
         """Rows of `array` on the device, from the host by way of pinned memory: the host need not wait for the copy."""
         if self.store == self.device:
             return array.pick(rows)
+        if self.device.type != "cuda":
+            return array.pick(rows).to(self.device)
         pinned = torch.empty(len(rows), *array.shape[1:], dtype=array.dtype, pin_memory=True)
         return array.pick(rows, pinned).to(self.device, non_blocking=True)
 
@@ -421,7 +423,7 @@ def _as_tensor(array) -> Tensor:
 
 def _send(values: Tensor, device: torch.device) -> Tensor:
     """`values` of the host on the device, without the host waiting for the copy."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _to_device(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:

@@ -245,6 +245,14 @@ def spec_of(name: str, root: Path) -> DatasetSpec:
         raise UserError(f"{path}: {' '.join(str(error).split())}; correct the file") from None
 
 
+def described(name: str, found: dict) -> DatasetSpec:
+    """The spec called `name` with the modalities and sizes that `found` names: what `description` gives, and more.
+
+    Raises `ValueError` for a value that is wrong.
+    """
+    return replace(get_spec(name), **_own({key: found[key] for key in ("modalities", *OWN_FIELDS) if key in found}))
+
+
 def description(spec: DatasetSpec) -> dict:
     """The content of dataset.json from which `spec_of("folder", root)` makes the modalities and sizes of `spec`."""
     modalities = []

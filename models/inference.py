@@ -57,19 +57,24 @@ def collect(
     bar: Progress | None = None,
     check: Callable[[], None] = lambda: None,
     full: int = 0,
+    slices: bool = False,
 ) -> Collected:
     """What the network says of a part of N `clips`, each process doing its share and getting the whole.
 
     `batches` are `dataset.clips.ClipBatch`es that together hold every clip once. The network is
     used in the mode it is in. Features are left out where not asked for. `bar` is moved by the clips of each batch, and
     `check` may end the pass by raising after any of them. Compiled encoders run as such on batches of `full` clips only
-    (0: on none), since every other size would compile one more graph.
+    (0: on none), since every other size would compile one more graph. With `slices`, the logits have `slice_<modality>`
+    too, each fed modality's part of the joint logits, where the fusion head has such parts.
     """
+    parts_of = getattr(getattr(model, "head", None), "slices", None) if slices else None
     found: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     for batch in batches:
         with compiled(batch.total == full):
             output = model(batch.inputs, batch.fed)
-        kinds = (output.heads, output.features if features else {})
+        parts = {f"slice_{name}": own for name, own in parts_of(output.features).items()
+                 if name in batch.fed} if parts_of else {}  # fmt: skip
+        kinds = (output.heads | parts, output.features if features else {})
         for rows, values in zip(found, kinds, strict=True):
             for name, value in values.items():
                 if name not in rows:
@@ -89,18 +94,25 @@ def predict(
     batch_size: int,
     name: str = "predictions",
     check: Callable[[], None] = lambda: None,
+    slices: bool = False,
 ) -> dict[str, Tensor]:
     """Logits (N, C) of "joint" and of each fed modality for all `clips` in order: eval mode, no augmentation.
 
-    One pass serves evaluation and the scoring of Remix. Raises `UserError` naming the clips if a logit is not finite.
+    One pass serves evaluation and the scoring of Remix. `slices` as in `collect`. Raises `UserError` naming the clips
+    if a logit is not finite.
     """
     model.eval()
     with progress(name, len(clips), is_main()) as bar:
         batches = clips.epoch(batches_of(len(clips), batch_size, fed, generator=None))
-        logits = collect(model, batches, len(clips), features=False, bar=bar, check=check, full=batch_size).logits
+        logits = collect(model, batches, len(clips), False, bar, check, batch_size, slices).logits
+    check_finite(logits, clips.names, name)
+    return logits
+
+
+def check_finite(logits: dict[str, Tensor], clips: list[str], name: str) -> None:
+    """Raise `UserError` naming those of the `clips` whose logits, (N, C) of each head, are not all finite."""
     finite = torch.stack([values.isfinite().all(dim=1) for values in logits.values()]).all(dim=0)  # (N,)
     if not finite.all():
-        bad = [clips.names[i] for i in (~finite).nonzero().flatten().tolist()]
+        bad = [clips[i] for i in (~finite).nonzero().flatten().tolist()]
         raise UserError(f"{name}: not finite for {len(bad)} of {len(clips)} clips: {some(bad)}; look at them, or train "
                         "with a lower --learning_rate")  # fmt: skip
-    return logits

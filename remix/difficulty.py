@@ -21,6 +21,7 @@ def kl_from_uniform(logits: Tensor) -> Tensor:
     differ in the last bits alone, so adding up in another order assigns many of them differently. For the same reason
     the sum is computed on the CPU: a GPU's logarithm may differ in the last bit.
     """
+    logits = logits.cpu() if logits.device.type == "mps" else logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
     p = logits.softmax(dim=1).clamp(1e-9, 1.0).double().cpu()  # (N, C)
     terms = p * (p / (1 / logits.shape[1])).log2()

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from dataset.folder import Part
 from dataset.specs import Modality
-from models.inference import Collected, collect
-from remix import batches_of
+from evaluation.checkpoint import measured, unimodal_lines
+from evaluation.numbers import fed_to
+from evaluation.predictions import Predictions, predict_part
 from report.clips import example, note_of, plot_clips, recorded
 from report.load import load_run
 from report.partition import Clip, read_partition
 from report.runs import Run, dataset_of, flags_of, head_is_trained, read_run
+from report.unimodal import plot_unimodal
 from utils.errors import UserError
 from utils.metrics import confusion
 from utils.plots import plot_confusion
@@ -36,25 +38,29 @@ SHOWN = 2000  # clips of a t-SNE: more take minutes and hide one another
 
 
 def picture_model(folder: Path, out: Path, data_root: Path | None, formats: Sequence[str] = ("png",)) -> None:
-    """Pictures of a run's trained model to `out`: tsne, confusion and, after Remix, classes and clips.
+    """Pictures of a run's trained model to `out`: unimodal, tsne, confusion and, after Remix, classes and clips.
 
-    Needs the data the run was trained on, at `data_root` if it has moved. Raises `UserError` for whatever is missing.
+    Prints the unimodal accuracies by what they are measured with, a linear probe among them. Needs the data the run was
+    trained on, at `data_root` if it has moved. Raises `UserError` for whatever is missing.
     """
     run = read_run(folder)
     if not run.config:
         raise UserError(f"--model {folder}: not a run (no config.json); give a run's folder, such as runs/NAME")
     args, data, model = load_run(folder, data_root)
-    clips, classes, names = data.clips["test"], data.folder.classes, data.spec.names
-    fed = (args.method,) if args.method in names else names
-    model.eval()
-    found = collect(model, clips.epoch(batches_of(len(clips), 64, fed, None)), len(clips))
-    labels = clips.labels.cpu()
+    classes, names = data.folder.classes, data.spec.names
+    fed = fed_to(args, names)
+    parts = {part: predict_part(model, clips, fed, 4 * args.batch_size, part) for part, clips in data.clips.items()}
+    heads = measured(args, data, model, parts)["heads"]
+    print("\n".join(unimodal_lines(heads)))
+    found = parts["test"]
+    labels = found.labels.cpu()
     title = f"{dataset_of(run.config)}, {run.method}, seed {run.seed}"
     features = {name: found.features[name].cpu().numpy() for name in fed}
     if len(features) > 1:
         features["fused"] = np.concatenate(list(features.values()), axis=1)
     counts = {name: confusion(logits, labels) for name, logits in trained_heads(run, found).items()}
-    figures = {"tsne": plot_tsne(features, labels.numpy(), classes, title, run.seed),
+    figures = {"unimodal": plot_unimodal(heads, title),
+               "tsne": plot_tsne(features, labels.numpy(), classes, title, run.seed),
                "confusion": plot_confusion(counts, classes, f"{title}, test clips")}  # fmt: skip
     if (folder / "partition.csv").is_file():
         partition = read_partition(folder, names)
@@ -70,7 +76,7 @@ def picture_model(folder: Path, out: Path, data_root: Path | None, formats: Sequ
     print(f"{', '.join(figures)} ({', '.join(formats)}) written to {out}")
 
 
-def trained_heads(run: Run, found: Collected) -> dict[str, Tensor]:
+def trained_heads(run: Run, found: Predictions) -> dict[str, Tensor]:
     """Logits (N, C) of the joint head, as `multimodal`, and of each modality whose head the run trained."""
     last, flags = run.history[-1] if run.history else {}, flags_of(run.config)
     trained = [name for name in found.logits if name != "joint" and head_is_trained(run.method, flags, name)]

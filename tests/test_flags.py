@@ -31,6 +31,8 @@ WRONG = {
     "unimodal": NAME,
     "fusion_method": NAME,
     "checkpoint": [*PATH, "/nowhere/x.pth", "/"],
+    "predictions": [*PATH, "x.npz"],  # with --train
+    "clip": [*PATH, "x.mp4"],  # with --train
     "method": NAME,
     "preset": NAME,
     "warmup": [*WHOLE, "61"],
@@ -51,7 +53,7 @@ WRONG = {
     "lr_decay_ratio": [*REAL, "0", "1.1"],
     "encoder_lr_decay": REAL,
     "random_seed": [*WHOLE, str(2**32)],
-    "device": [*NAME, "cuda"],
+    "device": [*NAME, "cuda", "mps"],
     "gpu_ids": ["", "a", "0,,1", "0,0", "-1", "0;1", "\u00b2", "0,7"],
     "log_path": [*PATH, "/proc/version"],
     "run_name": ["", ".", "..", "../x", "a/b", "/x", "a\0b", "x" * 300],

@@ -329,17 +329,22 @@ def test_diagnostics_are_in_the_report_where_runs_have_them(tmp_path: Path, figu
 
 
 @pytest.mark.parametrize("names", [("audio", "video"), ("audio", "video", "text")])
-def test_pictures_of_a_model(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_pictures_of_a_model(tmp_path: Path, names: tuple[str, ...], capsys) -> None:
     data = make_folder(tmp_path / "data", train=12, test=9)
     if len(names) == 3:
         add_text(data)
     folder = run(data, tmp_path, "r", "--epochs", "2", "--warmup", "1", "--gamma1", "0", "--beta", "0")
     make_report("--model", folder)
-    for name in ("tsne", "confusion", "classes", "clips"):
+    shown = capsys.readouterr().out
+    heads = ("slice", "masked", "probe"), ("head", "slice", "masked", "probe")  # video's own head was never trained
+    for name, sources in zip(("video", "audio"), heads, strict=True):
+        numbers = r"\d\.\d{4}, ".join(f"{source} " for source in sources)
+        assert re.search(rf"^{name}: {numbers}\d\.\d{{4}} \(C = 1\)$", shown, re.MULTILINE)
+    for name in ("unimodal", "tsne", "confusion", "classes", "clips"):
         assert (folder / "pictures" / f"{name}.png").stat().st_size > 5000
     (folder / "partition.csv").unlink()
     make_report("--model", folder, "--out", tmp_path / "fewer")
-    assert {path.name for path in (tmp_path / "fewer").iterdir()} == {"tsne.png", "confusion.png"}
+    assert {path.name for path in (tmp_path / "fewer").iterdir()} == {"unimodal.png", "tsne.png", "confusion.png"}
     with pytest.raises(UserError, match="not a run"):
         make_report("--model", tmp_path)
     with pytest.raises(UserError, match="classes"):

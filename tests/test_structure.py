@@ -10,8 +10,8 @@ import pytest
 from helpers import REPO
 
 # Each may import what stands before it, and itself. The longest name that fits a module is its place.
-ORDER = ("utils", "remix", "models", "dataset", "dataset.prepare", "dataset.build", "balance", "train", "report",
-         "benchmarks", "tests")  # fmt: skip
+ORDER = ("utils", "remix", "models", "dataset", "dataset.prepare", "dataset.build", "balance", "evaluation", "train",
+         "report", "benchmarks", "tests")  # fmt: skip
 PLACES = {name: place for place, name in enumerate(ORDER)} | {"dataset.demo": ORDER.index("dataset.prepare")}
 FORWARDERS = ("utils/report.py", "utils/compare.py")  # commands of earlier versions
 MAY_IMPORT_TRAIN = ("report", "benchmarks", "tests")

@@ -27,6 +27,7 @@ from models.batchnorm import reestimate
 from models.checkpoint import model_weights
 from utils import distributed
 from utils.errors import UserError
+from utils.partitions import Partitions
 from utils.seeding import epoch_generator
 
 
@@ -157,10 +158,10 @@ def test_checkpoints_load_safely_and_evaluate_to_the_same_numbers(remix_run, dat
     folder, _ = remix_run
     last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pth", "best.pth"))
     assert {"model", "optimizer", "scheduler", "epoch", "rng", "config", "classes", "format"} <= set(last)
-    assert set(best) == {"model", "epoch", "config", "classes"}  # weights to use, nothing to train on with
+    assert set(best) == {"model", "epoch", "config", "classes", "input"}  # weights to use, nothing to train on with
     assert (folder / "best.pth").stat().st_size < 0.5 * (folder / "last.pth").stat().st_size
     train.main([*TINY, "--data_root", str(data), "--checkpoint", str(folder / "last.pth")])
-    shown = capsys.readouterr().out.splitlines()[-1].split()[1:]
+    shown = capsys.readouterr().out.splitlines()[2].split()[1:]
     last = metrics(folder)[-1]
     expected = [last[key] for key in ("test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro")]
     assert [float(cell) for cell in shown] == pytest.approx(expected, abs=5e-5)
@@ -230,7 +231,12 @@ def test_heads_that_no_loss_reaches_have_no_numbers(data, runs, capsys):
     (row,) = [line for line in out if line.startswith("epoch   1/1")]
     assert row.count("audio –") == row.count("video –") == row.count("/–/–") == 1
     train.main(["--checkpoint", str(folder / "best.pth"), "--device", "cpu"])
-    assert capsys.readouterr().out.splitlines()[-1].split()[2:4] == ["–", "–"]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[2].split()[2:4] == ["–", "–"]
+    for name, line_shown in zip(("audio", "video"), shown[4:6], strict=True):  # the slices stand for them, by name
+        assert line_shown.startswith(f"{name}: slice {line[f'test_slice_{name}']:.4f}, masked ")
+    (slices,) = [line for line in out if line.startswith("slices of the joint head, last epoch: ")]
+    assert slices.endswith(f"audio {line['test_slice_audio']:.4f}, video {line['test_slice_video']:.4f}")
     # One of two: its neighbour has numbers.
     (line,) = metrics(run(data, runs, "one headed", "--method", "baseline", "--epochs", "1", "--alpha", "0"))
     assert line["test_acc_audio"] is line["train_acc_audio"] is line["train_ce_audio"] is None
@@ -274,6 +280,39 @@ def test_resume_is_bit_identical(data, runs, stop):
     timing = ("seconds_score", "seconds_train", "seconds_eval", "clips_per_second")
     strip = [[{k: v for k, v in line.items() if k not in timing} for line in metrics(f)] for f in (whole, part)]
     assert strip[0] == strip[1]
+    first, second = (np.load(folder / "partitions.npz") for folder in (whole, part))
+    assert first["epochs"].tolist() == [2, 4] and set(first) == set(second)
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_every_partition_is_kept(data, runs):
+    """The last one as in partition.csv, which has it in decimals; a run resumed in between drops what it repeats."""
+    flags = ("--warmup", "1", "--epochs", "3")
+    folder = run(data, runs, "partitions", *flags)
+    with np.load(folder / "partitions.npz") as found:
+        assert found["epochs"].tolist() == [1, 2] and found["modalities"].tolist() == ["audio", "video"]
+        assert found["kl"].shape == found["keep"].shape == (2, 34, 2) and found["kl"].dtype == np.float32
+        assert [row.sum() for row in found["keep"]] == [34, 34]  # each clip keeps one
+        counts = [[line["n_audio"], line["n_video"]] for line in metrics(folder)[1:]]
+        assert found["keep"].sum(axis=1).tolist() == counts
+        kl, keep = found["kl"], found["keep"]
+        with open(folder / "partition.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert found["clips"].tolist() == [row["clip"] for row in rows]
+    names = [["audio", "video"][k] for k in kl[1].argmin(axis=1)]
+    assert [row["kept"] for row in rows] == [["audio", "video"][k] for k in keep[1].argmax(axis=1)] == names
+    written = [[float(row["kl_audio"]), float(row["kl_video"])] for row in rows]
+    np.testing.assert_allclose(kl[1], written, atol=1e-6)
+
+    partitions = Partitions(folder / "partitions.npz")
+    partitions.load(2)
+    assert partitions.epochs == [1] and (partitions.keep[0] == keep[0]).all()
+    for spoiled in (b"", b"no archive"):
+        (folder / "partitions.npz").write_bytes(spoiled)
+        partitions.load(2)
+        assert partitions.epochs == []
+    partitions.add(5, ["x"], ["audio", "video"], np.zeros((1, 2)), np.ones((1, 2), dtype=bool))
+    assert np.load(folder / "partitions.npz")["epochs"].tolist() == [5]
 
 
 def test_a_checkpoint_is_evaluated_as_it_was_trained(data, tmp_path, capsys):
@@ -287,7 +326,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(data, tmp_path, capsys):
         assert out[0] == f"folder, {data}: 15 test clips"
         last = metrics(folder)[-1]
         expected = [last[key] for key in ("test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro")]
-        shown = [None if cell == "–" else float(cell) for cell in out[-1].split()[1:]]
+        shown = [None if cell == "–" else float(cell) for cell in out[2].split()[1:]]
         assert shown == [None if value is None else pytest.approx(value, abs=5e-5) for value in expected]
         for name, value in (
             ("method", "audio"),
@@ -375,7 +414,14 @@ def pairs(data, runs, remix_run, tmp_path_factory):
         "existing": [*command, str(data), "--train", "--run_name", "remix"],
         "small batch": [*command, str(data), "--train", "--run_name", "small", "--batch_size", "3"],
         "few": [*command, str(few), "--train", "--run_name", "few", "--epochs", "2", "--warmup", "1", "--diagnose"],
-        "evaluate": [*command, str(few), "--checkpoint", str(runs / "few" / "last.pth")],
+        "evaluate": [
+            *command,
+            str(few),
+            "--checkpoint",
+            str(runs / "few" / "last.pth"),
+            "--predictions",
+            str(out / "two.npz"),
+        ],
         "gradients": ["tests/rank_gradients.py", str(out), *gradient_flags(sound)],
     }
     return dict(zip(commands, in_two_processes(out, *commands.values()), strict=True)) | {"data": sound, "out": out}
@@ -394,6 +440,22 @@ def test_a_mistake_on_several_processes_is_one_line(pairs, runs, case, said):
     status, _, err = pairs[case]
     assert status == [2, 2] and err.count("\n") == 1 and err.startswith("error: ") and said in err, err
     assert not (runs / "small").exists()
+
+
+def test_two_processes_write_the_predictions_of_one(pairs, runs):
+    """Once; of 18 training clips, and of one test clip, which both processes have."""
+    status, out, err = pairs["evaluate"]
+    assert status == [0, 0], err
+    assert out.count("1 test clips") == out.count("last.evaluation.json: all numbers") == 1
+    one, two = pairs["out"] / "one.npz", pairs["out"] / "two.npz"
+    train.main(["--checkpoint", str(runs / "few" / "last.pth"), "--predictions", str(one), "--device", "cpu"])
+    one, two = np.load(one), np.load(two)
+    assert set(one) == set(two) and two["train_logits_joint"].shape == (18, 3)
+    for name in one:
+        if one[name].dtype.kind == "f":
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5)
+        else:
+            assert (two[name] == one[name]).all()
 
 
 def test_two_processes_equal_one(pairs):
@@ -667,10 +729,10 @@ def test_without_warm_up_batchnorm_is_estimated_before_the_first_scoring(data, r
     """The network is as it was drawn: its running statistics are those of nothing, 0 and 1."""
     seen, predict = [], train.predict
 
-    def scored(model, clips, fed, size, name, check):
+    def scored(model, clips, fed, size, name, *rest):
         buffers = {key: value.clone() for key, value in model.named_buffers()}
         seen.append((name, buffers, {key: value.clone() for key, value in model.named_parameters()}))
-        return predict(model, clips, fed, size, name, check)
+        return predict(model, clips, fed, size, name, *rest)
 
     monkeypatch.setattr(train, "predict", scored)
     run(data, runs, f"bn {statistics}", "--epochs", "1", "--warmup", "0", "--batchnorm", statistics)

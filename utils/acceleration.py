@@ -6,7 +6,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.errors import UserError
 
@@ -14,8 +14,26 @@ PRECISIONS = ("fp32", "tf32", "bf16", "official")
 
 
 def default_precision(device: str) -> str:
-    """For `--device` auto, cpu or cuda: tf32 on a GPU, which is what PyTorch does there with convolutions of itself."""
-    return "tf32" if device != "cpu" and torch.cuda.device_count() else "fp32"
+    """For a value of `--device`: tf32 on a CUDA GPU, PyTorch's own default for convolutions there, else fp32."""
+    return "tf32" if device in ("auto", "cuda") and torch.cuda.device_count() else "fp32"
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU; "MPS" for Apple's, "CPU" for none."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def in_double(values: Tensor) -> Tensor:
+    """`values` in float64, on the host where the device does not compute in it (MPS)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def synchronise() -> None:
+    """Wait until the device is done with everything that it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
 
 
 def set_precision(precision: str, device: torch.device) -> None:

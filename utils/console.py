@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from utils.acceleration import device_name, synchronise
 from utils.distributed import world_size
 from utils.memory import load_average
 from utils.progress import Progress, clock
@@ -64,6 +65,13 @@ def result_table(rows: dict[str, dict], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def slice_lines(numbers: dict, names: Sequence[str]) -> list[str]:
+    """The accuracies of the joint head's slices, where a modality's own head was not trained."""
+    found = [f"{name} {numbers[key]:.4f}" for name in names
+             if numbers[f"test_acc_{name}"] is None and (key := f"test_slice_{name}") in numbers]  # fmt: skip
+    return [f"slices of the joint head, last epoch: {', '.join(found)}"] if found else []
+
+
 def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path, first: int) -> list[str]:
     """What a run starts with: what the preset changes from `usual`, and a line of device, precision, threads, seed."""
     filled = args.from_preset
@@ -74,7 +82,7 @@ def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path
     load, cores = load_average() or 0, os.cpu_count() or 1
     if load > BUSY * cores:
         lines.append(f"warning: load average {load:.1f} on {cores} cores: other processes slow this run down")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = device_name(device)
     many = f" x {world_size()}" if world_size() > 1 else ""
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     method = args.method if args.balance == "none" else f"{args.method} with {args.balance}"
@@ -85,7 +93,6 @@ def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path
 
 def lap(clock: float) -> tuple[float, float]:
     """Seconds since `clock`, the device having finished, and the time now."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    synchronise()
     now = time.perf_counter()
     return now - clock, now

@@ -13,16 +13,21 @@ from torch import Tensor, nn
 
 from utils.errors import Told, UserError
 
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
 _hosts = None  # the group in which hosts talk past their GPUs: asking it waits for no kernel; None is the default group
 
 
 def start(device: str = "cpu", gpu_ids: str | None = None, relaunch: bool = False) -> torch.device:
     """Join the group that torchrun describes in the environment, if any; returns this process's device.
 
-    `device` is "auto", "cpu" or "cuda". `gpu_ids` names GPUs of this machine, one for each of its processes; by default
-    a single process takes the first visible one. With several of them and `relaunch`, the program is re-executed under
-    torchrun, one process per GPU. Raises `UserError` for GPUs that are not there or too few for the processes.
+    `device` is one of `DEVICES`; "auto" is a CUDA GPU if there is one, else the CPU. `gpu_ids` names CUDA GPUs of this
+    machine, one for each of its processes; by default a single process takes the first visible one. With several of
+    them and `relaunch`, the program is re-executed under torchrun, one process per GPU. Raises `UserError` for GPUs
+    that are not there or too few for the processes.
     """
+    if device == "mps":
+        return _mps(gpu_ids)
     available = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not available:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or leave the flag out")
@@ -48,6 +53,15 @@ def start(device: str = "cpu", gpu_ids: str | None = None, relaunch: bool = Fals
         global _hosts
         _hosts = dist.new_group(backend="gloo") if gpus else None
     return found
+
+
+def _mps(gpu_ids: str | None) -> torch.device:
+    """Apple's GPU, for one process. Raises `UserError` where there is none."""
+    if not torch.backends.mps.is_available():
+        raise UserError("--device mps: PyTorch sees no Apple GPU here; use --device cpu, or leave the flag out")
+    if gpu_ids is not None or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--device mps: one GPU, one process; leave --gpu_ids and torchrun out")
+    return torch.device("mps")
 
 
 def launcher() -> list[str]:

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.acceleration import in_double
 from utils.distributed import sum_over_ranks
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of clips whose highest logit is their label's, in [0, 1]. logits (N, C), labels (N,)."""
-    return (logits.argmax(1) == labels).double().mean().item()
+    return in_double(logits.argmax(1) == labels).mean().item()
 
 
 def f1_macro(logits: Tensor, labels: Tensor) -> float:
@@ -80,8 +81,8 @@ class Tally:
         numbers: dict[str, float | None] = {}
         if self.losses is not None:
             rows = [self.heads.get(name, torch.zeros(3, device=self.losses.device)) for name in heads]
-            sums = sum_over_ranks(torch.stack([self.losses.sum().expand(3), *rows]).double()).tolist()
-            clips = sum_over_ranks(self.heads["joint"][2:].double().clone()).item()
+            sums = sum_over_ranks(in_double(torch.stack([self.losses.sum().expand(3), *rows]))).tolist()
+            clips = sum_over_ranks(in_double(self.heads["joint"][2:]).clone()).item()
             numbers["train_loss"] = sums[0][0] / clips
             for name, (entropy, correct, count) in zip(heads, sums[1:], strict=True):
                 numbers[f"train_ce_{name}"] = entropy / count if count else None

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from utils import distributed
+from utils.acceleration import device_name
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import Interrupted, UserError
 from utils.files import atomic_path, remove_leftovers, writing
+from utils.partitions import Partitions
 from utils.seeding import rng_state, set_rng_state
 from utils.signals import Signals
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 CONTINUE = "continue with --resume"
 FORMAT = 2  # of last.pth; raise it when a run of an earlier version can no longer be resumed
 # A folder that holds nothing but these is a run stopped before its first checkpoint: nothing is lost with it.
-BEGINNINGS = ("config.json", "metrics.jsonl", "partition.csv", "events.out.tfevents.*", ".tmp-*")
+BEGINNINGS = ("config.json", "metrics.jsonl", "partition.csv", "partitions.npz", "events.out.tfevents.*", ".tmp-*")
 
 # Flags that change where and how a run is made but not its result.
 HOW = {"run_name", "log_path", "num_workers", "cache", "device", "gpu_ids", "resume", "train", "preset", "diagnose",
@@ -47,6 +49,7 @@ def board_tag(key: str) -> str:
     if key in ("test_acc", "val_acc"):
         return {"test_acc": "accuracy/multimodal", "val_acc": "accuracy_val/multimodal"}[key]
     for start, tag in (("test_acc_", "accuracy/"), ("val_acc_", "accuracy_val/"), ("train_acc_", "train_accuracy/"),
+                       ("test_slice_", "accuracy/slice_"), ("val_slice_", "accuracy_val/slice_"),
                        ("train_ce_", "loss/ce_"), ("n_", "remix/n_"), ("seconds_", "speed/seconds_")):  # fmt: skip
         if key.startswith(start):
             return tag + key.removeprefix(start)
@@ -84,6 +87,7 @@ class Run:
         """Claim `<log_path>/<name>`; raises `UserError` where it exists and `resume` is false."""
         self.folder, self.writes = Path(log_path) / name, distributed.is_main()
         self.signals, self.board, self.history = Signals(), None, []
+        self.partitions = Partitions(self.folder / "partitions.npz")
         with distributed.together():
             if self.writes:
                 claim_folder(log_path, name, resume)
@@ -121,6 +125,7 @@ class Run:
             self.history = [line for line in read_metrics(self.folder) if line["epoch"] < first_epoch]
             with atomic_path(self.folder / "metrics.jsonl") as path:
                 path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+            self.partitions.load(first_epoch)
             self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
             describe_run(self.board, config)
 
@@ -138,7 +143,7 @@ class Run:
             self.board.flush()
 
     def partition(self, epoch: int, clips: list[str], labels: list[str], kl: dict[str, Tensor], kept: Tensor) -> None:
-        """The last scoring to partition.csv and TensorBoard.
+        """A scoring to partition.csv, which holds the last one, partitions.npz, which holds all, and TensorBoard.
 
         `kl` holds the KL from uniform in bits (N,) for each modality, `kept` (N, M) which of them a clip keeps.
         """
@@ -147,6 +152,9 @@ class Run:
         with writing(self.folder, CONTINUE):
             for name, values in kl.items():
                 self.board.add_histogram(f"remix/kl_{name}", values, epoch)
+        with writing(self.partitions.path, CONTINUE):
+            values = torch.stack(list(kl.values()), dim=1)  # (N, M)
+            self.partitions.add(epoch, clips, list(kl), values.cpu().numpy(), kept.cpu().numpy())
         table = self.folder / "partition.csv"
         with writing(table, CONTINUE), atomic_path(table) as path, open(path, "w", newline="") as file:
             writer = csv.writer(file)
@@ -362,7 +370,7 @@ def environment(device: torch.device, processes: int) -> dict:
         "versions": {"python": platform.python_version()} | installed(PACKAGES),
         "git_commit": git_commit(),
         "hardware": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": device_name(device) if device.type == "cuda" else device.type,
             "processes": processes,
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),

@@ -36,6 +36,7 @@ from utils.progress import Progress, over
 RULES = 2  # raise when the same source and options give other files: every clip is then made again
 # Where the files lie in a training folder; how many frames are fed does not matter here.
 SOUND, FRAMES, MOTION = specs.audio(None), specs.video(frames=1), specs.flow(frames=1)
+BY_INDEX, PER_SECOND = "k * floor(frames per second)", " per second"  # which frames are kept, in prepare.json
 SILENCE = 1e-6  # largest sample of a sound that is reported as silent
 HANG = 20.0  # seconds without a packet read or a clip finished, after which a decoder counts as hanging
 IN_THIS_PROCESS = 0  # number of workers: no process besides this one, and no protection from crashes
@@ -126,7 +127,7 @@ def record_of(options: Options) -> dict:
     return {
         "audio_recipe": None if recipe is None else _recipe_field(recipe),
         "channels": None if recipe is None else options.channels or recipe.channels,
-        "frames": "k * floor(frames per second)" if options.fps is None else f"{options.fps:g} per second",
+        "frames": BY_INDEX if options.fps is None else f"{options.fps:g}{PER_SECOND}",
         "stored_frames": options.stored_frames,
         "size": options.size,
         "crop": None if options.crop is None else list(options.crop),
@@ -134,6 +135,20 @@ def record_of(options: Options) -> dict:
         "jpeg_quality": video.JPEG_QUALITY,
         "rules": RULES,
     }
+
+
+def options_of(record: dict) -> Options:
+    """The options that `record`, a prepare.json as `record_of` makes it, tells. Raises ValueError or TypeError."""
+    recipe, frames, crop = record.get("audio_recipe"), record.get("frames", BY_INDEX), record.get("crop")
+    return Options(
+        None if frames == BY_INDEX else float(frames.removesuffix(PER_SECOND)),
+        record.get("stored_frames"),
+        record.get("size"),
+        None if crop is None else tuple(crop),
+        None if recipe is None else specs.recipe_of(recipe),
+        record.get("flow", False),
+        channels=record.get("channels"),
+    )
 
 
 def _recipe_field(recipe: AudioRecipe) -> str | dict:

@@ -1,0 +1,88 @@
+"""What a checkpoint says of how its network was trained: flags, and the data it takes, which need not be there."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import balance as balances
+from dataset.build import Data, load_parts
+from dataset.folder import Folder
+from dataset.lists import read_record
+from dataset.specs import DatasetSpec, described, spec_of
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+from utils.run import modern
+
+# What makes another network or another input of a checkpoint.
+AS_TRAINED = ("method", "model", "encoder", "fusion_method", "unimodal", "image_size", "pack_size", "alpha", "beta",
+              "gamma1", "gamma2", "balance")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+def take_flags_of_checkpoint(args: Namespace, typed: dict) -> None:
+    """Take network and input of the checkpoint to evaluate from its config, where they were not given.
+
+    `args.trained` becomes what it says of its classes and its data. Raises `UserError` if another network or input was
+    given; a checkpoint that says nothing (the official code's) is evaluated with the flags as given.
+    """
+    state = load_checkpoint(args.checkpoint, mapped=True)
+    args.trained = {name: state[name] for name in ("classes", "input", "epoch") if name in state}
+    config = balances.modernise(modern(state.get("config", {})))
+    for name in AS_TRAINED:
+        if name in typed and name in config and typed[name] != config[name]:
+            raise UserError(f"--{name} {typed[name]}: {args.checkpoint} was trained with --{name} {config[name]}; "
+                            "leave the flag out")  # fmt: skip
+    same_data = "dataset" not in typed or args.dataset == config.get("dataset")
+    names = (*AS_TRAINED, "dataset", "split", "val_fraction", "precision", *(["data_root"] if same_data else []))
+    vars(args).update({name: config[name] for name in names if name in config and name not in typed})
+
+
+def check_evaluation(args: Namespace) -> None:
+    """Raise `UserError` for flags of evaluation that do not go together."""
+    for name in ("predictions", "clip"):
+        if args.train and getattr(args, name):
+            raise UserError(f"--{name}: of a trained network; use --checkpoint FILE, without --train")
+    if args.predictions and args.clip:
+        raise UserError("--predictions: of the clips in the training folder, not of --clip; choose one")
+    if args.predictions:
+        refuse_existing(Path(args.predictions))
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise `UserError` for a file of predictions that is there already, or that is none by its name."""
+    if path.exists():
+        raise UserError(f"--predictions {path}: is there already; delete it, or choose another name")
+    if path.suffix != ".npz":
+        raise UserError(f"--predictions {path}: choose a name that ends in .npz")
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def trained_spec(args: Namespace, root: Path) -> DatasetSpec:
+    """The spec of the data in `root`; for --clip, or where there is no such folder, as the checkpoint describes it."""
+    known = args.trained.get("input")
+    if known is not None and (args.clip or not root.is_dir()):
+        return described(args.dataset, known)
+    return spec_of(args.dataset, root)
+
+
+def trained_folder(args: Namespace) -> tuple[Folder, dict]:
+    """The training folder of `--checkpoint`, without its clips, and its prepare.json ({}: made by others).
+
+    Both come from the checkpoint (`Data.input`). One of an earlier version holds neither, so the folder is read; raises
+    `UserError` if it is not there.
+    """
+    known, root = args.trained.get("input"), Path(args.data_root)
+    if known is None:
+        folder, _ = load_parts(args, only=("test",))
+        return folder._replace(parts={}), read_record(root, "prepare.json")
+    shapes = {name: tuple(shape) for name, shape in known["shapes"].items()}
+    spec = described(args.dataset, known)
+    return Folder(root, spec, args.trained["classes"], {}, shapes, [], {}, None), known["prepared"]
+
+
+def without_clips(folder: Folder) -> Data:
+    """Enough of `Data` to make the network."""
+    return Data(folder.spec, folder, {}, {}, ("none", ""))
