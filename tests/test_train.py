@@ -359,9 +359,16 @@ def pairs(data, runs, remix_run, tmp_path_factory):
         "small batch": [*command, str(data), "--train", "--run_name", "small", "--batch_size", "3"],
         "few": [*command, str(few), "--train", "--run_name", "few", "--epochs", "2", "--warmup", "1", "--diagnose"],
         "evaluate": [*command, str(few), "--checkpoint", str(runs / "few" / "last.pth")],
-        "gradients": ["tests/rank_gradients.py", str(out), *gradient_flags(sound)],
+    } | {
+        f"gradients {model}": ["tests/rank_gradients.py", str(out / model), *gradient_flags(sound), "--model", model]
+        for model in SYNCHRONISED
     }
+    for model in SYNCHRONISED:
+        (out / model).mkdir()
     return dict(zip(commands, in_two_processes(out, *commands.values()), strict=True)) | {"data": sound, "out": out}
+
+
+SYNCHRONISED = ("late", "mmtm")  # the architectures that sum over processes in their own way
 
 
 def gradient_flags(data) -> list[str]:
@@ -379,16 +386,18 @@ def test_a_mistake_on_several_processes_is_one_line(pairs, runs, case, said):
     assert not (runs / "small").exists()
 
 
-def test_two_processes_equal_one(pairs):
+@pytest.mark.parametrize("model", SYNCHRONISED)
+def test_two_processes_equal_one(pairs, model):
     """Gradients and BatchNorm statistics of joint and homogeneous batches, step by step, and the partition after them.
 
     In float64, so that nothing but the order of sums differs.
     """
-    assert pairs["gradients"][0] == [0, 0], pairs["gradients"][2]
-    one = rank_gradients.states(gradient_flags(pairs["data"]))
+    statuses, _, errors = pairs[f"gradients {model}"]
+    assert statuses == [0, 0], errors
+    one = rank_gradients.states([*gradient_flags(pairs["data"]), "--model", model])
     assert [sum(g is None for g in step["gradients"].values()) > 0 for step in one["steps"][:3]] == [False, True, True]
     for rank in (0, 1):
-        two = torch.load(pairs["out"] / f"rank{rank}.pth", weights_only=True)
+        two = torch.load(pairs["out"] / model / f"rank{rank}.pth", weights_only=True)
         for i, (a, b) in enumerate(zip(one["steps"], two["steps"], strict=True)):
             for kind in ("gradients", "buffers"):
                 assert a[kind].keys() == b[kind].keys()
