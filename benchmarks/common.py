@@ -117,6 +117,7 @@ def flops_per_clip(
     image_size: int,
     audio_shape: tuple[int, int],
     modalities: tuple[Modality, ...] = MODALITIES,
+    model: str = "late",
 ) -> dict[str, dict[str, float]]:
     """FLOPs (a multiply-add counts two) of one clip, `forward` and `train` (forward and backward), by what is fed.
 
@@ -126,7 +127,7 @@ def flops_per_clip(
     batch, counted = 2, {}
     shapes = {modality.name: audio_shape for modality in modalities if modality.kind == "array"}
     with torch.device("meta"):
-        network = build_model(modalities, shapes, classes, encoder, device="meta")
+        network = build_model(modalities, shapes, classes, encoder, device="meta", model=model)
         inputs = {
             modality.name: torch.empty(batch, 1, *audio_shape)
             if modality.kind == "array"

@@ -45,6 +45,7 @@ from benchmarks.common import (
     save,
 )
 from dataset.build import Data, build_data
+from models import MODELS
 from models.batchnorm import CLIPS, reestimate
 from models.inference import predict
 from utils import distributed
@@ -103,6 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--test_clips", type=number(int, 1), help="test clips (default: the preset's)")
     add_shape_flags(p)
     p.set_defaults(**dict.fromkeys(CREMAD_SHAPE))  # the preset has a say before
+    p.add_argument("--model", default="late", choices=MODELS, help="where modalities meet (default: late)")
     p.add_argument("--batch_size", type=number(int, 2), help="clips per step (default: 64)")
     p.add_argument("--classes", type=number(int, 2), default=6, help="classes (default: 6)")
     p.add_argument("--repeats", type=number(int, 1), default=5, help="rounds after the warm-up (default: 5)")
@@ -299,7 +301,8 @@ def flags_of(choices: dict, args: argparse.Namespace, data: str, device: str, ca
         "--epochs",
         "2",
     ]
-    words += ["--encoder", args.encoder, "--image_size", str(args.image_size), "--batch_size", str(args.batch_size)]
+    words += ["--model", args.model, "--encoder", args.encoder]
+    words += ["--image_size", str(args.image_size), "--batch_size", str(args.batch_size)]
     words += ["--num_workers", str(args.workers), "--learning_rate", "1e-5"]
     words += ["--cache", choices.get("cache", cache), "--masked_encoder", choices.get("masked_encoder", "skip")]
     words += ["--precision", choices["precision"]] if "precision" in choices else []
@@ -337,11 +340,12 @@ def main(argv: list[str] | None = None) -> None:
         for precision in {setting.args.precision for setting in settings}:
             set_precision(precision, device)
             rates[precision] = product_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-    flops = flops_per_clip(args.encoder, args.classes, args.image_size, args.audio_shape)
+    flops = flops_per_clip(args.encoder, args.classes, args.image_size, args.audio_shape, model=args.model)
     about |= {f"matrix product {name} TFLOP/s": f"{rate / 1e12:.3g}" for name, rate in rates.items()}
     about |= {"clips": args.clips, "frame_size": args.frame_size, "image_size": args.image_size,
-              "audio_shape": args.audio_shape, "encoder": args.encoder, "batch_size": args.batch_size,
-              "workers": args.workers, "load_after": round(os.getloadavg()[0], 2)}  # fmt: skip
+              "audio_shape": args.audio_shape, "encoder": args.encoder, "model": args.model,
+              "batch_size": args.batch_size, "workers": args.workers,
+              "load_after": round(os.getloadavg()[0], 2)}  # fmt: skip
     ratios = ratio_rows(seconds, names)
     work = [{"fed": fed, "GFLOP forward": f"{c['forward'] / 1e9:.4g}", "GFLOP forward and backward":
              f"{c['train'] / 1e9:.4g}"} for fed, c in flops.items()]  # fmt: skip

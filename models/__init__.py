@@ -1,7 +1,7 @@
 """The network: an encoder and a head per modality, and a fusion head."""
 
-from models.build import build_model
-from models.classifier import MODELS, UNIMODAL, MultimodalClassifier, Output
+from models.build import MODELS, build_model
+from models.classifier import UNIMODAL, MultimodalClassifier, Output
 from models.encoders import ENCODERS, IMAGE_ENCODERS
 from models.fusion import FUSIONS, SHARED_HEADS, SLICED
 

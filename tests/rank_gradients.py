@@ -41,7 +41,8 @@ def states(argv: list[str]) -> dict:
     data = build_data(args, device)
     clips, names = Doubles(data.clips["train"]), data.spec.names
     torch.manual_seed(0)
-    model = train.build_model(data.spec.modalities, data.folder.shapes, len(data.classes), args.encoder).double()
+    network = (data.spec.modalities, data.folder.shapes, len(data.classes), args.encoder)
+    model = train.build_model(*network, model=args.model).double()
     synchronise_batchnorm(model, device)
     optimizer, steps, scored = train.make_optimizer(model, args), [], {}
 

@@ -19,7 +19,7 @@ import train
 from benchmarks import common, epoch, interruptions, saving, scaling
 from benchmarks.common import MODALITIES, flops_per_clip
 from dataset.build import build_data
-from models import build_model
+from models import MODELS, build_model
 from models.checkpoint import model_weights
 from models.inference import predict
 from utils import acceleration
@@ -204,11 +204,21 @@ def test_a_clip_costs_what_design_says():
     assert ours / flops["joint"]["forward"] == pytest.approx(2.5, abs=0.05)
 
 
+def test_gates_and_the_central_network_cost_what_their_layers_do():
+    counted = {
+        name: flops_per_clip("resnet18_thin", 6, 32, (33, 24), model=name)["joint"]["forward"] for name in MODELS
+    }
+    gates = sum(2 * (2 * width * width + width * 2 * width) for width in (32, 64, 128))  # two modalities, ratio 4
+    central = 16 * 32 + 32 * 64 + 64 * 128 + 128 * 6 - 256 * 6  # in the place of the concat head
+    assert counted["mmtm"] - counted["late"] == gates
+    assert counted["centralnet"] - counted["late"] == 2 * central
+
+
 def test_the_epoch_benchmark_runs_and_leaves_the_network_as_it_was(capsys, monkeypatch):
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")  # which it sets
     threads = torch.get_num_threads()
     try:
-        epoch.main(["--preset", "tiny", "--phases", "remix", "--repeats", "1", "--threads", "1"])
+        epoch.main(["--preset", "tiny", "--model", "mmtm", "--phases", "remix", "--repeats", "1", "--threads", "1"])
     finally:
         torch.set_num_threads(threads)
     rows = [line for line in capsys.readouterr().out.splitlines() if "| remix |" in line]

@@ -422,9 +422,16 @@ def pairs(data, runs, remix_run, tmp_path_factory):
             "--predictions",
             str(out / "two.npz"),
         ],
-        "gradients": ["tests/rank_gradients.py", str(out), *gradient_flags(sound)],
+    } | {
+        f"gradients {model}": ["tests/rank_gradients.py", str(out / model), *gradient_flags(sound), "--model", model]
+        for model in SYNCHRONISED
     }
+    for model in SYNCHRONISED:
+        (out / model).mkdir()
     return dict(zip(commands, in_two_processes(out, *commands.values()), strict=True)) | {"data": sound, "out": out}
+
+
+SYNCHRONISED = ("late", "mmtm")  # the architectures that sum over processes in their own way
 
 
 def gradient_flags(data) -> list[str]:
@@ -458,16 +465,18 @@ def test_two_processes_write_the_predictions_of_one(pairs, runs):
             assert (two[name] == one[name]).all()
 
 
-def test_two_processes_equal_one(pairs):
+@pytest.mark.parametrize("model", SYNCHRONISED)
+def test_two_processes_equal_one(pairs, model):
     """Gradients and BatchNorm statistics of joint and homogeneous batches, step by step, and the partition after them.
 
     In float64, so that nothing but the order of sums differs.
     """
-    assert pairs["gradients"][0] == [0, 0], pairs["gradients"][2]
-    one = rank_gradients.states(gradient_flags(pairs["data"]))
+    statuses, _, errors = pairs[f"gradients {model}"]
+    assert statuses == [0, 0], errors
+    one = rank_gradients.states([*gradient_flags(pairs["data"]), "--model", model])
     assert [sum(g is None for g in step["gradients"].values()) > 0 for step in one["steps"][:3]] == [False, True, True]
     for rank in (0, 1):
-        two = torch.load(pairs["out"] / f"rank{rank}.pth", weights_only=True)
+        two = torch.load(pairs["out"] / model / f"rank{rank}.pth", weights_only=True)
         for i, (a, b) in enumerate(zip(one["steps"], two["steps"], strict=True)):
             for kind in ("gradients", "buffers"):
                 assert a[kind].keys() == b[kind].keys()
