@@ -30,7 +30,7 @@ from dataset.build import Data, build_data
 from dataset.clips import CACHES, Clips
 from dataset.folder import digest
 from dataset.specs import AUDIO, SPECS, VIDEO, get_spec, spec_of
-from models import FUSIONS, IMAGE_ENCODERS, MODELS, UNIMODAL, MultimodalClassifier, Output, build_model
+from models import FUSIONS, IMAGE_ENCODERS, MODELS, SHARED_HEADS, UNIMODAL, MultimodalClassifier, Output, build_model
 from models.batchnorm import frozen_batchnorm, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
 from models.inference import predict
@@ -90,7 +90,8 @@ def make_parser() -> Parser:
                    help="processes that read files with --cache none (default: cores, at most 8)")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="late", choices=MODELS, help="where modalities meet (default: late)")
+    g.add_argument("--model", default="late", choices=MODELS, help="where modalities meet: late in the joint head, mmtm and "
+                   "centralnet between the encoders' stages (default: late)")
     g.add_argument("--encoder", choices=IMAGE_ENCODERS, help="encoder of images, spectrograms (default: the dataset's)")
     g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (default: concat)")
     g.add_argument("--unimodal", default="heads", choices=UNIMODAL, help="unimodal predictions: of unimodal heads, or "
@@ -209,6 +210,12 @@ def check_args(args: Namespace, names: Names) -> None:
     if args.train and args.method == "remix" and args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}, so Remix would never start; use a "
                         "lower --warmup, or --method baseline")  # fmt: skip
+    if not MODELS[args.model].fuses and args.fusion_method != "concat":
+        raise UserError(f"--fusion_method {args.fusion_method}: --model {args.model} has a joint head of its own; leave "
+                        "the flag out")  # fmt: skip
+    if args.train and args.compile and not MODELS[args.model].late:
+        raise UserError(f"--compile: --model {args.model} runs its encoders stage by stage, not compiled; leave --compile "
+                        "out")  # fmt: skip
     if args.split == "actor" and not get_spec(args.dataset).by_actor:
         raise UserError(f"--split actor: the clip ids of {args.dataset} name no actors; leave the flag out")
     if args.train and not args.val_fraction and not (Path(args.data_root) / "val.csv").is_file():
@@ -351,7 +358,7 @@ def plan_epoch(
 def trained_heads(args: Namespace) -> tuple[str, ...]:
     """The modalities whose unimodal heads a loss reaches in some epoch; the others stay as they were drawn."""
     alone = [name for name, weight in args.alone_weights.items() if weight > 0]
-    if args.unimodal == "masked":
+    if args.unimodal == "masked" or args.fusion_method in SHARED_HEADS:
         return tuple(args.joint_weights) if args.method in METHODS else (args.method,)
     if args.method not in METHODS:
         return (args.method,) if args.method in alone else ()
@@ -380,7 +387,7 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
     """
     set_precision(args.precision, device)
     model = build_model(data.spec.modalities, data.folder.shapes, len(data.classes), args.encoder, args.fusion_method,
-                        args.precision, device, args.unimodal)  # fmt: skip
+                        args.precision, device, args.unimodal, args.model)  # fmt: skip
     balances.replace_heads(model, args)
     synchronise_batchnorm(model, device)
     if args.compile:

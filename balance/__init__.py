@@ -18,7 +18,7 @@ from balance.opm import OPM
 from balance.pmr import PMR
 from balance.relearn import Relearn
 from balance.resample import Resample
-from models import SLICED, MultimodalClassifier
+from models import MODELS, SLICED, MultimodalClassifier
 from utils.errors import UserError
 
 __all__ = ["METHODS", "Balance", "Context", "Method", "Option", "Step", "make_balance", "replace_heads", "settle"]
@@ -103,6 +103,9 @@ def _refuse(args: Namespace, names: tuple[str, ...], method: type[Method], other
         reason = f"is defined for two modalities, and the dataset has {len(names)} ({', '.join(names)})"
     elif method.needs_heads and args.unimodal == "masked":
         reason = "needs unimodal heads, which --unimodal masked trains none of; leave the flag out"
+    elif method.needs_slices and not MODELS[args.model].fuses:
+        reason = (f"needs joint logits that are one part per modality, which --model {args.model} does not have; use "
+                  "another --model")  # fmt: skip
     elif method.needs_slices and args.fusion_method not in SLICED:
         reason = (f"needs joint logits that are one part per modality, which --fusion_method {args.fusion_method} "
                   f"does not have; use --fusion_method {' or '.join(SLICED)}")  # fmt: skip

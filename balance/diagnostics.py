@@ -145,7 +145,8 @@ def diagnose_model(
             hits = [(logits[name].argmax(1) == labels).double().mean().item() for name in model.names]
             if len(hits) == 2:
                 numbers["unimodal_gap"] = hits[0] - hits[1]
-            numbers |= shapley(model.head, features, labels)
+            if model.late:  # else a feature of zeros does not mask the modality: the other features come from it, too
+                numbers |= shapley(model.head, features, labels)
             numbers |= gradient_clash(model, probe)
     return numbers
 

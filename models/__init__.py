@@ -1,9 +1,9 @@
 """The network: an encoder and a head per modality, and a fusion head."""
 
-from models.build import build_model
-from models.classifier import MODELS, UNIMODAL, MultimodalClassifier, Output
+from models.build import MODELS, build_model
+from models.classifier import UNIMODAL, MultimodalClassifier, Output
 from models.encoders import ENCODERS, IMAGE_ENCODERS
-from models.fusion import FUSIONS, SLICED
+from models.fusion import FUSIONS, SHARED_HEADS, SLICED
 
-__all__ = ["ENCODERS", "FUSIONS", "IMAGE_ENCODERS", "MODELS", "SLICED", "UNIMODAL", "MultimodalClassifier", "Output",
-           "build_model"]  # fmt: skip
+__all__ = ["ENCODERS", "FUSIONS", "IMAGE_ENCODERS", "MODELS", "SHARED_HEADS", "SLICED", "UNIMODAL",
+           "MultimodalClassifier", "Output", "build_model"]  # fmt: skip

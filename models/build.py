@@ -7,8 +7,14 @@ import torch
 
 from models.classifier import MultimodalClassifier
 from models.encoders import ENCODERS
+from models.intermediate import CentralNet, MMTMNet
 from utils.errors import UserError
 
+MODELS: dict[str, type[MultimodalClassifier]] = {
+    "late": MultimodalClassifier,
+    "mmtm": MMTMNet,
+    "centralnet": CentralNet,
+}
 DEFAULT_ENCODERS = {"vector": "mlp", "sequence": "gru"}
 
 
@@ -34,13 +40,14 @@ def build_model(
     precision: str = "fp32",
     device: torch.device | str = "cpu",
     unimodal: str = "heads",
+    model: str = "late",
 ) -> MultimodalClassifier:
     """The network for a dataset's `modalities`, on `device` in channels-last memory format.
 
     `shapes` holds the shape of one clip's array for each modality that is not frames: (F, W) is an image of one
     channel, (D,) a vector; of a sequence (L, D) only D matters. `encoder` is the image encoder of the modalities that
-    name none. Raises `UserError` for an encoder that does not exist or does not take such an input, and for a fusion
-    head that is not defined for these modalities.
+    name none. Raises `UserError` for an encoder that does not exist, does not take such an input or does not fit the
+    architecture `model`, and for a fusion head that is not defined for these modalities.
     """
     inputs = {}
     for modality in modalities:
@@ -56,7 +63,7 @@ def build_model(
             raise UserError(f"encoder {name} of {modality.name}: takes {wanted}s, the clips have {given}; {advice}")
         inputs[modality.name] = name, size
     try:
-        network = MultimodalClassifier(inputs, n_classes, fusion_method, precision == "bf16", unimodal)
+        network = MODELS[model](inputs, n_classes, fusion_method, precision == "bf16", unimodal)
     except ValueError as error:
         raise UserError(str(error)) from None
     return network.to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -1,19 +1,20 @@
 """The multimodal classifier of Data Remixing: an encoder per modality, a fusion head, and a head per modality.
 
+Here modalities meet in the fusion head alone ("late"); `models.intermediate` has networks in which encoders meet.
+
 Shapes: B batch, T frames, F x W spectrogram, S x S pixels, D_m features of modality m (512 for ResNet-18), C classes.
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.encoders import ENCODERS, Sequences
-from models.fusion import Fusion, make_fusion
+from models.fusion import Decision, Fusion, make_fusion
 
-MODELS = ("late",)
 UNIMODAL = ("heads", "masked")
 
 
@@ -45,6 +46,9 @@ class MultimodalClassifier(nn.Module):
     Raises `ValueError` for a fusion head that is not defined for these modalities.
     """
 
+    late = True  # a feature is computed from its own modality alone
+    fuses = True  # the joint logits are those of the fusion head
+
     def __init__(
         self,
         inputs: dict[str, tuple[str, int]],
@@ -59,6 +63,8 @@ class MultimodalClassifier(nn.Module):
         self.encoders = nn.ModuleDict({name: ENCODERS[encoder].make(size) for name, (encoder, size) in inputs.items()})
         self.head: Fusion = make_fusion(fusion_method, self.widths, n_classes)
         self.heads = nn.ModuleDict({name: nn.Linear(width, n_classes) for name, width in self.widths.items()})
+        if isinstance(self.head, Decision):
+            self.head.shared.append(self.heads)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,10 +77,14 @@ class MultimodalClassifier(nn.Module):
         Frames share the batch dimension in the encoder and are averaged after it.
         """
         frames = x.shape[:2] if isinstance(x, Tensor) and x.dim() == 5 else None
-        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+        with self.autocast(x):
             features = self.encoders[name](x.flatten(0, 1) if isinstance(x, Tensor) and frames else x)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         return features.unflatten(0, frames).mean(dim=1) if frames else features  # (B, D_m)
+
+    def autocast(self, x: Tensor | Sequences) -> AbstractContextManager:
+        """What encoders compute in."""
+        return torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def forward(
         self, inputs: Mapping[str, Tensor | Sequences], fed: tuple[str, ...], mask: Tensor | None = None
@@ -86,7 +96,11 @@ class MultimodalClassifier(nn.Module):
         untouched. In a mixed batch `mask` (B, M) bool says which modalities each clip is given: all fed encoders run
         on the whole batch, and the features of each clip are masked for itself.
         """
-        features = {name: self.encode(name, x) for name, x in inputs.items()}
+        features = self.zeroed({name: self.encode(name, x) for name, x in inputs.items()}, fed, mask)
+        return Output(self.head(features, fed, mask), self.unimodal_logits(features, fed), features)
+
+    def zeroed(self, features: dict[str, Tensor], fed: tuple[str, ...], mask: Tensor | None) -> dict[str, Tensor]:
+        """Features (B, D_m) of all modalities in order, zero where masked, from those of the encoders that ran."""
         some = next(iter(features.values()))
         for name, width in self.widths.items():
             if name not in features:
@@ -97,12 +111,13 @@ class MultimodalClassifier(nn.Module):
         if mask is not None:
             columns = zip(features.items(), mask.split(1, dim=1), strict=True)
             features = {name: values.masked_fill(~given, 0.0) for (name, values), given in columns}
-        joint = self.head(features, fed, mask)
+        return features
+
+    def unimodal_logits(self, features: dict[str, Tensor], fed: tuple[str, ...]) -> dict[str, Tensor]:
+        """Unimodal logits (B, C) of the modalities `fed`, none where they would be of no use."""
         if self.unimodal == "heads":
-            logits = {name: self.heads[name](features[name]) for name in self.widths if name in fed}
-        else:
-            logits = {} if self.training else {name: self.masked(features, name) for name in self.widths if name in fed}
-        return Output(joint, logits, features)
+            return {name: self.heads[name](features[name]) for name in self.widths if name in fed}
+        return {} if self.training else {name: self.masked(features, name) for name in self.widths if name in fed}
 
     def masked(self, features: dict[str, Tensor], name: str) -> Tensor:
         """Joint logits (B, C) from the features of the modality `name` alone, the others masked."""

@@ -155,16 +155,21 @@ def _resnet18(channels: int) -> nn.Module:
 
 
 class Encoder(NamedTuple):
-    """How to make an encoder: `make(n)` for n input channels (`takes` "image") or n numbers ("vector", "sequence")."""
+    """How to make an encoder: `make(n)` for n input channels (`takes` "image") or n numbers ("vector", "sequence").
+
+    stages: channels after layer1, layer2, layer3 and layer4 of an encoder with the module names of torchvision's
+    ResNets, which `models.intermediate` runs stage by stage; none for every other encoder.
+    """
 
     make: Callable[[int], nn.Module]
     features: int
     takes: str = "image"
+    stages: tuple[int, ...] = ()
 
 
 ENCODERS = {
-    "resnet18": Encoder(_resnet18, 512),
-    "resnet18_thin": Encoder(lambda channels: _as_encoder(ThinResNet(), channels), 128),
+    "resnet18": Encoder(_resnet18, 512, stages=(64, 128, 256, 512)),
+    "resnet18_thin": Encoder(lambda channels: _as_encoder(ThinResNet(), channels), 128, stages=(16, 32, 64, 128)),
     "mlp": Encoder(_mlp, 128, "vector"),
     "gru": Encoder(GRU, 128, "sequence"),
     "mean": Encoder(MeanSteps, 128, "sequence"),
