@@ -513,7 +513,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
             numbers |= evaluate(logits[part], data.clips[part].labels, part, args)
         numbers["seconds_eval"], clock = lap(clock)
         if args.diagnose:
-            numbers |= diagnose(model, data.clips, fed, args.batch_size, args.random_seed)
+            numbers |= diagnose(model, data.clips, fed, args.batch_size, args.random_seed, keep)
             numbers["seconds_diagnose"], clock = lap(clock)
         numbers["n_fed"] = sum(len(batch.clips) for batch in plan)
         numbers["clips_per_second"] = numbers["n_fed"] / (numbers["seconds_score"] + numbers["seconds_train"])

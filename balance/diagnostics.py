@@ -10,6 +10,7 @@ Shapes: N clips, B clips of a batch, C classes, M modalities, D_m features of mo
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from math import comb
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from models import MultimodalClassifier
 from models.inference import aside, collect
-from remix import batches_of
+from remix import Batch, batches_of
 from utils.acceleration import compiled
 from utils.distributed import sum_over_ranks
 
@@ -61,7 +62,67 @@ def gradient_clash(model: MultimodalClassifier, batches: Iterable) -> dict[str, 
     return numbers
 
 
+def reassembly_angles(
+    model: MultimodalClassifier, clips: Any, keep: Tensor, batch_size: int, generator: torch.Generator
+) -> dict[str, float | None]:
+    """How far an encoder's gradient is from what its own clips ask for, in mixed and in homogeneous batches (degrees).
+
+    The actual gradient of modality m's encoder is that of the joint head's cross entropy on a batch; the ideal one is
+    that of the unimodal head's on the batch's clips that keep m (keep (N, M) bool). Nothing is masked: with a linear
+    head, masking alone leaves the direction of an encoder's gradient unchanged, so that masked batches would show no
+    clash. Returns means over a few batches, None where no clip keeps m:
+
+    angle_mixed_<m>    batches of `batch_size` random clips, as without reassembling
+    angle_part_<m>     of the same batches, only the clips that keep m: the control of equal size per modality
+    angle_grouped_<m>  batches of `batch_size` clips that keep m, as with reassembling
+
+    Cf. figure 3c of the paper, which leaves its ideal direction undefined.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for m, name in enumerate(model.names):
+        own = keep[:, m].nonzero().flatten()
+        if not len(own):
+            continue
+        for _ in range(PROBE_BATCHES):
+            mixed = torch.randperm(len(keep), generator=generator)[:batch_size]
+            grouped = own[torch.randperm(len(own), generator=generator)[:batch_size]]
+            part = mixed[keep[mixed, m]]
+            joint = {"mixed": mixed, "part": part, "grouped": grouped}
+            ideal = {"mixed": part, "part": part, "grouped": grouped}
+            for kind in joint:
+                if len(ideal[kind]):
+                    actual = _encoder_gradient(model, clips, joint[kind], name, "joint")
+                    wanted = _encoder_gradient(model, clips, ideal[kind], name, name)
+                    cosine = F.cosine_similarity(actual, wanted, dim=0).clamp(-1, 1)
+                    found.setdefault(f"angle_{kind}_{name}", []).append(cosine.arccos().rad2deg())
+    keys = [f"angle_{kind}_{name}" for name in model.names for kind in ("mixed", "part", "grouped")]
+    return {key: torch.stack(found[key]).mean().item() if key in found else None for key in keys}
+
+
+def _encoder_gradient(model: MultimodalClassifier, clips: Any, chosen: Tensor, name: str, head: str) -> Tensor:
+    """The flat gradient (float64) of one head's mean cross entropy on the `chosen` clips, for one encoder."""
+    parameters, total = list(model.encoders[name].parameters()), None
+    for batch in clips.epoch([Batch(chosen, model.names)]):
+        logits = model(batch.inputs, batch.fed).heads[head].float()
+        value = batch.weight * F.cross_entropy(logits, batch.labels, reduction="sum")
+        total = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(value, parameters)])
+    assert total is not None
+    return sum_over_ranks(total).double()
+
+
 # -------------------------------------------------------------------------------------------------------- imbalance
+
+
+@torch.no_grad()
+def discrepancy(slices: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
+    """OGM-GE's discrepancy ratio of each modality: `rho_<m>`, above 1 where m is ahead (CVPR 2022, eq. 6).
+
+    The sum over clips of the true class's probability in m's part of the joint logits (N, C), over the mean of that of
+    the other modalities.
+    """
+    scores = {name: o.double().softmax(1).gather(1, labels[:, None]).sum().item() for name, o in slices.items()}
+    others = {name: (sum(scores.values()) - own) / (len(scores) - 1) for name, own in scores.items()}
+    return {f"rho_{name}": own / max(others[name], 1e-12) for name, own in scores.items()}
 
 
 @torch.no_grad()
@@ -151,12 +212,32 @@ def diagnose_model(
     return numbers
 
 
-def diagnose(model: MultimodalClassifier, clips: dict, fed: tuple[str, ...], batch_size: int, seed: int) -> dict:
-    """`diagnose_model` on the same few training clips in every epoch and on the test clips. Changes no run."""
+def diagnose(
+    model: MultimodalClassifier,
+    clips: dict,
+    fed: tuple[str, ...],
+    batch_size: int,
+    seed: int,
+    keep: Tensor | None = None,
+) -> dict:
+    """`diagnose_model` on the same few training clips in every epoch and on the test clips. Changes no run.
+
+    With the partition `keep` (N, M) of a Remix epoch, `reassembly_angles` too.
+    """
     probe = batches_of(len(clips["train"]), batch_size, fed, torch.Generator().manual_seed(seed))[:PROBE_BATCHES]
     test = batches_of(len(clips["test"]), 4 * batch_size, fed, generator=None)
     with compiled(False):  # compiled code gives gradients once; here two losses share a forward pass
         found = diagnose_model(model, clips["train"].epoch(probe), clips["test"].epoch(test), clips["test"].labels)
+        with aside(model):
+            slices = getattr(model.head, "slices", None)
+            if fed == model.names and slices is not None:
+                seen = collect(model, clips["train"].epoch(probe), len(clips["train"])).features
+                chosen = torch.cat([batch.clips for batch in probe]).to(clips["train"].device)
+                part = {name: values[chosen] for name, values in seen.items()}
+                found |= discrepancy(slices(part), clips["train"].labels[chosen])
+            if keep is not None:
+                generator = torch.Generator().manual_seed(seed)
+                found |= reassembly_angles(model, clips["train"], keep, batch_size, generator)
     return under_name(found)
 
 

@@ -12,7 +12,15 @@ from networks import network
 from torch.nn import functional as F
 
 import train
-from balance.diagnostics import calibration_error, diagnose_model, gradient_clash, partition_moves, shapley
+from balance.diagnostics import (
+    calibration_error,
+    diagnose_model,
+    discrepancy,
+    gradient_clash,
+    partition_moves,
+    reassembly_angles,
+    shapley,
+)
 from models import MultimodalClassifier
 from models.inference import aside, collect
 
@@ -150,6 +158,65 @@ def test_clash_of_gradients_known_to_agree_or_to_oppose(sign: int) -> None:
     assert found["clash_cosine_video"] is None and found["clash_ratio_video"] is None  # no gradient, no direction
 
 
+class Held:
+    """Twelve clips as `dataset.clips.Clips` serves them."""
+
+    def __init__(self, names: tuple[str, ...]):
+        (self.all,) = tiny_batches([12], names=names)
+
+    def epoch(self, plan: list):
+        for batch in plan:
+            rows = {name: x[batch.clips] for name, x in self.all.inputs.items()}
+            yield SimpleNamespace(inputs=rows, fed=batch.fed, labels=self.all.labels[batch.clips],
+                                  weight=1.0)  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [BOTH, THREE])
+def test_angles_of_mixed_and_homogeneous_batches_are_those_of_plain_backward_passes(names) -> None:
+    model, clips = make_model(names), Held(names)
+    kept = torch.tensor([0, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 1])  # nobody keeps text
+    keep = F.one_hot(kept, len(names)).bool()
+    with aside(model):
+        found = reassembly_angles(model, clips, keep, 5, torch.Generator().manual_seed(0))
+    assert found.keys() == {f"angle_{kind}_{name}" for kind in ("mixed", "part", "grouped") for name in names}
+    if names == THREE:
+        assert found["angle_mixed_text"] is None and found["angle_grouped_text"] is None
+
+    def gradient(chosen: list[int], name: str, head: str) -> np.ndarray:
+        model.zero_grad()
+        inputs = {n: x[chosen] for n, x in clips.all.inputs.items()}
+        F.cross_entropy(model(inputs, names).heads[head], clips.all.labels[chosen]).backward()
+        return np.concatenate([p.grad.double().flatten().numpy() for p in model.encoders[name].parameters()])
+
+    def degrees(one: np.ndarray, other: np.ndarray) -> float:
+        return np.degrees(np.arccos(one @ other / np.linalg.norm(one) / np.linalg.norm(other)))
+
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    for m, name in enumerate(names[:2]):
+        own, angles = (kept == m).nonzero().flatten(), {"mixed": [], "part": [], "grouped": []}
+        for _ in range(4):
+            mixed = torch.randperm(12, generator=generator)[:5].tolist()
+            grouped = own[torch.randperm(len(own), generator=generator)[:5]].tolist()
+            if part := [i for i in mixed if kept[i] == m]:
+                angles["mixed"].append(degrees(gradient(mixed, name, "joint"), gradient(part, name, name)))
+                angles["part"].append(degrees(gradient(part, name, "joint"), gradient(part, name, name)))
+            angles["grouped"].append(degrees(gradient(grouped, name, "joint"), gradient(grouped, name, name)))
+        for kind, values in angles.items():
+            assert found[f"angle_{kind}_{name}"] == pytest.approx(np.mean(values), abs=0.05)
+
+
+def test_discrepancy_is_the_ratio_of_summed_probabilities() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = {name: rng.normal(size=(9, 4)) for name in THREE}, rng.integers(0, 4, 9)
+    exp = {name: np.exp(values) for name, values in logits.items()}
+    score = {name: sum(e[i, y] / e[i].sum() for i, y in enumerate(labels)) for name, e in exp.items()}
+    found = discrepancy({name: torch.tensor(values) for name, values in logits.items()}, torch.tensor(labels))
+    assert found["rho_audio"] == pytest.approx(score["audio"] / ((score["video"] + score["text"]) / 2))
+    two = discrepancy({name: torch.tensor(logits[name]) for name in BOTH}, torch.tensor(labels))
+    assert two["rho_audio"] == pytest.approx(1 / two["rho_video"]) == pytest.approx(score["audio"] / score["video"])
+
+
 @pytest.mark.parametrize("names", [BOTH, THREE])
 def test_diagnosis_leaves_everything_as_it_was(names) -> None:
     model = make_model(names)
@@ -250,6 +317,8 @@ def test_every_number_is_in_metrics_and_on_the_board(runs) -> None:
         "ece_joint",
         "ece_audio",
         "moved",
+        "rho_audio",
+        "angle_grouped_video",
     ]
     assert {f"diagnose/{name}" for name in [*names, "kept_audio/a"]} <= measured.keys()
     assert last["seconds_diagnose"] > 0
