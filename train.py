@@ -401,7 +401,7 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
 
 
 def make_optimizer(model: MultimodalClassifier, args: Namespace) -> torch.optim.Optimizer:
-    """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4: the official settings. AdamW's is 0.01."""
+    """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4: the official settings; AdamW 0.01."""
     encoders = list(model.encoders.parameters())
     inside = {id(parameter) for parameter in encoders}
     heads = [parameter for parameter in model.parameters() if id(parameter) not in inside]

@@ -9,6 +9,7 @@ from argparse import Namespace
 
 from balance.agm import AGM
 from balance.gblend import GBlend
+from balance.greedy import Greedy
 from balance.method import Balance, Context, Method, Option, Step
 from balance.mla import MLA
 from balance.mmcosine import MMCosine
@@ -26,7 +27,7 @@ __all__ = ["METHODS", "Balance", "Context", "Method", "Option", "Step", "make_ba
 # Their order is that in which they act, whatever order is typed. Relearn changes encoders before an epoch, so what PMR
 # and G-Blend measure there comes after it.
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Relearn, MMCosine, OPM, AGM, PMR, GBlend, MMPareto, OGMGE, MLA, Resample)
+    method.name: method for method in (Relearn, MMCosine, OPM, AGM, PMR, GBlend, MMPareto, OGMGE, MLA, Resample, Greedy)
 }
 
 # ---------------------------------------------------------------------------------------------------------- options

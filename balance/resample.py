@@ -50,6 +50,8 @@ class Resample(Method):
     def refuse(cls, args, opt) -> str | None:
         if opt.warmup >= args.epochs:
             return f"would never act: warmup={opt.warmup}, and the run has --epochs {args.epochs}"
+        if args.model != "late":
+            return f"values a modality with the others' features at zero, which masks nothing in --model {args.model}"
         if args.method == "remix" and args.reassemble in ("off", "unmasked"):
             return f"is defined for batches of one modality; leave --reassemble {args.reassemble} out"
         return None
