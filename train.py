@@ -90,8 +90,8 @@ def make_parser() -> Parser:
                    help="processes that read files with --cache none (default: cores, at most 8)")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="late", choices=MODELS, help="where modalities meet: late in the joint head, mmtm and "
-                   "centralnet between the encoders' stages (default: late)")
+    g.add_argument("--model", default="late", choices=MODELS, help="where modalities meet: in the joint head "
+                   "(late) or between the encoders' stages (default: late)")
     g.add_argument("--encoder", choices=IMAGE_ENCODERS, help="encoder of images, spectrograms (default: the dataset's)")
     g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (default: concat)")
     g.add_argument("--unimodal", default="heads", choices=UNIMODAL, help="unimodal predictions: of unimodal heads, or "
@@ -210,11 +210,10 @@ def check_args(args: Namespace, names: Names) -> None:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}, so Remix would never start; use a "
                         "lower --warmup, or --method baseline")  # fmt: skip
     if not MODELS[args.model].fuses and args.fusion_method != "concat":
-        raise UserError(f"--fusion_method {args.fusion_method}: --model {args.model} has a joint head of its own; leave "
-                        "the flag out")  # fmt: skip
-    if args.train and args.compile and not MODELS[args.model].late:
-        raise UserError(f"--compile: --model {args.model} runs its encoders stage by stage, not compiled; leave --compile "
-                        "out")  # fmt: skip
+        raise UserError(f"--fusion_method {args.fusion_method}: --model {args.model} has its own joint head; leave the "
+                        "flag out")  # fmt: skip
+    if args.compile and not MODELS[args.model].late:
+        raise UserError(f"--compile: --model {args.model} runs encoders stage by stage, uncompiled; leave it out")
     if args.split == "actor" and not get_spec(args.dataset).by_actor:
         raise UserError(f"--split actor: the clip ids of {args.dataset} name no actors; leave the flag out")
     if args.train and not args.val_fraction and not (Path(args.data_root) / "val.csv").is_file():

@@ -85,6 +85,38 @@ def given_to_clips(names: tuple[str, ...], fed: tuple[str, ...], mask: Tensor | 
 # ------------------------------------------------------------------------------------------------------------ MMTM
 
 
+class RunningMean(nn.Module):
+    """The mean over clips of vectors (D,) that come batch by batch: of all clips, or of recent ones with `momentum`."""
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self, width: int, momentum: float | None = None):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("total", torch.zeros(width))
+        self.register_buffer("weight", torch.zeros(1))
+
+    @torch.no_grad()
+    def forward(self, values: Tensor, chosen: Tensor) -> None:
+        """Add the vectors (B, D) of the clips `chosen` (B, 1) bool, over all processes."""
+        chosen = chosen.to(self.total.dtype)
+        sums = sum_over_ranks(torch.cat([(values * chosen).sum(dim=0), chosen.sum(dim=0)]))
+        total, clips = sums[:-1], sums[-1:]
+        if self.momentum is None:
+            self.total += total
+            self.weight += clips
+        else:
+            rate = self.momentum * (clips > 0).to(clips.dtype)  # a batch without chosen clips changes nothing
+            self.total.lerp_(total / clips.clamp(min=1), rate)
+            self.weight.lerp_(torch.ones_like(clips), rate)
+
+
+def mean_of(past: nn.Module) -> Tensor:
+    """The mean (D,) that a `RunningMean` holds; zeros before the first vector."""
+    return past.get_buffer("total") / past.get_buffer("weight").clamp(min=1e-12)
+
+
 class MMTM(nn.Module):
     """Gates for the channels of M modalities from the squeezed maps of all of them.
 
@@ -94,24 +126,21 @@ class MMTM(nn.Module):
 
     def __init__(self, widths: dict[str, int], ratio: int = 4, k: float = 1.0):
         super().__init__()
-        self.widths, self.k = dict(widths), k
+        self.k, self.record = k, False
+        self.replace: str | None = None
         channels = sum(widths.values())
         self.squeeze = nn.Linear(channels, 2 * channels // ratio)
         self.gates = nn.ModuleDict({name: nn.Linear(2 * channels // ratio, own) for name, own in widths.items()})
-        self.record, self.replace = False, None
-        self.replace: str | None
-        # Of squeezes the decaying sum and its weight, of gates the sum over clips and their number.
-        for kind in ("squeezes", "recorded"):
-            self.register_buffer(f"{kind}_sum", torch.zeros(channels))
-            self.register_buffer(f"{kind}_count", torch.zeros(len(widths)))
+        self.past_squeezes = nn.ModuleDict({name: RunningMean(own, MOMENTUM) for name, own in widths.items()})
+        self.past_gates = nn.ModuleDict({name: RunningMean(own) for name, own in widths.items()})
 
     def mean_squeeze(self, name: str) -> Tensor:
         """The running mean (C_m) of a modality's squeezed maps in training; zeros before the first pass."""
-        return self._mean("squeezes", name)
+        return mean_of(self.past_squeezes[name])
 
     def mean_gate(self, name: str) -> Tensor:
         """The mean (C_m) of a modality's recorded gates; zeros before the first recorded pass."""
-        return self._mean("recorded", name)
+        return mean_of(self.past_gates[name])
 
     def forward(self, squeezes: Tensors, given: Tensors, means: bool = False) -> Tensors:
         """Gates (B, C_m) of the modalities in `squeezes`, their squeezed maps (B, C_m).
@@ -119,50 +148,22 @@ class MMTM(nn.Module):
         The squeeze of a modality that a clip is not given (`given` (B, 1) bool) is zero, and so is that of one without
         maps. With `means` the latter is its running mean, where the clip is given it.
         """
-        joined = []
-        for name, width in self.widths.items():
+        some, joined = next(iter(squeezes.values())), []
+        for name in self.gates:
             own = squeezes.get(name)
             if own is None:
-                shape = (len(given[name]), width)
-                like = next(iter(squeezes.values()))
-                own = self.mean_squeeze(name).to(like.dtype).expand(shape) if means else like.new_zeros(shape)
+                mean = self.mean_squeeze(name).to(some.dtype)
+                own = (mean if means else torch.zeros_like(mean)).expand(len(some), -1)
             joined.append(own.masked_fill(~given[name], 0.0))
         hidden = F.relu(self.squeeze(torch.cat(joined, dim=1)))
         gates = {name: self.k * torch.sigmoid(self.gates[name](hidden)) for name in squeezes}
-        if self.training:
-            self._update("squeezes", squeezes, given, MOMENTUM)
+        for name in squeezes if self.training else ():
+            self.past_squeezes[name](squeezes[name], given[name])
             if self.record:
-                self._update("recorded", gates, given)
+                self.past_gates[name](gates[name], given[name])
         if self.replace in gates:
-            gates[self.replace] = self.mean_gate(self.replace).to(hidden.dtype).expand_as(gates[self.replace])
+            gates[self.replace] = self.mean_gate(self.replace).to(some.dtype).expand_as(gates[self.replace])
         return gates
-
-    def _mean(self, kind: str, name: str) -> Tensor:
-        column = list(self.widths).index(name)
-        total = self.get_buffer(f"{kind}_sum").split(list(self.widths.values()))[column]
-        return total / self.get_buffer(f"{kind}_count")[column].clamp(min=1e-12)
-
-    @torch.no_grad()
-    def _update(self, kind: str, values: Tensors, given: Tensors, momentum: float | None = None) -> None:
-        """Add the mean over the clips given each modality (with `momentum`), or their sum, to the running ones."""
-        rows = []
-        for name, width in self.widths.items():
-            weight = given[name].to(self.squeeze.weight.dtype)
-            if name not in values:
-                weight = torch.zeros_like(weight)
-            own = values[name].to(weight.dtype) if name in values else weight.expand(-1, width)
-            rows += [(own * weight).sum(dim=0), weight.sum(dim=0)]
-        sums = sum_over_ranks(torch.cat(rows)).split([n for width in self.widths.values() for n in (width, 1)])
-        total, count = self.get_buffer(f"{kind}_sum"), self.get_buffer(f"{kind}_count")
-        for m, own in enumerate(total.split(list(self.widths.values()))):
-            added, clips = sums[2 * m], sums[2 * m + 1]
-            if momentum is None:
-                own += added
-                count[m] += clips[0]
-            else:  # of no clips: as it was
-                rate = momentum * (clips > 0)
-                own.lerp_(added / clips.clamp(min=1), rate)
-                count[m : m + 1].lerp_(torch.ones_like(clips), rate)
 
 
 class MMTMNet(StagedNet):
