@@ -67,7 +67,8 @@ class AGM(Method):
     def after_backward(self, output: Output, step: Step) -> None:
         if self.opt.clip == 0:
             return
-        large = clip_if_large(list(self.model.parameters()), list(self.model.head.parameters()), self.opt.clip)
+        head = list(self.model.head.parameters()) or list(self.model.heads.parameters())  # decision has none of its own
+        large = clip_if_large(list(self.model.parameters()), head, self.opt.clip)
         self.note("clipped", large)
 
     def state_dict(self) -> dict:

@@ -60,7 +60,7 @@ class Resample(Method):
         if epoch < self.opt.warmup:
             return
         clips = self.context.clips["train"]
-        dtype = next(self.model.head.parameters()).dtype
+        dtype = next(self.model.parameters()).dtype
         features = {name: z.to(dtype) for name, z in self.features("train", torch.arange(len(clips))).items()}
         values = same(contributions(self.model.head, features, clips.labels)).cpu()  # (N, M)
         for name, mean in zip(self.names, values.mean(0), strict=True):

@@ -465,6 +465,13 @@ def test_agm_clips_all_gradients_where_an_element_of_the_head_s_is_large(size, c
     assert t.balance.numbers() == {"balance/agm_clipped": float(size > 1)}
 
 
+def test_agm_clips_by_the_shared_heads_where_the_joint_head_is_their_mean(clips):
+    t = Trained(clips, "--balance agm:clip=0.3 --fusion_method decision").batch()
+    t.net.heads["video"].bias.grad.fill_(7.0)
+    t.balance.methods[0].after_backward(t.output, None)
+    assert torch.nn.utils.get_total_norm([p.grad for p in t.net.parameters()]).item() == pytest.approx(0.3, rel=1e-4)
+
+
 def test_what_agm_and_opm_decide_is_decided_on_the_device():
     """A tensor without values raises where the host would read one."""
     with FakeTensorMode():
