@@ -165,6 +165,23 @@ def test_neutral_settings_are_mmtm_bit_for_bit_in_joint_and_homogeneous_batches(
     )
 
 
+def test_what_it_keeps_resumes_bit_for_bit(clips):
+    """Between two re-balancing steps: 8 steps an epoch, 1 regular and 4 re-balancing ones in turn from epoch 1 on."""
+    text = "--balance greedy:alpha=0:steps=4"
+    whole, part, resumed = (trained(clips, text) for _ in range(3))
+    for number in (0, 1, 2):
+        epoch(whole, number)
+    for number in (0, 1):
+        epoch(part, number)
+    assert part.balance.methods[0].left == 2
+    resumed.net.load_state_dict(part.net.state_dict())
+    resumed.optimizer.load_state_dict(part.optimizer.state_dict())
+    resumed.balance.load_state_dict(part.balance.state_dict())
+    epoch(resumed, 2)
+    assert all(torch.equal(value, resumed.net.state_dict()[name]) for name, value in whole.net.state_dict().items())
+    assert whole.numbers == resumed.numbers
+
+
 def test_random_policy_takes_each_kind_of_step_a_third_of_the_time(clips):
     t = trained(clips, "--balance greedy:policy=random")
     (method,) = t.balance.methods
