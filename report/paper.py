@@ -120,7 +120,8 @@ TABLES = {
                       for row in (balanced(label, label.lower(), NOTHING),))),
                     "Seconds of scoring, training and evaluation of a whole run. The paper's seconds are to "
                     "convergence on two RTX 3090: 1,536 (CREMA-D) and 3,849 (Kinetics-Sounds) for joint training, "
-                    "2,537 and 4,946 for Remix, 4,525 and 10,362 for Resample, 6,128 and 12,868 for MLA.", seconds=True),
+                    "2,537 and 4,946 for Remix, 4,525 and 10,362 for Resample, 6,128 and 12,868 for MLA.",
+                    seconds=True),
     "table4": Table("Table 4: intermediate fusion", (
         CONCAT, *pair("MMTM", (("model", "mmtm"),), (66.40, 52.27), (68.82, 54.78)),
         *pair("CentralNet", (("model", "centralnet"),), (65.46, 54.09), (67.61, 55.94)),
@@ -130,14 +131,14 @@ TABLES = {
         Row("decouple only", "remix", (("reassemble", "off"),), "neither", (69.89, 52.31)),
         Row("reassemble only", "remix", (("reassemble", "unmasked"),), "neither", (68.68, 51.70)),
         CONCAT_REMIX._replace(label="both (Remix)", base="neither"),
-    ), "Decouple only: mixed batches, each clip masked for itself. Reassemble only: batches grouped by the modality that "
-       "the clips keep, without masks."),
+    ), "Decouple only: mixed batches, each clip masked for itself. Reassemble only: batches grouped by the modality "
+       "that the clips keep, without masks."),
     "gates": Table("Gates under Remix", (
         *(row for label, head in (("FiLM", "film"), ("Gated", "gated"), ("Bi-Gated", "bigated"))
           for row in (*pair(label, fused(head), NOTHING, NOTHING),
                       Row(f"{label}, bias 1 + Remix", "remix", fused(f"{head}_bias1"), label))),
-    ), "Not in the paper, which combines Remix with none of these heads. At initialisation a lone modality hardly reaches "
-       "the logits of FiLM and of the one-way gate; with bias 1 the bias that it is multiplied by starts at 1 "
+    ), "Not in the paper, which combines Remix with none of these heads. At initialisation a lone modality hardly "
+       "reaches the logits of FiLM and of the one-way gate; with bias 1 the bias that it is multiplied by starts at 1 "
        "([fusion.md](fusion.md))."),
     "table6": Table("Table 6: unimodal predictions without heads", (
         *without_heads("Concat", "concat", (61.56, 49.58), (70.03, 53.89)),
@@ -256,7 +257,8 @@ def p_value(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
     pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if len(pairs) < 2 or np.ptp(pairs) == 0:
         return None
-    return float(stats.ttest_1samp(pairs, 0.0).pvalue)
+    t = np.mean(pairs) / (np.std(pairs, ddof=1) / len(pairs) ** 0.5)
+    return float(2 * stats.t.sf(abs(t), len(pairs) - 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -300,7 +302,9 @@ def mean_gain(results: list[Result], pairs: Sequence[tuple[str, str]]) -> Differ
 def points(found: Difference | None) -> str:
     if found is None:
         return "–"
-    interval = "" if found.low is None else f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
     return f"{100 * found.mean:+.1f}{interval}"
 
 
@@ -346,8 +350,8 @@ def finding(key: str, results: list[Result]) -> str:
     if key == "table1":
         heads = [(head, f"{head} + Remix") for head in ("Concat", "Sum", "Decision")]
         if (gain := mean_gain(results, heads)) is not None:
-            told.append(f"Mean gain of Remix over Concat, Sum and Decision, the abstract's number: {points(gain)} points "
-                        "(paper: +6.50 on CREMA-D, +3.41 on Kinetics-Sounds).")  # fmt: skip
+            told.append("Mean gain of Remix over Concat, Sum and Decision, the abstract's number: "
+                        f"{points(gain)} points (paper: +6.50 on CREMA-D, +3.41 on Kinetics-Sounds).")  # fmt: skip
     told += [ordering(results, column) for column in range(len(PUBLISHED))]
     return " ".join(line for line in told if line)
 
@@ -384,6 +388,14 @@ def grouped(rows: Sequence[Row], plan: dict[str, dict[int, Planned]], log_path: 
     return found
 
 
+def as_json(result: Result) -> dict:
+    row, difference = result.row, result.difference
+    return {"label": row.label, "method": row.method, "flags": dict(row.flags), "base": row.base,
+            "by_seed": result.by_seed, "best_on_test": result.best, "p": result.p, "holm": result.holm,
+            "difference": difference and difference._asdict(), "clips_fed": result.fed, "seconds": result.seconds,
+            "published": dict(zip(PUBLISHED, row.published, strict=True))}  # fmt: skip
+
+
 def write_table(key: str, groups: dict[str, Group], args: Namespace, log_path: Path) -> list[str]:
     """Print one table, write it beside the runs as Markdown and JSON; returns the lines of its section of the page."""
     made, results = TABLES[key], results_of(TABLES[key].rows, groups)
@@ -393,10 +405,7 @@ def write_table(key: str, groups: dict[str, Group], args: Namespace, log_path: P
     text = table_of(key, results, args.dataset)
     section = [f"## {made.title}", "", made.about, "", text, "", finding(key, results), ""]
     print("\n" + "\n".join(section))
-    write_json(log_path / f"{key}.json", {"title": made.title, "rows": [
-        {"label": r.row.label, "method": r.row.method, "flags": dict(r.row.flags), "base": r.row.base, "by_seed": r.by_seed,
-         "best_on_test": r.best, "difference": r.difference and r.difference._asdict(), "p": r.p, "holm": r.holm,
-         "clips_fed": r.fed, "seconds": r.seconds, "published": r.row.published} for r in results]})  # fmt: skip
+    write_json(log_path / f"{key}.json", {"title": made.title, "rows": [as_json(result) for result in results]})
     return section
 
 
@@ -452,11 +461,11 @@ def draw_figure3(groups: dict[str, Group], path: Path) -> list[str]:
     told = angles_in_words(remix)
     return ["## Figure 3: why it works", "",
             f"![Clips per modality, discrepancy ratio and gradient angles over epochs]({path.name})", "",
-            f"Means over {seeds} seeds. Left: clips that keep each modality. Then OGM-GE's discrepancy ratio, on unmasked "
-            "training clips (1: balanced). Right: the angle between the gradient of the joint loss on a batch and that "
-            "of the encoder's own loss on the clips of the batch that keep its modality, in Remix runs, all on unmasked "
-            "clips in evaluation mode: for mixed batches, for the same clips without the others, and for homogeneous "
-            f"batches of full size. {told}", ""]  # fmt: skip
+            f"Means over {seeds} seeds. Left: clips that keep each modality. Then OGM-GE's discrepancy ratio, on "
+            "unmasked training clips (1: balanced). Right: the angle between the gradient of the joint loss on a batch "
+            "and that of the encoder's own loss on the clips of the batch that keep its modality, in Remix runs, all "
+            "on unmasked clips in evaluation mode: for mixed batches, for the same clips without the others, and for "
+            f"homogeneous batches of full size. {told}", ""]  # fmt: skip
 
 
 def _line(axis, group: Group, key: str, label: str) -> None:
@@ -479,9 +488,9 @@ def angles_in_words(remix: Group) -> str:
         found = paired_difference(mean["mixed"], mean["grouped"])
         alike = paired_difference(mean["mixed"], mean["part"])
         degrees = {kind: np.mean(list(by_seed.values())) for kind, by_seed in mean.items()}
-        told.append(f"{name}: {degrees['mixed']:.0f}° in mixed batches, {degrees['part']:.0f}° with their own clips only, "
-                    f"{degrees['grouped']:.0f}° in homogeneous ones (mixed minus homogeneous {_degrees(found)}, mixed "
-                    f"minus own clips {_degrees(alike)}).")  # fmt: skip
+        told.append(f"{name}: {degrees['mixed']:.0f}° in mixed batches, {degrees['part']:.0f}° with their own clips "
+                    f"only, {degrees['grouped']:.0f}° in homogeneous ones (mixed minus homogeneous {_degrees(found)}, "
+                    f"mixed minus own clips {_degrees(alike)}).")  # fmt: skip
     return " ".join(told)
 
 
