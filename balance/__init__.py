@@ -9,13 +9,16 @@ from argparse import Namespace
 
 from balance.agm import AGM
 from balance.gblend import GBlend
+from balance.greedy import Greedy
 from balance.method import Balance, Context, Method, Option, Step
+from balance.mla import MLA
 from balance.mmcosine import MMCosine
 from balance.mmpareto import MMPareto
 from balance.ogm_ge import OGMGE
 from balance.opm import OPM
 from balance.pmr import PMR
 from balance.relearn import Relearn
+from balance.resample import Resample
 from models import MODELS, SLICED, MultimodalClassifier
 from utils.errors import UserError
 
@@ -24,7 +27,7 @@ __all__ = ["METHODS", "Balance", "Context", "Method", "Option", "Step", "make_ba
 # Their order is that in which they act, whatever order is typed. Relearn changes encoders before an epoch, so what PMR
 # and G-Blend measure there comes after it.
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Relearn, MMCosine, OPM, AGM, PMR, GBlend, MMPareto, OGMGE)
+    method.name: method for method in (Relearn, MMCosine, OPM, AGM, PMR, GBlend, MMPareto, OGMGE, MLA, Resample, Greedy)
 }
 
 # ---------------------------------------------------------------------------------------------------------- options
@@ -87,6 +90,9 @@ def settle(args: Namespace, names: tuple[str, ...]) -> None:
 def _refuse(args: Namespace, names: tuple[str, ...], method: type[Method], others: list[type[Method]]) -> None:
     for other in others:
         why = method.conflicts.get(other.name) or other.conflicts.get(method.name)
+        for one, splitting in ((method, other), (other, method)):
+            if splitting.splits_joint and one.acts_in == ("joint",):
+                why = why or f"{one.name} acts in joint batches, and {splitting.name} splits them by modality"
         if not why and (shared := method.owns & other.owns):
             why = f"both replace the {min(shared)}"
         if why:
@@ -144,7 +150,7 @@ def make_balance(context: Context) -> Balance:
 def notes(args: Namespace) -> list[str]:
     """What the user should know before the run."""
     scaling = [name for name in args.balance_options if METHODS[name].scales_gradients]
-    if not scaling or args.optimizer != "adam":
+    if not scaling or args.optimizer == "sgd":
         return []
-    return [f"note: {', '.join(scaling)} scales gradients, and Adam divides a constant scale out again: only its "
-            "changes from step to step act; the papers use --optimizer sgd"]  # fmt: skip
+    return [f"note: {', '.join(scaling)} scales gradients, and {args.optimizer} divides a constant scale out again: "
+            "only its changes from step to step act; the papers use --optimizer sgd"]  # fmt: skip

@@ -9,8 +9,9 @@ def main() -> None:
         print(f"\n{name}: {(__import__(method.__module__, fromlist=['x']).__doc__ or '').splitlines()[0]}")
         for option in method.options:
             allowed = f" ({', '.join(option.choices)})" if option.choices else ""
-            others = "".join(f"; {dataset}: {value}" for dataset, value in option.by_dataset.items())
-            default = f" (default: {option.default}{others})" if option.default is not None else ""
+            defaults = [f"default: {option.default}"] if option.default is not None else []
+            defaults += [f"{dataset}: {value}" for dataset, value in option.by_dataset.items()]
+            default = f" ({'; '.join(defaults)})" if defaults else ""
             print(f"  {option.name:16} {option.help}{allowed}{default}")
 
 

@@ -29,7 +29,7 @@ FLOOR = 0.01  # of |dO|, in mean held-out losses: below it a difference is noise
 def weight_list(text: str) -> tuple[float, ...]:
     values = tuple(number(float, 0)(part) for part in text.split("/"))
     if sum(values) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: all weights are 0; give one per modality and joint: 0.1/0.6/0.3")
+        raise argparse.ArgumentTypeError(f"{text!r}: all weights are 0; separate them by slashes: 0.1/0.6/0.3")
     return values
 
 

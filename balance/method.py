@@ -153,6 +153,7 @@ class Method:
     needs_heads = False  # of unimodal heads: it reads or changes their losses
     needs_slices = False  # a fusion whose logits are one part per modality: concat, sum, decision
     two_modalities = False  # defined by "the other modality" alone: there is no published rule for more than two
+    splits_joint = False  # its plan leaves no joint batch: what acts in these alone is refused beside it
     compiles = True  # False: what it does to the network's pass is lost, or fails, where that is compiled
     scales_gradients = False  # a constant factor on a gradient cancels in Adam: the run says so
 
@@ -176,7 +177,10 @@ class Method:
 
     @classmethod
     def replace_heads(cls, model: MultimodalClassifier, opt: Namespace) -> None:
-        """Put other heads in, for training and inference alike. The state dict's names must stay."""
+        """Put other heads in, for training and inference alike; parameters added here are trained and saved.
+
+        `OFFICIAL_NAMES` of models/checkpoint.py apply to their names. Raises `UserError` for a network it does not fit.
+        """
 
     # ---- in a run
 
@@ -184,7 +188,9 @@ class Method:
         """Once at the start of an epoch, before Remix scores."""
 
     def plan(self, plan: list[Batch], epoch: int) -> list[Batch]:
-        """Edit the epoch's batches: joint ones in the warm-up and without Remix, else those that Remix made."""
+        """Edit the epoch's batches: joint ones in the warm-up and without Remix, else those that Remix made.
+
+        All processes must return the same plan. Draw from `epoch_draws`."""
         return plan
 
     def before_forward(self, step: Step) -> None:
@@ -220,6 +226,10 @@ class Method:
     def generator(self, step: Step, device: torch.device | str = "cpu") -> torch.Generator:
         """This method's random numbers of this step, the same on every process."""
         return step_generator(self.context.args.random_seed, step.epoch, step.batch, "balance", self.name, device)
+
+    def epoch_draws(self, epoch: int) -> torch.Generator:
+        """This method's random numbers of an epoch, on the CPU, the same on every process."""
+        return step_generator(self.context.args.random_seed, epoch, 0, "balance", self.name)
 
     def note(self, name: str, value: Tensor | float) -> None:
         """Report the epoch's mean of `value` (a number, best on the device, the same on every process) in

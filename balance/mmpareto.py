@@ -4,7 +4,7 @@ Wei & Hu, ICML 2024.
 Per encoder, over all its parameters: g_J the gradient of the joint loss, g_U that of its other losses. If they agree
 (g_J . g_U > 0) both weigh 1/2; else k_J = (|g_U|^2 - g_J . g_U) / |g_J - g_U|^2 and k_U = 1 - k_J, the minimum-norm
 point between them. Then d = 2 k_J g_J + 2 k_U g_U, and the gradient is gamma * d * max(1, |g_J + g_U| / |d|). The
-official code takes that last ratio per tensor (the default here). Heads keep their sum.
+official code, when run, takes that last ratio per parameter tensor (the default here). Heads keep their sum.
 """
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from balance.method import Method, Option, Step, gradient, mean_over_ranks
 from utils.cli import number
+from utils.errors import UserError
 
 
 class MMPareto(Method):
@@ -26,6 +27,9 @@ class MMPareto(Method):
     compiles = False  # the graph is walked twice
 
     def backward(self, loss: Tensor, terms: dict[str, Tensor], step: Step) -> None:
+        if "joint" not in terms:
+            raise UserError(f"--balance {self.context.args.balance}: mmpareto merges the joint loss with the others, "
+                            "and another of these methods leaves the joint loss out; choose one")  # fmt: skip
         encoders = {name: list(self.model.encoders[name].parameters()) for name in step.fed}
         parameters = [p for own in encoders.values() for p in own]
         joint = iter(torch.autograd.grad(terms["joint"] * step.weight, parameters, retain_graph=True))

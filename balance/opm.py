@@ -3,7 +3,10 @@
 s_m as in OGM-GE; t_m = tanh(relu(s_m / s_other - 1)); q_m = clip(q_base (1 + lam t_m), 0, 1) where t_m > 0, else 0. In
 a batch chosen with probability p, each clip's feature m is dropped from the joint head with probability q_m, and all
 features are divided by 1 - theta, theta the mean of q over the features of both modalities, also those that are never
-dropped. At most one q is above 0, so no clip loses both.
+dropped (as the authors' code does when it is run). At most one q is above 0, so no clip loses both.
+
+q is a constant of the batch here. In the released code q depends on the features by way of the scores, and the divisor
+lets a gradient through to them that the paper does not mention, up to 33 times the intended one: not copied.
 """
 
 import torch
@@ -52,7 +55,8 @@ class OPM(Method):
             q = drop_chances(scores, self.opt.q, getattr(self.opt, "lambda"))
             for name, value in zip(self.names, q, strict=True):
                 self.note(f"q_{name}", value)
-            keep = (own.to(q.device) >= q).split(1, dim=1)  # 2 x (B, 1)
+            sent = own.pin_memory() if q.is_cuda else own  # from pinned memory the host need not wait for the copy
+            keep = (sent.to(q.device, non_blocking=True) >= q).split(1, dim=1)  # 2 x (B, 1)
             dropped = {name: z * k / (1 - q.mean()) for (name, z), k in zip(by_name.items(), keep, strict=True)}
             return dropped, *fed
 

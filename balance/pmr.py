@@ -2,7 +2,8 @@
 Fan et al., CVPR 2023.
 
 c_m[k] = mean feature of class k over about a tenth of train, taken anew before each epoch (evaluation mode), with
-c <- eps c_old + (1 - eps) c_new. q_m = softmax_k(-||z_m - c_m[k]||), PCE_m = -mean log q_m[y],
+c <- eps c_old + (1 - eps) c_new from the third set on (the second replaces the first, which is of an untrained network,
+as in the authors' code). q_m = softmax_k(-||z_m - c_m[k]||), PCE_m = -mean log q_m[y],
 rho = sum q_a[y] / sum q_v[y]; beta = clip(1/rho - 1, 0, 1), gamma = clip(rho - 1, 0, 1) (Eq. 11):
     loss += alpha beta PCE_a + alpha gamma PCE_v, and in the first epochs -= mu gamma H(q_a) + mu beta H(q_v)   (Eq. 13)
 In a homogeneous batch only the fed modality's terms stand, and rho is the epoch's: from the clips of the prototypes.
@@ -15,9 +16,9 @@ from torch.nn import functional as F
 from balance.method import Context, Method, Option, Step
 from models import Output
 from utils.cli import number
-from utils.seeding import step_generator
 
 SHARE = 10  # a prototype is made of one clip in ten
+AVERAGED = 3  # the first set of prototypes that is averaged with the one before
 
 
 class PMR(Method):
@@ -38,19 +39,21 @@ class PMR(Method):
         self.prototypes: Tensor | None = None  # (2, C, D)
         self.present: Tensor | None = None  # (C,) bool: classes of which train has a clip
         self.ratio: Tensor | None = None  # rho of the epoch
+        self.sets = 0  # of prototypes made so far
 
     def start_epoch(self, epoch: int) -> None:
         if epoch > self.opt.ends:
             return
         labels = self.context.clips["train"].labels
-        draw = step_generator(self.context.args.random_seed, epoch, 0, "balance", self.name)
+        draw = self.epoch_draws(epoch)
         chosen = subset(labels.cpu(), draw)
         features = self.features("train", chosen)
         own = labels[chosen.to(labels.device)]
         stacked = torch.stack([features[name] for name in self.names])  # (2, n, D)
         new, self.present = class_means(stacked, own, self.model.n_classes)
         old, eps = self.prototypes, self.opt.momentum
-        self.prototypes = new if old is None else eps * old + (1 - eps) * new
+        self.sets += 1
+        self.prototypes = new if old is None or self.sets < AVERAGED else eps * old + (1 - eps) * new
         scores = [self.similarity(name, features[name])[0].gather(1, own[:, None]).exp().sum() for name in self.names]
         self.ratio = scores[0] / scores[1]
 
@@ -86,12 +89,12 @@ class PMR(Method):
         return terms | {"pmr": added}
 
     def state_dict(self) -> dict:
-        return {"prototypes": self.prototypes, "present": self.present, "ratio": self.ratio}
+        return {"prototypes": self.prototypes, "present": self.present, "ratio": self.ratio, "sets": self.sets}
 
     def load_state_dict(self, state: dict) -> None:
         device = self.context.clips["train"].labels.device
         for name, value in state.items():
-            setattr(self, name, value.to(device) if value is not None else None)
+            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
 
 
 def subset(labels: Tensor, generator: torch.Generator) -> Tensor:

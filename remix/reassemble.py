@@ -47,7 +47,8 @@ def reassemble(
 ) -> list[Batch]:
     """Homogeneous batches from the partition `keep` (N, M) bool over the modalities `names`.
 
-    A clip enters one batch for each modality that it keeps.
+    A clip enters one batch for each modality that it keeps. Of whole numbers instead of bools (for the orders of
+    `ORDERS` alone) each is how often the clip enters that modality's batches.
 
     sequential  all batches of the last modality, then those of the one before it, down to the first (the official
                 code's order: video, then audio).
@@ -65,7 +66,7 @@ def reassemble(
         mixed = batches_of(len(keep), batch_size, tuple(names), generator)
         return [batch._replace(mask=keep[batch.clips]) for batch in mixed]
     groups = [
-        batches_of(keep[:, m].nonzero().flatten(), batch_size, (names[m],), generator)
+        batches_of(torch.arange(len(keep)).repeat_interleave(keep[:, m].long()), batch_size, (names[m],), generator)
         for m in reversed(range(len(names)))
     ]
     plan = [batch for group in groups for batch in group]

@@ -242,6 +242,8 @@ def test_balance_methods_of_two_modalities_are_refused(name, data):
 @pytest.mark.parametrize(("methods", "notes"), [
     ("agm,gblend:every=2:probe=1,mmpareto", ("agm_kappa", "gblend_weight", "mmpareto_weight")),
     ("dr:every=1:resets=1,mmcosine", ("dr_reset",)),
+    ("dr:every=1:resets=1,mla:projection=paper", ("dr_reset",)),
+    ("resample:warmup=1", ("resample_phi", "resample_copies")),
 ])  # fmt: skip
 def test_the_other_balance_methods_run_and_resume(methods, notes, data, tmp_path):
     flags = ("--warmup", "2", "--val_fraction", "0.3", "--balance", methods, "--optimizer", "sgd")
