@@ -7,7 +7,7 @@ Clips i and j = pi(i) of a batch, pi random, y_i != y_j; o = head(z_1,i, z_2,j),
     w: the modality with the lower mean c; a_w <- max(1, a_w + step * mean(c_w - q_w)), and the other's a counts 1
     loss += lambda * mean of cos (a_1 c_1 CE(o, y_i) + a_2 c_2 CE(o, y_j))
 and the same of (z_1,j, z_2,i). cos is the cosine of the feature put in and the one it replaces, at least 0: what is
-hard to tell apart weighs more. No gradient flows through c, q, a and cos. The mean is over all such pairs of both kinds.
+hard to tell apart weighs more. No gradient flows through c, q, a and cos. The mean is over all pairs of both kinds.
 """
 
 import torch
