@@ -52,7 +52,7 @@ NEUTRAL = {
     "opm": ":q=0",
     "dr": ":lambda=0:every=7",
 }
-ACTIVE = {"dr": ":every=7", "gblend": ":weights=1/2/3"}
+ACTIVE = {"dr": ":every=7", "gblend": ":weights=1/2/3", "umt": ":epochs=1"}
 EPOCHS = (7, 8)  # late enough for all of them
 
 

@@ -133,7 +133,7 @@ def test_what_needs_both_modalities_is_off_in_homogeneous_batches(name, clips, p
     ("reconboost --reassemble off", "reconboost: --reassemble off makes no batches of one modality"),
     ("reconboost --fusion_method sum", "reconboost: it has a joint head of its own; leave --fusion_method sum out"),
     ("reconboost --compile", "reconboost: cannot act in a compiled network"),
-    *((f"dgl,{other}", "DGL cuts the joint loss off from the enc") for other in ("agm", "opm", "mmpareto", "cml", "midas")),
+    *((f"dgl,{other}", "DGL cuts the joint loss off") for other in ("agm", "opm", "mmpareto", "cml", "midas")),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -751,8 +751,9 @@ def lines(folder) -> list[dict]:
 @pytest.mark.parametrize("name", TOGETHER)
 def test_resume_is_bit_identical(name, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("utils.summary.finish", lambda *_: None)  # pictures take most of so short a run
-    text = f"--val_fraction 0.3 --warmup 3 --data_root {data} --log_path {tmp_path} --balance {TOGETHER[name]}"
-    for run, epochs, more in (("whole", 4, ""), ("part", 2, ""), ("part", 4, "--resume auto")):
+    method = "baseline" if name == "losses" else "remix --warmup 2"  # these are off in Remix's epochs
+    text = f"--method {method} --data_root {data} --log_path {tmp_path} --balance {TOGETHER[name]} --val_fraction 0.3"
+    for run, epochs, more in (("whole", 4, ""), ("part", 3, ""), ("part", 4, "--resume auto")):
         train.main([*RUN, *f"{text} --epochs {epochs} --run_name {run} {more}".split()])
     whole, part = (torch.load(tmp_path / run / "last.pth", weights_only=True) for run in ("whole", "part"))
     assert all(torch.equal(whole["model"][key], part["model"][key]) for key in whole["model"])
@@ -764,7 +765,7 @@ def test_resume_is_bit_identical(name, data, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         expected = lines(tmp_path / "whole")[-1]["test_acc"]
         train.main(["--checkpoint", str(tmp_path / "whole" / "last.pth")])
-        assert f"{100 * expected:.1f}" in capsys.readouterr().out
+        assert f" {expected:.4f} " in capsys.readouterr().out
 
 
 WORKER = """
@@ -827,4 +828,6 @@ def test_two_processes_train_the_weights_of_one(name, processes):
     runs = [lines(processes / f"run_{name}_{which}") for which in ("one", "two")]
     for a, b in zip(*runs, strict=True):
         a, b = ({k: v for k, v in line.items() if k.startswith(("balance", "train_"))} for line in (a, b))
-        assert a["train_loss"] > 0 and a == pytest.approx(b, rel=1e-4)
+        assert a["train_loss"] > 0 and [k for k in a if a[k] is None] == [k for k in b if b[k] is None]
+        told = {k: v for k, v in a.items() if v is not None}
+        assert told == pytest.approx({k: b[k] for k in told}, rel=1e-4)
