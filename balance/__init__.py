@@ -8,17 +8,24 @@ import argparse
 from argparse import Namespace
 
 from balance.agm import AGM
+from balance.cml import CML
+from balance.dgl import DGL
 from balance.gblend import GBlend
 from balance.greedy import Greedy
+from balance.inforeg import InfoReg
+from balance.lfm import LFM
 from balance.method import Balance, Context, Method, Option, Step
+from balance.midas import MIDAS
 from balance.mla import MLA
 from balance.mmcosine import MMCosine
 from balance.mmpareto import MMPareto
 from balance.ogm_ge import OGMGE
 from balance.opm import OPM
 from balance.pmr import PMR
+from balance.reconboost import ReconBoost
 from balance.relearn import Relearn
 from balance.resample import Resample
+from balance.umt import UMT
 from models import MODELS, SLICED, MultimodalClassifier
 from utils.errors import UserError
 
@@ -27,7 +34,11 @@ __all__ = ["METHODS", "Balance", "Context", "Method", "Option", "Step", "make_ba
 # Their order is that in which they act, whatever order is typed. Relearn changes encoders before an epoch, so what PMR
 # and G-Blend measure there comes after it.
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Relearn, MMCosine, OPM, AGM, PMR, GBlend, MMPareto, OGMGE, MLA, Resample, Greedy)
+    method.name: method
+    for method in (
+        *(Relearn, MMCosine, OPM, AGM, PMR, GBlend, MMPareto, OGMGE),
+        *(MLA, Resample, Greedy, ReconBoost, DGL, LFM, UMT, CML, MIDAS, InfoReg),
+    )
 }
 
 # ---------------------------------------------------------------------------------------------------------- options

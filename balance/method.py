@@ -13,7 +13,8 @@ Shapes: B clips of a batch on this process, C classes, M modalities, D_m feature
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from models.fusion import Concat, Decision, Sum
 from models.inference import aside, collect
 from remix import Batch
 from utils.acceleration import compiled
-from utils.distributed import sum_over_ranks, world_size
+from utils.distributed import gather_in_order, rank, sum_over_ranks, world_size
 from utils.seeding import step_generator
 
 
@@ -140,6 +141,25 @@ class Step(NamedTuple):
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the batch's clips (the first dimension), those of the other processes included. No gradient."""
         return sum_over_ranks(values.detach().float().sum(0) * self.clip_weight)
+
+    def own(self, values: Tensor) -> Tensor:
+        """This process's rows of `values` (total, ...), drawn for the whole batch in the plan's order."""
+        return values[rank() :: world_size()] if self.total >= world_size() else values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """(B, ...) of each process's clips -> (total, ...) of the whole batch in the plan's order, with gradient.
+
+        For losses between clips. They come out the same on every process: add them as `loss / step.weight`.
+        """
+        return gather_in_order(values, self.total)
+
+    def given(self, name: str, names: tuple[str, ...]) -> Tensor | None:
+        """(B,) bool: which clips of a mixed batch are given the modality `name` of all `names`; None: all are."""
+        return None if self.mask is None else self.mask[:, names.index(name)]
+
+    def mean(self, values: Tensor, given: Tensor | None = None) -> Tensor:
+        """The mean over this process's clips of values (B,), counting 0 for the clips not in `given` (B,) bool."""
+        return values.mean() if given is None else (values * given).mean()
 
 
 class Method:
@@ -324,6 +344,19 @@ def label_scores(logits: dict[str, Tensor], step: Step) -> Tensor:
     """sum over the batch of softmax(o_m)[y] for each modality, (M,), over all processes: who is ahead."""
     found = [o.detach().float().softmax(1).gather(1, step.labels[:, None]) for o in logits.values()]  # M x (B, 1)
     return step.sum(torch.cat(found, dim=1))
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """No gradient reaches the parameters of `modules` from what is computed in the block; what flows through does."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def gradient(parameter: nn.Parameter) -> Tensor:

@@ -54,7 +54,7 @@ NEUTRAL = {
     "dr": ":lambda=0:every=7",
     "resample": ":level=modality:alpha=0",
 }
-ACTIVE = {"dr": ":every=7", "gblend": ":weights=1/2/3"}
+ACTIVE = {"dr": ":every=7", "gblend": ":weights=1/2/3", "umt": ":epochs=1"}
 OTHER_NETWORKS = ("greedy",)  # needs one: tests/test_greedy.py
 EPOCHS = (7, 8)  # late enough for all of them
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from utils.errors import Told, UserError
 
@@ -127,6 +128,20 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gather_in_order(values: Tensor, total: int) -> Tensor:
+    """Rows of all processes as one batch of `total`, where process r holds rows r, r + world_size, ...; with gradient.
+
+    With fewer rows than processes each of them holds all, and gets them back. A loss that every process computes from
+    the result has the right gradient after DistributedDataParallel's average: the backward pass adds up the processes'
+    gradients, which are equal.
+    """
+    if world_size() == 1 or total < world_size():
+        return values
+    rows = values.new_zeros(total, *values.shape[1:])
+    rows[rank() :: world_size()] = values
+    return all_reduce(rows)
 
 
 def lowest(value: int, device: torch.device) -> int:
