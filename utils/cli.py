@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -94,3 +95,37 @@ def id_list(text: str) -> str:
     if not all(part.isascii() and part.isdecimal() and len(part) < 6 for part in parts) or len(set(parts)) < len(parts):
         raise argparse.ArgumentTypeError(f"{text}: must be comma separated numbers, each once, such as 0,1")
     return text
+
+
+def per_modality(text: str) -> dict[str, str]:
+    """`VALUE`, `audio=VALUE,video=VALUE` or both as {modality: value}; the value of all others is that of "".
+
+    A value may hold commas and equals signs, as paths do: only a comma before `NAME=` starts the next entry. Raises
+    `argparse.ArgumentTypeError` for an empty value, or a modality that is there twice.
+    """
+    found: dict[str, str] = {}
+    for entry in re.split(r",(?=[^\W\d]\w*=)", text):
+        match = re.match(r"([^\W\d]\w*)=(.*)", entry, re.DOTALL)
+        name, value = match.groups() if match else ("", entry)
+        if not value.strip():
+            raise argparse.ArgumentTypeError(f"{text!r}: a value is missing; give VALUE, or NAME=VALUE,NAME=VALUE")
+        if name in found:
+            raise argparse.ArgumentTypeError(f"{text}: {name or 'the value of all modalities'} is there twice")
+        found[name] = value
+    return found
+
+
+def each(parse: Parse) -> Parse:
+    """An argparse type: one value of the type `parse`, or values of modalities, which stay a string."""
+
+    def parse_all(text: str) -> Any:
+        values = {name: parse(value) for name, value in per_modality(text).items()}
+        return values[""] if tuple(values) == ("",) else text
+
+    return parse_all
+
+
+def factors(value: float | str, names: Sequence[str]) -> dict[str, float]:
+    """What a flag of the type `each(number(float, ...))` says of each modality; 1 for those it does not name."""
+    given = per_modality(str(value))
+    return {name: float(given.get(name, given.get("", 1.0))) for name in names}
