@@ -26,7 +26,10 @@ class MMPareto(Method):
     compiles = False  # the graph is walked twice
 
     def backward(self, loss: Tensor, terms: dict[str, Tensor], step: Step) -> None:
-        encoders = {name: list(self.model.encoders[name].parameters()) for name in step.fed}
+        encoders = {name: list(self.model.encoders[name].parameters()) for name in step.fed
+                    if name not in self.model.frozen}  # fmt: skip
+        if not encoders:
+            return loss.backward()
         parameters = [p for own in encoders.values() for p in own]
         joint = iter(torch.autograd.grad(terms["joint"] * step.weight, parameters, retain_graph=True))
         loss.backward()  # g_J + g_U, averaged over the processes where there are several

@@ -37,7 +37,8 @@ class MultimodalClassifier(nn.Module):
     """One encoder and one linear head per modality, and the fusion head `head` on all features.
 
     `inputs` maps each modality, in order, to (encoder name, shape of its input without the batch: (c, H, W) or (D,)).
-    With `bf16` the encoders compute in bfloat16 by autocast (weights stay float32); pooling, heads and logits are float32 all the same.
+    With `bf16` the encoders compute in bfloat16 by autocast (weights stay float32); heads and logits are float32 all
+    the same, and so is the pooling of our own encoders.
     `unimodal` is where unimodal logits come from: the `heads` of the modalities, or the joint head with the other
     modalities "masked" (paper Table 6), which are computed in evaluation mode alone, since nothing trains them.
     Checkpoints are written under the official code's names (`models.checkpoint`).

@@ -48,7 +48,9 @@ def make_timm(name: str, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
     failure = ""
     for built_for in [size, larger] if fixed and larger != size else [size]:
         try:
-            net = timm.create_model(name, num_classes=0, in_chans=shape[0], **({"img_size": built_for} if fixed else {}))
+            net = timm.create_model(
+                name, num_classes=0, in_chans=shape[0], **({"img_size": built_for} if fixed else {})
+            )
             if built_for != size:
                 net.register_forward_pre_hook(Resize(built_for))
             return net, features_of(net, shape)

@@ -129,3 +129,23 @@ def factors(value: float | str, names: Sequence[str]) -> dict[str, float]:
     """What a flag of the type `each(number(float, ...))` says of each modality; 1 for those it does not name."""
     given = per_modality(str(value))
     return {name: float(given.get(name, given.get("", 1.0))) for name in names}
+
+
+def with_default(text: str, default: str) -> str:
+    """`default,audio=VALUE` of `audio=VALUE`: what the modalities that it does not name have is said as well."""
+    return text if "" in per_modality(text) else f"{default},{text}"
+
+
+def agree(given: Any, recorded: Any) -> bool:
+    """Whether the value of a flag says nothing other than the recorded one, for some modalities or for all."""
+    if isinstance(given, str) and isinstance(recorded, str) and given:
+        return per_modality(given).items() <= per_modality(recorded).items()
+    return given == recorded
+
+
+def check_modalities(values: dict[str, Any], names: Sequence[str]) -> None:
+    """Raise `UserError` where the value of a flag names a modality that is not one of `names`."""
+    for flag, value in values.items():
+        for name in per_modality(str(value)):
+            if name not in ("", *names):
+                raise UserError(f"--{flag} {value}: the dataset has no modality {name}; it has {', '.join(names)}")
