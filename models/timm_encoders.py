@@ -30,8 +30,8 @@ class Resize:
 def make_timm(name: str, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
     """The timm model `name` without its classifier, with timm's initialisation, and its number of features D.
 
-    `shape` is (c, H, W). A model whose input size is fixed is built for H x W; if it cannot be, its images are resized
-    to the next multiples of 32. Raises `UserError` if timm is not installed, has no such model, or the model does not
+    `shape` is (c, H, W). A model whose input size is fixed is built for H x W. A model that does not take images of
+    that size has them resized to the next multiples of 32. Raises `UserError` if timm is not installed, has no such model, or the model does not
     turn images of this shape into one vector each.
     """
     try:
@@ -46,7 +46,7 @@ def make_timm(name: str, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
     size, fixed = shape[1:], config is not None and config.fixed_input_size
     larger = tuple(-(-side // MULTIPLE) * MULTIPLE for side in size)
     failure = ""
-    for built_for in [size, larger] if fixed and larger != size else [size]:
+    for built_for in [size, larger] if larger != size else [size]:
         try:
             net = timm.create_model(
                 name, num_classes=0, in_chans=shape[0], **({"img_size": built_for} if fixed else {})
