@@ -35,7 +35,7 @@ from models.batchnorm import frozen_batchnorm, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
 from models.encoders import encoder_list
 from models.inference import predict
-from models.pretrained import load_pretrained
+from models.pretrained import check_files, load_pretrained
 from models.rates import parameter_groups
 from utils import distributed
 from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision, use_huge_pages
@@ -222,6 +222,8 @@ def check_args(args: Namespace, names: Names) -> None:
     check_modalities({flag: vars(args)[flag] for flag in PER_MODALITY}, names)
     if args.pretrained and args.checkpoint:
         raise UserError("--pretrained: --checkpoint gives all weights already; leave one of them out")
+    if args.pretrained and not continues(args):
+        check_files(args.pretrained)
     if args.split == "actor" and not get_spec(args.dataset).by_actor:
         raise UserError(f"--split actor: the clip ids of {args.dataset} name no actors; leave the flag out")
     if args.train and not args.val_fraction and not (Path(args.data_root) / "val.csv").is_file():

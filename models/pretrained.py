@@ -1,6 +1,7 @@
 """Local weights to start from: files of torchvision and timm, and checkpoints of this project (`--pretrained`)."""
 
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,13 @@ def load_pretrained(model: MultimodalClassifier, text: str, classes: list[str]) 
             told += [f"pretrained {own}: {_fill(model.encoders[own], weights, path, own)}" for own in images]
     if is_main():
         print("\n".join(told), flush=True)
+
+
+def check_files(text: str) -> None:
+    """Raise `UserError` unless the files that `text` names are there: before the data are read, which takes longer."""
+    for path in per_modality(text).values():
+        if not Path(path).is_file():
+            raise UserError(f"--pretrained {path}: no such file; give a .pth or .safetensors file")
 
 
 def _from_run(model: MultimodalClassifier, name: str, weights: dict[str, Tensor], path: str, same: bool) -> str:

@@ -31,8 +31,8 @@ def make_timm(name: str, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
     """The timm model `name` without its classifier, with timm's initialisation, and its number of features D.
 
     `shape` is (c, H, W). A model whose input size is fixed is built for H x W. A model that does not take images of
-    that size has them resized to the next multiples of 32. Raises `UserError` if timm is not installed, has no such model, or the model does not
-    turn images of this shape into one vector each.
+    that size has them resized to the next multiples of 32. Raises `UserError` if timm is not installed, has no such
+    model, or the model does not turn images of either size into one vector each.
     """
     try:
         import timm

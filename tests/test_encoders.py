@@ -402,7 +402,7 @@ def test_two_processes_train_as_one(data, source, tmp_path):
     flags = [*RUN, "--pretrained", f"audio={source}", "--epochs", "2", "--method", "remix"]
     words = ["train.py", "--train", "--dataset", "folder", "--data_root", str(data), "--image_size", "32",
              "--batch_size", "8", "--cache", "ram", "--log_path", str(tmp_path), *flags]  # fmt: skip
-    (done,) = in_two_processes(tmp_path / "pair", [*words, "--run_name", "pair"])
+    (done,) = in_two_processes(tmp_path / "ranks", [*words, "--run_name", "pair"])
     assert done[0] == [0, 0], done[2][-2000:]
     one = run(data, tmp_path, "one", *flags)
     first, second = weights_of(one), weights_of(tmp_path / "pair")
