@@ -30,7 +30,7 @@ from dataset.build import Data, build_data
 from dataset.clips import CACHES, Clips
 from dataset.folder import digest
 from dataset.specs import AUDIO, SPECS, VIDEO, get_spec, spec_of
-from models import FUSIONS, MODELS, UNIMODAL, MultimodalClassifier, Output, build_model
+from models import FUSIONS, MODELS, SHARED_HEADS, UNIMODAL, MultimodalClassifier, Output, build_model
 from models.batchnorm import frozen_batchnorm, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
 from models.encoders import encoder_list
@@ -366,7 +366,7 @@ def plan_epoch(
 def trained_heads(args: Namespace) -> tuple[str, ...]:
     """The modalities whose unimodal heads a loss reaches in some epoch; the others stay as they were drawn."""
     alone = [name for name, weight in args.alone_weights.items() if weight > 0]
-    if args.unimodal == "masked":
+    if args.unimodal == "masked" or args.fusion_method in SHARED_HEADS:
         return tuple(args.joint_weights) if args.method in METHODS else (args.method,)
     if args.method not in METHODS:
         return (args.method,) if args.method in alone else ()

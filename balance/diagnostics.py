@@ -232,11 +232,12 @@ def diagnose(
     with compiled(False):  # compiled code gives gradients once; here two losses share a forward pass
         found = diagnose_model(model, clips["train"].epoch(probe), clips["test"].epoch(test), clips["test"].labels)
         with aside(model):
-            if fed == model.names and hasattr(model.head, "slices"):
+            slices = getattr(model.head, "slices", None)
+            if fed == model.names and slices is not None:
                 seen = collect(model, clips["train"].epoch(probe), len(clips["train"])).features
                 chosen = torch.cat([batch.clips for batch in probe]).to(clips["train"].device)
                 part = {name: values[chosen] for name, values in seen.items()}
-                found |= discrepancy(model.head.slices(part), clips["train"].labels[chosen])
+                found |= discrepancy(slices(part), clips["train"].labels[chosen])
             if keep is not None:
                 generator = torch.Generator().manual_seed(seed)
                 found |= reassembly_angles(model, clips["train"], keep, batch_size, generator)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from models import MultimodalClassifier, Output
 from models.batchnorm import reestimate
-from models.fusion import Concat, Sum
+from models.fusion import Concat, Decision, Sum
 from models.inference import aside, collect
 from remix import Batch
 from utils.acceleration import compiled
@@ -151,7 +151,7 @@ class Method:
     owns: frozenset[str] = frozenset()  # of "head", "backward", "loss weights", "plan": each has one owner in a run
     conflicts: dict[str, str] = {}  # noqa: RUF012  # method it cannot be combined with -> why
     needs_heads = False  # of unimodal heads: it reads or changes their losses
-    needs_slices = False  # a fusion whose logits are one part per modality: concat, sum
+    needs_slices = False  # a fusion whose logits are one part per modality: concat, sum, decision
     two_modalities = False  # defined by "the other modality" alone: there is no published rule for more than two
     compiles = True  # False: what it does to the network's pass is lost, or fails, where that is compiled
     scales_gradients = False  # a constant factor on a gradient cancels in Adam: the run says so
@@ -236,7 +236,7 @@ class Method:
 
     def slices(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each modality's part of the joint logits (B, C). Only for methods that say `needs_slices`."""
-        assert isinstance(self.model.head, Concat | Sum)
+        assert isinstance(self.model.head, Concat | Sum | Decision)
         return self.model.head.slices(features)
 
     def features(self, part: str, clips: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:

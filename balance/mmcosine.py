@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from balance.method import Method, Option
 from models import MultimodalClassifier
-from models.fusion import Concat, Features, Fed, Sum
+from models.fusion import Concat, Decision, Features, Fed, Sum
 from utils.cli import number
 
 
@@ -25,7 +25,8 @@ class MMCosine(Method):
     @classmethod
     def replace_heads(cls, model: MultimodalClassifier, opt: Namespace) -> None:
         """The same parameters under the same names: the bias stays in the state dict and is not used."""
-        kinds = {Concat: CosineConcat, Sum: CosineSum, nn.Linear: CosineLinear}
+        # Decision averages the unimodal heads' logits, which are cosines then.
+        kinds = {Concat: CosineConcat, Sum: CosineSum, Decision: Decision, nn.Linear: CosineLinear}
         for head in (model.head, *model.heads.values()):
             # Only what forward does changes, so the object stays: its parameters, names and devices with it.
             head.__class__ = kinds[type(head)]

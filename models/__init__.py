@@ -3,7 +3,7 @@
 from models.build import build_model
 from models.classifier import MODELS, UNIMODAL, MultimodalClassifier, Output
 from models.encoders import ENCODERS, IMAGE_ENCODERS
-from models.fusion import FUSIONS, SLICED
+from models.fusion import FUSIONS, SHARED_HEADS, SLICED
 
-__all__ = ["ENCODERS", "FUSIONS", "IMAGE_ENCODERS", "MODELS", "SLICED", "UNIMODAL", "MultimodalClassifier", "Output",
-           "build_model"]  # fmt: skip
+__all__ = ["ENCODERS", "FUSIONS", "IMAGE_ENCODERS", "MODELS", "SHARED_HEADS", "SLICED", "UNIMODAL",
+           "MultimodalClassifier", "Output", "build_model"]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.encoders import Sequences, make_encoder
-from models.fusion import Fusion, make_fusion
+from models.fusion import Decision, Fusion, make_fusion
 
 MODELS = ("late",)
 UNIMODAL = ("heads", "masked")
@@ -63,6 +63,8 @@ class MultimodalClassifier(nn.Module):
         self.frozen: tuple[str, ...] = ()
         self.head: Fusion = make_fusion(fusion_method, self.widths, n_classes)
         self.heads = nn.ModuleDict({name: nn.Linear(width, n_classes) for name, width in self.widths.items()})
+        if isinstance(self.head, Decision):
+            self.head.shared.append(self.heads)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +87,7 @@ def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
     cells = list(itertools.product(*(values for _, values in axes)))  # of the grid; one, empty, without a grid
     for seed, method, values in itertools.product(seeds, methods, cells):
         grid = [(flag, value) for (flag, _), value in zip(axes, values, strict=True)]
-        run = _planned(method, seed, grid, rest, args.log_path)
+        run = planned(method, seed, grid, rest, args.log_path)
         plan.setdefault(run.name, run)  # a method that does not read a flag of the grid runs once
     return list(plan.values())
 
@@ -103,7 +103,11 @@ def _methods(text: str | None, asked: Namespace) -> list[str]:
     return methods
 
 
-def _planned(method: str, seed: int, grid: list[tuple[str, str]], rest: list[str], log_path: str) -> Planned:
+def planned(method: str, seed: int, grid: Sequence[tuple[str, str]], rest: list[str], log_path: str) -> Planned:
+    """The run of a method (of train.py, or one of `VARIANTS`) and a seed; its name has the flags of `grid` in it.
+
+    Flags of `grid` that the method does not read are left out. Raises `UserError` for whatever train.py would refuse.
+    """
     base, variant = VARIANTS.get(method, (method, {}))
     grid = [(flag, value) for flag, value in grid if flag not in unread(base)]
     chosen = [word for flag, value in [*variant.items(), *grid] for word in (f"--{flag}", str(value))]

@@ -51,11 +51,11 @@ env_paths() {
     ARGS=()
     while [ $# -gt 0 ]; do
         case $1 in
-            --data_root | --log_path | --checkpoint | --out | --speech)
+            --data_root | --log_path | --checkpoint | --out | --speech | --doc)
                 ARGS+=("$1")
                 [ $# -lt 2 ] || { ARGS+=("$(env_full "$2")") && shift; }
                 ;;
-            --data_root=* | --log_path=* | --checkpoint=* | --out=* | --speech=*)
+            --data_root=* | --log_path=* | --checkpoint=* | --out=* | --speech=* | --doc=*)
                 ARGS+=("${1%%=*}=$(env_full "${1#*=}")")
                 ;;
             *) ARGS+=("$1") ;;

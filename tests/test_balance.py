@@ -226,7 +226,7 @@ def test_random_numbers_depend_on_the_step_and_the_method_alone(clips):
     ("--balance ogm_ge --method audio", "--balance ogm_ge: .*nothing to balance in --method audio"),
     ("--balance pmr --method video", "--balance pmr: .*nothing to balance in --method video"),
     *((f"--balance {name} --fusion_method {fusion}", f"--balance {name}: needs.*--fusion_method {fusion}")
-      for name, fusion in zip(("ogm_ge", "agm", "mmcosine", "opm"), ("film", "gated") * 2, strict=True)),
+      for name, fusion in zip(("ogm_ge", "agm", "mmcosine", "opm"), ("film", "gated", "bigated", "film"), strict=True)),
     ("--balance gblend --val_fraction 0", "--balance gblend: .*validation.*--val_fraction"),
     ("--balance dr --val_fraction 0", "--balance dr: .*never on test.*--val_fraction"),
     ("--balance gblend --alpha 1", "--balance gblend: sets the weights.*leave --alpha out"),
@@ -672,13 +672,13 @@ def test_gblend_replaces_the_weights_and_keeps_their_sum(clips):
 # ------------------------------------------------------------------------------------------------------------ MMCosine
 
 
-@pytest.mark.parametrize("fusion", ["concat", "sum"])
+@pytest.mark.parametrize("fusion", ["concat", "sum", "decision"])
 def test_mmcosine_logits_are_scaled_cosines_in_training_and_inference(fusion, clips):
     t = Trained(clips, f"--balance mmcosine:scale=10 --fusion_method {fusion}")
     fresh = network(CLASSES, fusion=fusion)
     assert t.net.state_dict().keys() == fresh.state_dict().keys()
     head, (a, v) = t.net.head, torch.randn(2, 5, 128)
-    maps = head.maps if fusion == "sum" else None
+    maps = {"sum": lambda: head.maps, "decision": lambda: t.net.heads}.get(fusion, lambda: None)()
     weights = (maps["audio"].weight, maps["video"].weight) if maps else head.weight.chunk(2, dim=1)
 
     def cosine(z, w) -> np.ndarray:
@@ -687,7 +687,8 @@ def test_mmcosine_logits_are_scaled_cosines_in_training_and_inference(fusion, cl
     def joint(a, v, fed=BOTH) -> torch.Tensor:
         return head({"audio": a, "video": v}, fed).detach()
 
-    parts = [10 * cosine(z.numpy(), w.detach().numpy()) for z, w in zip((a, v), weights, strict=True)]
+    factor = 5 if fusion == "decision" else 10  # the mean of two
+    parts = [factor * cosine(z.numpy(), w.detach().numpy()) for z, w in zip((a, v), weights, strict=True)]
     for mode in (True, False):
         t.net.train(mode)
         np.testing.assert_allclose(joint(a, v), sum(parts), atol=1e-4)

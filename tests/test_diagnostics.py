@@ -71,8 +71,8 @@ def test_shapley_of_hand_made_heads() -> None:
     assert [all_know[f"shapley_{name}"] for name in THREE] == pytest.approx([0.5 / 3] * 3)
 
 
-@pytest.mark.parametrize(("fusion", "names"), [("concat", BOTH), ("film", BOTH), ("gated", BOTH),
-                                                ("concat", THREE), ("sum", THREE)])  # fmt: skip
+@pytest.mark.parametrize(("fusion", "names"), [("concat", BOTH), ("film", BOTH), ("gated", BOTH), ("concat", THREE),
+                                                ("sum", THREE), ("decision_drop", THREE)])  # fmt: skip
 def test_shapley_adds_up_and_masks_as_training_does(fusion: str, names: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     model = network(4, fusion=fusion, three=names == THREE)

@@ -19,7 +19,7 @@ from models import FUSIONS
 from utils.metrics import Tally
 
 NAMES = ("audio", "video")
-BOTH = [name for name in FUSIONS if not getattr(FUSIONS[name], "needs", ())]
+BOTH = [name for name, kind in FUSIONS.items() if not hasattr(kind.head, "needs")]
 
 
 def inputs(clips: int, three: bool = False) -> dict[str, torch.Tensor]:
@@ -180,3 +180,9 @@ def test_the_score_without_heads_is_that_of_the_masked_joint_head():
     with pytest.raises(train.UserError, match=r"--balance mmpareto: needs unimodal heads, .*--unimodal masked"):
         train.parse_args(["--train", "--unimodal", "masked", "--balance", "mmpareto"])
     assert isinstance(args, Namespace)
+
+
+def test_the_joint_loss_of_decision_fusion_trains_the_unimodal_heads():
+    flags = ["--train", "--alpha", "0", "--beta", "0", "--method", "baseline", "--fusion_method"]
+    assert train.trained_heads(train.parse_args([*flags, "concat"])) == ()
+    assert train.trained_heads(train.parse_args([*flags, "decision"])) == NAMES

@@ -14,6 +14,7 @@ from torchvision.models import resnet18
 from dataset.specs import Modality
 from models import FUSIONS, SLICED, MultimodalClassifier, build_model
 from models.checkpoint import load_weights, model_weights
+from models.fusion import Decision, Fusion, make_fusion
 from utils.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -168,36 +169,108 @@ def test_masking_the_concat_head_equals_its_part_of_the_weights(fed, three):
     torch.testing.assert_close(sum(slices.values()), whole.joint)
 
 
+def fusion_head(name: str, widths: dict[str, int], classes: int) -> Fusion:
+    head = make_fusion(name, widths, classes)
+    if isinstance(head, Decision):
+        head.shared.append(nn.ModuleDict({own: nn.Linear(width, classes) for own, width in widths.items()}))
+    return head
+
+
 def test_fusion_heads_follow_their_definitions():
     torch.manual_seed(0)
     a, v, t = torch.randn(5, 8), torch.randn(5, 8), torch.randn(5, 6)
-    heads = {name: fusion({"audio": 8, "video": 8}, 3) for name, fusion in FUSIONS.items()}
+    heads = {name: fusion_head(name, {"audio": 8, "video": 8}, 3) for name in FUSIONS}
 
     def linear(layer, x):
         return x @ layer.weight.T + layer.bias
 
-    film, gated, summed = heads["film"], heads["gated"], heads["sum"]
+    def sigmoid(x):
+        return 1 / (1 + torch.exp(-x))
+
+    film, gated, summed, both = heads["film"], heads["gated"], heads["sum"], heads["bigated"]
+    late = heads["decision"].shared[0]
     gamma, beta = linear(film.fc, a)[:, :8], linear(film.fc, a)[:, 8:]
-    gate = 1 / (1 + torch.exp(-linear(gated.fc_x, a)))
+    u, w = linear(both.maps["audio"], a), linear(both.maps["video"], v)
     expected = {
         "concat": linear(heads["concat"], torch.cat([a, v], 1)),
         "sum": linear(summed.maps["audio"], a) + linear(summed.maps["video"], v),
+        "decision": (linear(late["audio"], a) + linear(late["video"], v)) / 2,
         "film": linear(film.fc_out, gamma * v + beta),
-        "gated": linear(gated.fc_out, gate * linear(gated.fc_y, v)),
+        "gated": linear(gated.fc_out, sigmoid(linear(gated.fc_x, a)) * linear(gated.fc_y, v)),
+        "bigated": linear(both.fc_out, torch.cat([sigmoid(w) * u, sigmoid(u) * w], 1)),
     }
-    for name, head in heads.items():
-        torch.testing.assert_close(head({"audio": a, "video": v}, ("audio", "video")), expected[name])
+    plain = [name for name in FUSIONS if not name.endswith(("_bias1", "_drop"))]  # those differ at the start alone
+    assert set(plain) == set(expected)
+    for name in plain:
+        torch.testing.assert_close(heads[name]({"audio": a, "video": v}, ("audio", "video")), expected[name])
     three = {"audio": a, "video": v, "text": t}
-    concat, summed = (FUSIONS[name]({name: z.shape[1] for name, z in three.items()}, 3) for name in SLICED)
+    widths = {name: z.shape[1] for name, z in three.items()}
+    concat, summed, late = (fusion_head(name, widths, 3) for name in ("concat", "sum", "decision"))
     torch.testing.assert_close(concat(three), linear(concat, torch.cat([a, v, t], 1)))
     torch.testing.assert_close(summed(three), sum(linear(summed.maps[name], z) for name, z in three.items()))
+    expected = sum(linear(late.shared[0][name], z) for name, z in three.items()) / 3
+    torch.testing.assert_close(late(three), expected)
+    torch.testing.assert_close(sum(late.slices(three).values()), expected)
+
+
+@pytest.mark.parametrize("name", ["decision", "decision_drop"])
+def test_decision_fusion_of_masked_modalities_clip_by_clip(name):
+    """Zero features leave the head's bias in the mean; `drop` takes the mean over what the clip is given."""
+    torch.manual_seed(0)
+    names = ("audio", "video", "text")
+    head = fusion_head(name, dict.fromkeys(names, 4), 3)
+    mask = torch.tensor([[True, False, False], [False, True, True], [True, True, True], [False, False, True]])
+    features = {own: torch.randn(4, 4) * mask[:, m, None] for m, own in enumerate(names)}
+    for fed in (names, ("video",), ("audio", "text")):
+        rows = []
+        for i in range(4):
+            given = [own for m, own in enumerate(names) if (mask[i, m] if fed == names else own in fed)]
+            logits = []
+            for own in given if name == "decision_drop" else names:
+                layer = head.shared[0][own]
+                z = features[own][i] if own in given else torch.zeros(4)
+                logits.append([(layer.weight[c] @ z + layer.bias[c]).item() for c in range(3)])
+            rows.append([sum(column) / len(logits) for column in zip(*logits, strict=True)])
+        masked = {own: z if own in fed else torch.zeros_like(z) for own, z in features.items()}
+        found = head(masked, fed, mask if fed == names else None)
+        torch.testing.assert_close(found.detach(), torch.tensor(rows))
+
+
+def test_decision_fusion_shares_the_unimodal_heads():
+    model = small("decision").train()
+    assert not list(model.head.parameters())
+    plain = {name for name in small().state_dict() if not name.startswith("head.")}
+    assert set(model.state_dict()) == plain
+    output = model(inputs(), model.names)
+    torch.testing.assert_close(output.joint, sum(output.logits.values()) / 2)
+    output.joint.square().sum().backward()
+    assert all(head.weight.grad.abs().sum() > 0 for head in model.heads.values())
+
+
+def test_bias1_lets_a_lone_modality_reach_the_output_layer():
+    """At the start, logits must vary over clips with one modality fed about as much as they do with both."""
+    found = {}
+    for name in ("film", "film_bias1", "gated", "gated_bias1", "bigated", "bigated_bias1"):
+        torch.manual_seed(0)
+        head, z = make_fusion(name, {"audio": 128, "video": 128}, 5), torch.randn(2, 400, 128).relu()
+        spreads = []
+        for fed in (("audio", "video"), ("audio",), ("video",)):
+            given = {own: z[m] if own in fed else torch.zeros_like(z[m]) for m, own in enumerate(("audio", "video"))}
+            spreads.append(head(given, fed).std(dim=0).mean().item())
+        found[name] = min(spreads[1:]) / spreads[0]
+    assert found["gated"] < 0.05
+    assert all(share > 0.3 for name, share in found.items() if name != "gated")
+    opened = [make_fusion(f"{name}_bias1", {"audio": 6, "video": 4}, 2) for name in ("film", "gated", "bigated")]
+    assert opened[0].fc.bias[:4].tolist() == [1.0] * 4 and not (opened[0].fc.bias[4:] == 1).any()
+    assert opened[1].fc_y.bias.tolist() == [1.0] * 6 and not (opened[1].fc_x.bias == 1).any()
+    assert all(layer.bias.tolist() == [1.0] * 6 for layer in opened[2].maps.values())
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_masked_audio_does_not_silence_video(fusion):
     """The fed video must move the joint logits about as much as it does beside an average audio."""
     torch.manual_seed(0)
-    head = FUSIONS[fusion]({"audio": 64, "video": 64}, 5)
+    head = fusion_head(fusion, {"audio": 64, "video": 64}, 5)
     v, a = torch.randn(200, 64), torch.randn(200, 64)
     alone = head({"audio": torch.zeros_like(a), "video": v}, ("video",)).std(dim=0).mean()
     beside = head({"audio": a[:1].expand_as(a), "video": v}, ("audio", "video")).std(dim=0).mean()
@@ -208,7 +281,8 @@ def test_a_masked_audio_does_not_silence_video(fusion):
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_fusion_trains_the_fed_encoders(fusion, three):
     if three and fusion not in SLICED:
-        with pytest.raises(UserError, match=f"--fusion_method {fusion}: defined for the modalities audio and video"):
+        needs = "2 modalities" if fusion.startswith("bigated") else "the modalities audio and video"
+        with pytest.raises(UserError, match=f"--fusion_method {fusion}: defined for {needs}, .*; use concat or sum"):
             small(fusion, three=True)
         return
     model = small(fusion, three=three).train()
