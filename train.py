@@ -30,10 +30,9 @@ from dataset.build import Data, build_data
 from dataset.clips import CACHES, Clips
 from dataset.folder import digest
 from dataset.specs import AUDIO, SPECS, VIDEO, get_spec, spec_of
-from models import FUSIONS, MODELS, SHARED_HEADS, UNIMODAL, MultimodalClassifier, Output, build_model
+from models import FUSIONS, MODELS, SHARED_HEADS, UNIMODAL, MultimodalClassifier, Output, build_model, encoder_list
 from models.batchnorm import frozen_batchnorm, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
-from models.encoders import encoder_list
 from models.inference import predict
 from models.pretrained import check_files, load_pretrained
 from models.rates import parameter_groups
@@ -69,7 +68,6 @@ RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "run_name",
              "diagnose", "compile", "checkpoint"}  # fmt: skip
 AS_TRAINED = ("method", "model", "encoder", "fusion_method", "unimodal", "image_size", "pack_size", "alpha", "beta",
               "gamma1", "gamma2", "balance")  # fmt: skip
-PER_MODALITY = ("encoder", "pretrained", "encoder_lr_decay")  # flags that take audio=VALUE,video=VALUE too
 DERIVED = ("from_preset", "joint_weights", "alone_weights")  # of the Namespace, not flags
 
 
@@ -172,8 +170,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     preset["precision"] = default_precision(args.device)
     filled = {name: value for name, value in preset.items() if getattr(args, name) is None}
     args.from_preset = getattr(args, "from_preset", {}) | filled  # beside those of a resumed run
-    vars(args).update(filled)
-    args.encoder = with_default(args.encoder, spec.encoder)
+    vars(args).update(filled, encoder=with_default(args.encoder or spec.encoder, spec.encoder))
     args.joint_weights, args.alone_weights = loss_weights(args, spec.names)
     balances.settle(args, spec.names)
     check_args(args, spec.names)
@@ -219,11 +216,9 @@ def check_args(args: Namespace, names: Names) -> None:
     if args.train and args.method == "remix" and args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}, so Remix would never start; use a "
                         "lower --warmup, or --method baseline")  # fmt: skip
-    check_modalities({flag: vars(args)[flag] for flag in PER_MODALITY}, names)
-    if args.pretrained and args.checkpoint:
-        raise UserError("--pretrained: --checkpoint gives all weights already; leave one of them out")
+    check_modalities(args, names, "encoder", "pretrained", "encoder_lr_decay")
     if args.pretrained and not continues(args):
-        check_files(args.pretrained)
+        check_files(args.pretrained, args.checkpoint)
     if args.split == "actor" and not get_spec(args.dataset).by_actor:
         raise UserError(f"--split actor: the clip ids of {args.dataset} name no actors; leave the flag out")
     if args.train and not args.val_fraction and not (Path(args.data_root) / "val.csv").is_file():
@@ -414,8 +409,7 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
 
 def make_optimizer(model: MultimodalClassifier, args: Namespace) -> torch.optim.Optimizer:
     """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4: the official settings."""
-    decay = factors(args.encoder_lr_decay, model.names)
-    groups = parameter_groups(model, args.learning_rate, decay, args.layer_decay)
+    groups = parameter_groups(model, args.learning_rate, args.encoder_lr_decay, args.layer_decay)
     if args.optimizer == "adam":
         return torch.optim.Adam(groups, lr=args.learning_rate, weight_decay=1e-4, fused=True)
     optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)

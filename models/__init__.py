@@ -2,8 +2,8 @@
 
 from models.build import build_model
 from models.classifier import MODELS, UNIMODAL, MultimodalClassifier, Output
-from models.encoders import ENCODERS, IMAGE_ENCODERS
+from models.encoders import ENCODERS, IMAGE_ENCODERS, encoder_list
 from models.fusion import FUSIONS, SHARED_HEADS, SLICED
 
 __all__ = ["ENCODERS", "FUSIONS", "IMAGE_ENCODERS", "MODELS", "SHARED_HEADS", "SLICED", "UNIMODAL",
-           "MultimodalClassifier", "Output", "build_model"]  # fmt: skip
+           "MultimodalClassifier", "Output", "build_model", "encoder_list"]  # fmt: skip

@@ -68,7 +68,7 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     if device.type == "cuda":
         if "timm" in sys.modules:  # PyTorch's own would drop the activation that is a part of timm's BatchNorm
-            from timm.layers import convert_sync_batchnorm
+            from timm.layers.norm_act import convert_sync_batchnorm
 
             return convert_sync_batchnorm(model)
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)

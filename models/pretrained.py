@@ -42,8 +42,10 @@ def load_pretrained(model: MultimodalClassifier, text: str, classes: list[str]) 
         print("\n".join(told), flush=True)
 
 
-def check_files(text: str) -> None:
-    """Raise `UserError` unless the files that `text` names are there: before the data are read, which takes longer."""
+def check_files(text: str, checkpoint: str | None) -> None:
+    """Raise `UserError` for files that are not there, before the data are read, and beside a `checkpoint`."""
+    if checkpoint:
+        raise UserError("--pretrained: --checkpoint gives all weights already; leave one of them out")
     for path in per_modality(text).values():
         if not Path(path).is_file():
             raise UserError(f"--pretrained {path}: no such file; give a .pth or .safetensors file")

@@ -6,6 +6,7 @@ Shapes: B images, c channels, H x W pixels, D features.
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +44,14 @@ def make_timm(name: str, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
         similar = f"; similar ones: {', '.join(near)}" if near else ""
         raise UserError(f"--encoder {TIMM}{name}: timm {timm.__version__} has no such model{similar}")
     config = timm.get_pretrained_cfg(name)
-    size, fixed = shape[1:], config is not None and config.fixed_input_size
-    larger = tuple(-(-side // MULTIPLE) * MULTIPLE for side in size)
+    fixed = config is not None and config.fixed_input_size
+    size = shape[1], shape[2]
+    larger = -(-size[0] // MULTIPLE) * MULTIPLE, -(-size[1] // MULTIPLE) * MULTIPLE
     failure = ""
     for built_for in [size, larger] if larger != size else [size]:
         try:
-            net = timm.create_model(
-                name, num_classes=0, in_chans=shape[0], **({"img_size": built_for} if fixed else {})
-            )
+            options: dict[str, Any] = {"img_size": built_for} if fixed else {}
+            net = timm.create_model(name, num_classes=0, in_chans=shape[0], **options)
             if built_for != size:
                 net.register_forward_pre_hook(Resize(built_for))
             return net, features_of(net, shape)

@@ -330,7 +330,7 @@ def test_re_estimation_leaves_the_statistics_of_a_frozen_encoder(data):
 
 def test_layer_decay_is_beits_from_the_heads_down():
     model = network("audio=resnet18_thin,video=timm:test_vit")
-    groups = parameter_groups(model, 0.1, {"audio": 1.0, "video": 0.5}, 0.8)
+    groups = parameter_groups(model, 0.1, "video=0.5", 0.8)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, p in model.named_parameters():
         if name.startswith("encoders.audio."):

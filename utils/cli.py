@@ -143,9 +143,11 @@ def agree(given: Any, recorded: Any) -> bool:
     return given == recorded
 
 
-def check_modalities(values: dict[str, Any], names: Sequence[str]) -> None:
-    """Raise `UserError` where the value of a flag names a modality that is not one of `names`."""
-    for flag, value in values.items():
-        for name in per_modality(str(value)):
+def check_modalities(args: argparse.Namespace, names: Sequence[str], *flags: str) -> None:
+    """Raise `UserError` where the value of one of `flags` names a modality that is not one of `names`."""
+    for flag in flags:
+        for name in per_modality(str(vars(args)[flag])):
             if name not in ("", *names):
-                raise UserError(f"--{flag} {value}: the dataset has no modality {name}; it has {', '.join(names)}")
+                raise UserError(
+                    f"--{flag} {vars(args)[flag]}: the dataset has no modality {name}; it has {', '.join(names)}"
+                )
