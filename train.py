@@ -32,14 +32,16 @@ from dataset.specs import AUDIO, SPECS, VIDEO, get_spec
 from evaluation.checkpoint import evaluate_checkpoint
 from evaluation.numbers import evaluate, fed_to, trained_heads
 from evaluation.trained import check_evaluation, take_flags_of_checkpoint, trained_spec
-from models import FUSIONS, IMAGE_ENCODERS, MODELS, UNIMODAL, MultimodalClassifier, Output, build_model
+from models import FUSIONS, MODELS, UNIMODAL, MultimodalClassifier, Output, build_model, check_model, encoder_list
 from models.batchnorm import batchnorm_of_one_clip, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
 from models.inference import predict
+from models.pretrained import check_files, load_pretrained
+from models.rates import parameter_groups
 from utils import distributed
 from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision, use_huge_pages
 from utils.checkpoint import load_checkpoint
-from utils.cli import Parser, id_list, number, path_name
+from utils.cli import Parser, check_modalities, each, factors, id_list, number, path_name, with_default
 from utils.console import epoch_line, lap, progress, some, start_lines
 from utils.errors import UserError, run_main
 from utils.memory import usable_cores
@@ -93,7 +95,10 @@ def make_parser() -> Parser:
     g = p.add_argument_group("model")
     g.add_argument("--model", default="late", choices=MODELS, help="where modalities meet: in the joint head "
                    "(late) or between the encoders' stages (default: late)")
-    g.add_argument("--encoder", choices=IMAGE_ENCODERS, help="encoder of images, spectrograms (default: the dataset's)")
+    g.add_argument("--encoder", type=encoder_list, metavar="NAME", help="encoder of images and spectrograms, or "
+                   "audio=NAME,video=NAME; list: docs/encoders.md (default: the dataset's)")
+    g.add_argument("--pretrained", type=each(path_name), metavar="FILE", help="weights the encoders start from, or "
+                   "audio=FILE,video=FILE (default: none)")
     g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (default: concat)")
     g.add_argument("--unimodal", default="heads", choices=UNIMODAL, help="unimodal predictions: of unimodal heads, or "
                    "of the joint head with the other modalities masked, without heads' losses (default: heads)")
@@ -133,8 +138,10 @@ def make_parser() -> Parser:
     g.add_argument("--learning_rate", type=number(float, 0, MANY, True), help="initial rate (default: the dataset's)")
     g.add_argument("--lr_decay_step", type=count, metavar="N", help="epochs per decay (default: 30)")
     g.add_argument("--lr_decay_ratio", type=number(float, 0, 1, True), help="factor per decay (default: 0.1)")
-    g.add_argument("--encoder_lr_decay", type=factor, default=1.0,
-                   help="learning-rate multiplier for the encoders (default: 1)")
+    g.add_argument("--encoder_lr_decay", type=each(factor), default=1.0, metavar="F", help="learning-rate multiplier "
+                   "for the encoders, or audio=F,video=F; 0 freezes an encoder (default: 1)")
+    g.add_argument("--layer_decay", type=number(float, 0, 1, True), default=1.0, metavar="F",
+                   help="learning-rate multiplier from each layer of an encoder to the one below (default: 1)")
     g.add_argument("--random_seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="seed (default: 42)")
 
     g = p.add_argument_group("system")
@@ -170,7 +177,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     preset.setdefault("precision", default_precision(args.device))
     filled = {name: value for name, value in preset.items() if getattr(args, name) is None}
     args.from_preset = getattr(args, "from_preset", {}) | filled  # beside those of a resumed run
-    vars(args).update(filled)
+    vars(args).update(filled, encoder=with_default(args.encoder or spec.encoder, spec.encoder))
     args.joint_weights, args.alone_weights = loss_weights(args, spec.names)
     balances.settle(args, spec.names)
     check_args(args, spec.names)
@@ -200,11 +207,10 @@ def check_args(args: Namespace, names: Names) -> None:
     if args.train and args.method == "remix" and args.warmup > args.epochs:
         raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}, so Remix would never start; use a "
                         "lower --warmup, or --method baseline")  # fmt: skip
-    if not MODELS[args.model].fuses and args.fusion_method != "concat":
-        raise UserError(f"--fusion_method {args.fusion_method}: --model {args.model} has its own joint head; leave the "
-                        "flag out")  # fmt: skip
-    if args.compile and not MODELS[args.model].late:
-        raise UserError(f"--compile: --model {args.model} runs encoders stage by stage, uncompiled; leave it out")
+    check_model(args.model, args.fusion_method, args.compile)
+    check_modalities(args, names, "encoder", "pretrained", "encoder_lr_decay")
+    if args.pretrained and not continues(args):
+        check_files(args.pretrained, args.checkpoint)
     if args.split == "actor" and not get_spec(args.dataset).by_actor:
         raise UserError(f"--split actor: the clip ids of {args.dataset} name no actors; leave the flag out")
     if args.train and not args.val_fraction and not (Path(args.data_root) / "val.csv").is_file():
@@ -352,11 +358,14 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
     """
     set_precision(args.precision, device)
     model = build_model(data.spec.modalities, data.folder.shapes, len(data.classes), args.encoder, args.fusion_method,
-                        args.precision, device, args.unimodal, args.model)  # fmt: skip
+                        args.precision, device, args.unimodal, args.model, args.image_size)  # fmt: skip
     balances.replace_heads(model, args)
     synchronise_batchnorm(model, device)
     if args.compile:
         compile_in_place(list(model.encoders.values()), device)
+    model.freeze(name for name, factor in factors(args.encoder_lr_decay, model.names).items() if factor == 0)
+    if args.pretrained and not args.checkpoint and not continues(args):
+        load_pretrained(model, args.pretrained, data.classes)
     if args.checkpoint and not continues(args):
         state = load_checkpoint(args.checkpoint)
         if state.get("classes", data.classes) != data.classes and not args.train:
@@ -368,17 +377,14 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
 
 def make_optimizer(model: MultimodalClassifier, args: Namespace) -> torch.optim.Optimizer:
     """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4: the official settings; AdamW 0.01."""
-    encoders = list(model.encoders.parameters())
-    inside = {id(parameter) for parameter in encoders}
-    heads = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-    groups = [{"params": encoders, "lr": args.learning_rate * args.encoder_lr_decay}, {"params": heads}]
+    groups = parameter_groups(model, args.learning_rate, args.encoder_lr_decay, args.layer_decay)
     if args.optimizer != "sgd":
         kind, decay = (torch.optim.Adam, 1e-4) if args.optimizer == "adam" else (torch.optim.AdamW, 0.01)
         return kind(groups, lr=args.learning_rate, weight_decay=decay, fused=True)
     optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
     # What the first step starts from anyway. Without it PyTorch's fused step fails where some parameters have had
     # theirs and others not: in a homogeneous batch of a run without warm-up.
-    for p in model.parameters():
+    for p in (p for group in groups for p in group["params"]):
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 

@@ -115,6 +115,8 @@ def _refuse(args: Namespace, names: tuple[str, ...], method: type[Method], other
         reason = f"is defined for two modalities, and the dataset has {len(names)} ({', '.join(names)})"
     elif method.needs_heads and args.unimodal == "masked":
         reason = "needs unimodal heads, which --unimodal masked trains none of; leave the flag out"
+    elif method.needs_fusion and not MODELS[args.model].fuses:
+        reason = f"needs a joint head on the features alone, which --model {args.model} does not have"
     elif method.needs_slices and not MODELS[args.model].fuses:
         reason = (f"needs joint logits that are one part per modality, which --model {args.model} does not have; use "
                   "another --model")  # fmt: skip

@@ -23,6 +23,7 @@ from utils.cli import number
 
 class CML(Method):
     name = "cml"
+    needs_fusion = True
     options = (
         Option("lambda", number(float, 0), 6.4, "weight of the hinge"),
         Option("rule", str, "paper", "pairs that are compared", choices=("paper", "code")),

@@ -21,6 +21,7 @@ WHY = "DGL cuts the joint loss off from the encoders, through which the other on
 
 class DGL(Method):
     name = "dgl"
+    needs_fusion = True
     options = (
         Option("alpha", number(float, 0), 4.0, "weight of the unimodal losses", by_dataset={"KineticSound": 3.0}),
         Option("clip", number(float, 0), 40.0, "largest norm of all gradients; 0: no clipping"),

@@ -35,12 +35,13 @@ def gradient_clash(model: MultimodalClassifier, batches: Iterable) -> dict[str, 
     Gradients of the mean cross entropy over all `batches`, of the joint head and of the unimodal one, each with respect
     to all parameters of the encoder. Returns for each modality m `clash_cosine_<m>` (1 same direction, 0 unrelated, -1
     opposite) and `clash_ratio_<m>`, the norm of the joint gradient over that of the unimodal one. None where a gradient
-    is zero. `.grad` stays untouched.
+    is zero or the encoder frozen. `.grad` stays untouched.
     """
-    encoders = {name: list(encoder.parameters()) for name, encoder in model.encoders.items()}
+    encoders = {name: list(encoder.parameters()) for name, encoder in model.encoders.items()
+                if name not in model.frozen}  # fmt: skip
     heads = ("joint", *encoders)
     total: dict[tuple[str, str], Tensor] = {}  # (encoder, loss) -> the flat gradient's sum
-    for batch in batches:
+    for batch in batches if encoders else ():
         output = model(batch.inputs, batch.fed)
         logits = output.heads
         for loss in heads:
@@ -53,7 +54,10 @@ def gradient_clash(model: MultimodalClassifier, batches: Iterable) -> dict[str, 
             for name, part in zip(reached, flat.split(sizes), strict=True):
                 total[name, loss] = total[name, loss] + part if (name, loss) in total else part
     numbers: dict[str, float | None] = {}
-    for name in encoders:
+    for name in model.names:
+        if name in model.frozen:
+            numbers |= {f"clash_cosine_{name}": None, f"clash_ratio_{name}": None}
+            continue
         joint, own = (in_double(sum_over_ranks(total[name, loss])) for loss in ("joint", name))
         norms = joint.norm().item(), own.norm().item()
         finite = all(norm > 0 for norm in norms)  # False for NaN too
@@ -81,7 +85,7 @@ def reassembly_angles(
     found: dict[str, list[Tensor]] = {}
     for m, name in enumerate(model.names):
         own = keep[:, m].nonzero().flatten()
-        if not len(own):
+        if not len(own) or name in model.frozen:
             continue
         for _ in range(PROBE_BATCHES):
             mixed = torch.randperm(len(keep), generator=generator)[:batch_size]

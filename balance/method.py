@@ -170,6 +170,7 @@ class Method:
     acts_in: tuple[str, ...] = ("joint", "homogeneous")
     owns: frozenset[str] = frozenset()  # of "head", "backward", "loss weights", "plan": each has one owner in a run
     conflicts: dict[str, str] = {}  # noqa: RUF012  # method it cannot be combined with -> why
+    needs_fusion = False  # it calls the joint head on features of its own: not for a joint head that takes more
     needs_heads = False  # of unimodal heads: it reads or changes their losses
     needs_slices = False  # a fusion whose logits are one part per modality: concat, sum, decision
     two_modalities = False  # defined by "the other modality" alone: there is no published rule for more than two

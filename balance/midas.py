@@ -21,6 +21,7 @@ from utils.cli import number
 
 class MIDAS(Method):
     name = "midas"
+    needs_fusion = True
     options = (
         Option("lambda", number(float, 0), 1.0, "weight of the misaligned pairs", by_dataset={"KineticSound": 5.0}),
         Option("step", number(float, 0), 0.05, "step of the weak modality's weight"),

@@ -30,7 +30,10 @@ class MMPareto(Method):
         if "joint" not in terms:
             raise UserError(f"--balance {self.context.args.balance}: mmpareto merges the joint loss with the others, "
                             "and another of these methods leaves the joint loss out; choose one")  # fmt: skip
-        encoders = {name: list(self.model.encoders[name].parameters()) for name in step.fed}
+        encoders = {name: list(self.model.encoders[name].parameters()) for name in step.fed
+                    if name not in self.model.frozen}  # fmt: skip
+        if not encoders:
+            return loss.backward()
         parameters = [p for own in encoders.values() for p in own]
         joint = iter(torch.autograd.grad(terms["joint"] * step.weight, parameters, retain_graph=True))
         loss.backward()  # g_J + g_U, averaged over the processes where there are several

@@ -44,7 +44,7 @@ class OGMGE(Method):
         for name, factor in zip(self.names, factors, strict=True):
             self.note(f"k_{name}", factor)
             for weight in self.model.encoders[name].parameters():
-                if weight.dim() != 4:
+                if weight.dim() != 4 or not weight.requires_grad:
                     continue
                 grad = gradient(weight)
                 spread = grad.std() + 1e-8

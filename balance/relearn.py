@@ -66,6 +66,8 @@ class Relearn(Method):
         self.resets += 1
         weights = self.diagnose(epoch)
         for name, weight in zip(self.names, weights, strict=True):
+            if name in self.model.frozen:
+                continue
             self.note(f"reset_{name}", weight)
             with torch.no_grad():
                 for p, start in zip(self.model.encoders[name].parameters(), self.initial[name], strict=True):

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.saving import new_result
 from dataset.prepare.video import JPEG_QUALITY
 from dataset.specs import Modality, get_spec
-from models import IMAGE_ENCODERS, build_model
+from models import build_model
+from models.encoders import encoder_list
 from utils.cli import Parser, number
 from utils.console import lap
 from utils.run import environment
@@ -47,7 +48,7 @@ def add_shape_flags(p: Parser, shape: dict | None = None) -> None:
         help=f"side of the frames fed to the network, pixels (default: {shape['image_size']})",
     )
     p.add_argument("--audio_shape", type=pair, metavar="FxW", help=f"shape of the arrays (default: {spectrogram})")
-    p.add_argument("--encoder", choices=IMAGE_ENCODERS, help=f"image encoder (default: {shape['encoder']})")
+    p.add_argument("--encoder", type=encoder_list, metavar="NAME", help=f"image encoder (default: {shape['encoder']})")
     p.set_defaults(**shape)
 
 
@@ -127,7 +128,7 @@ def flops_per_clip(
     batch, counted = 2, {}
     shapes = {modality.name: audio_shape for modality in modalities if modality.kind == "array"}
     with torch.device("meta"):
-        network = build_model(modalities, shapes, classes, encoder, device="meta", model=model)
+        network = build_model(modalities, shapes, classes, encoder, device="meta", image_size=image_size, model=model)
         inputs = {
             modality.name: torch.empty(batch, 1, *audio_shape)
             if modality.kind == "array"

@@ -9,6 +9,7 @@ from dataset.folder import Folder
 from dataset.lists import read_record
 from dataset.specs import DatasetSpec, described, spec_of
 from utils.checkpoint import load_checkpoint
+from utils.cli import agree
 from utils.errors import UserError
 from utils.run import modern
 
@@ -30,7 +31,7 @@ def take_flags_of_checkpoint(args: Namespace, typed: dict) -> None:
     args.trained = {name: state[name] for name in ("classes", "input", "epoch") if name in state}
     config = balances.modernise(modern(state.get("config", {})))
     for name in AS_TRAINED:
-        if name in typed and name in config and typed[name] != config[name]:
+        if name in typed and name in config and not agree(typed[name], config[name]):
             raise UserError(f"--{name} {typed[name]}: {args.checkpoint} was trained with --{name} {config[name]}; "
                             "leave the flag out")  # fmt: skip
     same_data = "dataset" not in typed or args.dataset == config.get("dataset")

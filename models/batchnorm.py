@@ -1,5 +1,6 @@
 """BatchNorm: statistics over all processes, re-estimated after an epoch, and in a batch of one clip."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,12 +28,19 @@ def running_statistics(norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
 class SyncedBatchNorm(BatchNorm):
     """BatchNorm with the statistics of the whole batch over all processes, on any device.
 
-    PyTorch's own SyncBatchNorm runs on GPUs only. Sums are taken in float64.
+    PyTorch's own SyncBatchNorm runs on GPUs only. Sums are taken in float64. Its children follow it: timm's BatchNorm
+    holds a dropout and an activation.
     """
 
     def _check_input_dim(self, input: Tensor) -> None: ...
 
     def forward(self, input: Tensor) -> Tensor:
+        x = self.normalised(input)
+        for module in self.children():
+            x = module(x)
+        return x
+
+    def normalised(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
         shape = [1, -1] + [1] * (input.dim() - 2)
@@ -59,11 +67,17 @@ def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     if device.type == "cuda":
+        if "timm" in sys.modules:  # PyTorch's own would drop the activation that is a part of timm's BatchNorm
+            from timm.layers.norm_act import convert_sync_batchnorm
+
+            return convert_sync_batchnorm(model)
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
             if isinstance(norm, BatchNorm):
                 synced = SyncedBatchNorm(norm.num_features, norm.eps, norm.momentum)
+                for own, child in norm.named_children():
+                    synced.add_module(own, child)
                 synced.weight, synced.bias = norm.weight, norm.bias
                 synced.running_mean, synced.running_var = norm.running_mean, norm.running_var
                 synced.num_batches_tracked = norm.num_batches_tracked
@@ -80,7 +94,7 @@ def batchnorm_of_one_clip(model: nn.Module, own: bool) -> Iterator[None]:
     moves the running ones, in every layer whose maps have more than one value per channel (frames of the clip counted
     in). A layer with a single value per channel has no statistics, and PyTorch raises; there the running ones are used.
     """
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm) and module.training]
     hooks = [norm.register_forward_pre_hook(_train_if_many_values) for norm in norms if own]
     for norm in norms:
         norm.eval()
@@ -106,13 +120,14 @@ def reestimate(
     Running statistics lag the weights by about ten steps, and those of an encoder that is skipped in homogeneous
     batches come from its last few batches, which held the clips that are hard in it. Scored with them, a clip's
     difficulty is partly an accident: an encoder can look certain, get no more batches and never recover. At most
-    `CLIPS` clips, the same for the same seed and epoch, are seen as they are scored: without augmentation.
+    `CLIPS` clips, the same for the same seed and epoch, are seen as they are scored: without augmentation. Layers that
+    stay in evaluation mode (frozen encoders) keep theirs.
     """
     chosen = torch.randperm(len(clips), generator=epoch_generator(seed, epoch, "batchnorm"))[:CLIPS]
     plan = [batch for batch in batches_of(chosen, batch_size, fed, None) if len(batch.clips) >= 2 * world_size()]
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    before = [(norm.momentum, running_statistics(norm)[2].clone()) for norm in norms]
     model.train()
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm) and module.training]
+    before = [(norm.momentum, running_statistics(norm)[2].clone()) for norm in norms]
     for i, batch in enumerate(clips.epoch(plan)):
         for norm in norms:
             norm.momentum = 1 / (i + 1)  # a plain mean; PyTorch's own (None) reads a counter off the device each time

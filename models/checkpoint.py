@@ -61,5 +61,5 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | st
     ]
     if complaints:
         raise UserError(f"{source}: does not fit this network: {'; '.join(complaints)}; "
-                        "check --dataset, --model, --n_classes and --fusion_method")  # fmt: skip
+                        "check --dataset, --model, --encoder, --n_classes and --fusion_method")  # fmt: skip
     model.load_state_dict({inside: weights[name] for name, inside in own.items()})

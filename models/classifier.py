@@ -5,14 +5,14 @@ Here modalities meet in the fusion head alone ("late"); `models.intermediate` ha
 Shapes: B batch, T frames, F x W spectrogram, S x S pixels, D_m features of modality m (512 for ResNet-18), C classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from models.encoders import ENCODERS, Sequences
+from models.encoders import Sequences, make_encoder
 from models.fusion import Decision, Fusion, make_fusion
 
 UNIMODAL = ("heads", "masked")
@@ -37,8 +37,9 @@ class Output(NamedTuple):
 class MultimodalClassifier(nn.Module):
     """One encoder and one linear head per modality, and the fusion head `head` on all features.
 
-    `inputs` maps each modality, in order, to (encoder name, channels or numbers of its input). With `bf16` the encoders
-    compute in bfloat16 by autocast (weights stay float32); pooling, heads and logits are float32 all the same.
+    `inputs` maps each modality, in order, to (encoder name, shape of its input without the batch: (c, H, W) or (D,)).
+    With `bf16` the encoders compute in bfloat16 by autocast (weights stay float32); heads and logits are float32 all
+    the same, and so is the pooling of our own encoders.
     `unimodal` is where unimodal logits come from: the `heads` of the modalities, or the joint head with the other
     modalities "masked" (paper Table 6), which are computed in evaluation mode alone, since nothing trains them.
     Checkpoints are written under the official code's names (`models.checkpoint`).
@@ -51,7 +52,7 @@ class MultimodalClassifier(nn.Module):
 
     def __init__(
         self,
-        inputs: dict[str, tuple[str, int]],
+        inputs: dict[str, tuple[str, tuple[int, ...]]],
         n_classes: int,
         fusion_method: str = "concat",
         bf16: bool = False,
@@ -59,8 +60,11 @@ class MultimodalClassifier(nn.Module):
     ):
         super().__init__()
         self.bf16, self.n_classes, self.unimodal = bf16, n_classes, unimodal
-        self.widths = {name: ENCODERS[encoder].features for name, (encoder, _) in inputs.items()}
-        self.encoders = nn.ModuleDict({name: ENCODERS[encoder].make(size) for name, (encoder, size) in inputs.items()})
+        self.encoder_names = {name: encoder for name, (encoder, _) in inputs.items()}
+        made = {name: make_encoder(encoder, shape) for name, (encoder, shape) in inputs.items()}
+        self.widths = {name: width for name, (_, width) in made.items()}
+        self.encoders = nn.ModuleDict({name: encoder for name, (encoder, _) in made.items()})
+        self.frozen: tuple[str, ...] = ()
         self.head: Fusion = make_fusion(fusion_method, self.widths, n_classes)
         self.heads = nn.ModuleDict({name: nn.Linear(width, n_classes) for name, width in self.widths.items()})
         if isinstance(self.head, Decision):
@@ -70,6 +74,20 @@ class MultimodalClassifier(nn.Module):
     def names(self) -> tuple[str, ...]:
         """The modalities, in order."""
         return tuple(self.widths)
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Fix the encoders of these modalities: no gradients, and evaluation mode in training too (`BatchNorm`'s
+        running statistics, no dropout)."""
+        self.frozen = tuple(names)
+        for name in self.frozen:
+            self.encoders[name].requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for name in self.frozen:
+            self.encoders[name].eval()
+        return self
 
     def encode(self, name: str, x: Tensor | Sequences) -> Tensor:
         """The features (B, D_m) of an input (B, c, H, W), (B, D), (B, T, c, H, W) or of B sequences.

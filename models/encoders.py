@@ -1,4 +1,4 @@
-"""Encoders: one input in, one feature vector out, by name in `ENCODERS`.
+"""Encoders: one input in, one feature vector out, by name in `ENCODERS` or as `timm:NAME` (`models.timm_encoders`).
 
 torchvision is imported where it is used: importing it takes as long as importing torch.
 
@@ -6,11 +6,17 @@ Shapes: B clips or images, c input channels, H x W pixels, D features (or number
 sequence of a batch, R steps of all of them.
 """
 
+import argparse
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from models.timm_encoders import TIMM, make_timm
+from utils.cli import per_modality
 
 
 class Sequences(NamedTuple):
@@ -148,10 +154,38 @@ class GRU(nn.Module):
             return x.mean(outputs)
 
 
-def _resnet18(channels: int) -> nn.Module:
-    from torchvision.models import resnet18
+class Transformer(nn.Module):
+    """Two pre-norm Transformer layers over normalised steps with sinusoidal positions; the valid steps are averaged.
 
-    return _as_encoder(resnet18(num_classes=1), channels)
+    Four heads, 256 units between, no dropout (Vaswani et al., NeurIPS 2017). BatchNorm sees the steps without padding,
+    and no step attends to padding.
+    """
+
+    def __init__(self, inputs: int, width: int = 128, layers: int = 2):
+        super().__init__()
+        self.norm, self.embed, self.width = nn.BatchNorm1d(inputs), nn.Linear(inputs, width), width
+        layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, x: Sequences) -> Tensor:
+        """B sequences of steps (D,) -> (B, 128)."""
+        steps = x.padded(self.embed(self.norm(x.rows)))  # (B, L, 128)
+        steps = steps + positions(x.longest, self.width, steps.device).to(steps.dtype)
+        padding = torch.arange(x.longest, device=steps.device) >= x.lengths[:, None]  # (B, L)
+        return x.mean(self.layers(steps, src_key_padding_mask=padding).float())
+
+
+def positions(length: int, width: int, device: torch.device) -> Tensor:
+    """Sinusoidal positions (length, width): sines of falling frequency in even columns, cosines in odd ones."""
+    rates = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000) / width))  # (width / 2,)
+    angles = torch.arange(length, device=device)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+
+
+def _resnet(name: str, channels: int) -> nn.Module:
+    from torchvision import models
+
+    return _as_encoder(getattr(models, name)(num_classes=1), channels)
 
 
 class Encoder(NamedTuple):
@@ -168,10 +202,44 @@ class Encoder(NamedTuple):
 
 
 ENCODERS = {
-    "resnet18": Encoder(_resnet18, 512, stages=(64, 128, 256, 512)),
+    "resnet18": Encoder(partial(_resnet, "resnet18"), 512, stages=(64, 128, 256, 512)),
     "resnet18_thin": Encoder(lambda channels: _as_encoder(ThinResNet(), channels), 128, stages=(16, 32, 64, 128)),
+    "resnet34": Encoder(partial(_resnet, "resnet34"), 512, stages=(64, 128, 256, 512)),
+    "resnet50": Encoder(partial(_resnet, "resnet50"), 2048, stages=(256, 512, 1024, 2048)),
     "mlp": Encoder(_mlp, 128, "vector"),
     "gru": Encoder(GRU, 128, "sequence"),
     "mean": Encoder(MeanSteps, 128, "sequence"),
+    "transformer": Encoder(Transformer, 128, "sequence"),
 }
 IMAGE_ENCODERS = tuple(name for name, encoder in ENCODERS.items() if encoder.takes == "image")
+
+
+def takes(name: str) -> str | None:
+    """What the encoder `name` takes: "image", "vector" or "sequence"; None for one that does not exist."""
+    if name.startswith(TIMM):
+        return "image" if name != TIMM else None
+    return ENCODERS[name].takes if name in ENCODERS else None
+
+
+def make_encoder(name: str, shape: tuple[int, ...]) -> tuple[nn.Module, int]:
+    """The encoder `name` and its number of features.
+
+    `shape` is that of its input without the batch: (c, H, W) for images, (D,) for vectors and for steps of sequences.
+    Raises `UserError` for a timm model that does not exist or does not take such images.
+    """
+    if name.startswith(TIMM):
+        return make_timm(name.removeprefix(TIMM), shape)
+    encoder = ENCODERS[name]
+    return encoder.make(shape[0]), encoder.features
+
+
+def encoder_list(text: str) -> str:
+    """An argparse type: an encoder of all images, encoders of modalities, or both: `resnet18,text=transformer`."""
+    for modality, name in per_modality(text).items():
+        wanted = takes(name)
+        if wanted is None:
+            allowed = ", ".join(ENCODERS if modality else IMAGE_ENCODERS)
+            raise argparse.ArgumentTypeError(f"{name!r} is unknown; allowed: {allowed}, {TIMM}NAME")
+        if not modality and wanted != "image":
+            raise argparse.ArgumentTypeError(f"{name} takes {wanted}s; name their modality, as in text={name}")
+    return text

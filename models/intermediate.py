@@ -42,9 +42,9 @@ class StagedNet(MultimodalClassifier):
 
     late = False
 
-    def __init__(self, inputs: dict[str, tuple[str, int]], *args: Any, **options: Any):
+    def __init__(self, inputs: dict[str, tuple[str, tuple[int, ...]]], *args: Any, **options: Any):
         for name, (encoder, _) in inputs.items():
-            if not ENCODERS[encoder].stages:
+            if encoder not in ENCODERS or not ENCODERS[encoder].stages:
                 staged = ", ".join(known for known, kind in ENCODERS.items() if kind.stages)
                 raise ValueError(f"encoder {encoder} of {name}: has no stages for the encoders to meet in; use --model "
                                  f"late, or encoders that have ({staged})")  # fmt: skip
@@ -180,7 +180,7 @@ class MMTMNet(StagedNet):
 
     gated = STAGES[1:]
 
-    def __init__(self, inputs: dict[str, tuple[str, int]], *args: Any, **options: Any):
+    def __init__(self, inputs: dict[str, tuple[str, tuple[int, ...]]], *args: Any, **options: Any):
         super().__init__(inputs, *args, **options)
         places = {stage: STAGES.index(stage) for stage in self.gated}
         self.mmtm = nn.ModuleDict({
@@ -261,7 +261,7 @@ class CentralNet(StagedNet):
 
     fuses = False
 
-    def __init__(self, inputs: dict[str, tuple[str, int]], *args: Any, **options: Any):
+    def __init__(self, inputs: dict[str, tuple[str, tuple[int, ...]]], *args: Any, **options: Any):
         super().__init__(inputs, *args, **options)
         self.head = Central(self.channels, self.n_classes)  # pyright: ignore[reportAttributeAccessIssue]
 

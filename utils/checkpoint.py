@@ -1,10 +1,13 @@
 """Checkpoints: written whole or not at all, read without running code, the official repository's included."""
 
+import argparse
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from utils.errors import UserError
 from utils.files import atomic_path, writing
@@ -25,20 +28,54 @@ def load_checkpoint(path: Path | str, mapped: bool = False) -> dict:
 
     With `mapped` tensors are read when they are used: for a look at what else is in it.
     """
+    state = _read(Path(path), mapped)
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UserError(f"{path}: no `model` entry; expected a checkpoint of this project or of the official code")
+    return state
+
+
+def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
+    """The weights in a file, and what else a checkpoint of this project says of them (`classes`, `config`).
+
+    A state dict, bare or inside a checkpoint as timm, torchvision or this project write them, or a .safetensors file
+    (read where the package is installed). Raises `UserError` for what is missing or holds no weights.
+    """
     path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return _read_safetensors(path), {}
+    with torch.serialization.safe_globals([argparse.Namespace]):  # timm keeps its flags in one
+        state = _read(path, False, "give a .pth or .safetensors file")
+    keys = ("state_dict_ema", "model_ema", "state_dict", "model")  # averaged weights first, as timm does
+    inside = next((state[key] for key in keys if isinstance(state, dict) and isinstance(state.get(key), dict)), state)
+    if not isinstance(inside, dict) or not inside or not all(isinstance(value, Tensor) for value in inside.values()):
+        raise UserError(f"{path}: holds no weights; expected a state dict of torchvision or timm, or a checkpoint")
+    return inside, {} if inside is state else state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path}: the package safetensors is not installed; pip install safetensors") from None
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError):
+        raise UserError(f"{path}: damaged, or no .safetensors file; use another one") from None
+
+
+def _read(path: Path, mapped: bool, advice: str = "give a .pth file, such as runs/NAME/best.pth") -> Any:
+    """What a file of `torch.save` holds, on the CPU. Raises `UserError`."""
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
+        raise UserError(f"{path}: no such checkpoint; {advice}")
     _refuse_bomb(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except Exception as error:  # torch raises a dozen types here, all of which mean the same to the user
         # Their own words advise to read it unsafely, and change from version to version.
         unsafe = "weights only" in str(error).lower() and "unsupported operand" not in str(error).lower()
         reason = "it holds more than tensors and plain values" if unsafe else "damaged, or no checkpoint at all"
         raise UserError(f"{path}: not a checkpoint that is safe to read ({reason}); use another one") from None
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise UserError(f"{path}: no `model` entry; expected a checkpoint of this project or of the official code")
-    return state
 
 
 def _refuse_bomb(path: Path) -> None:

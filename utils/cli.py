@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -103,3 +104,59 @@ def format_list(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in FIGURE_FORMATS]:
         raise argparse.ArgumentTypeError(f"{text}: unknown format {unknown[0]!r}; allowed: {', '.join(FIGURE_FORMATS)}")
     return names
+
+
+def per_modality(text: str) -> dict[str, str]:
+    """`VALUE`, `audio=VALUE,video=VALUE` or both as {modality: value}; the value of all others is that of "".
+
+    A value may hold commas and equals signs, as paths do: only a comma before `NAME=` starts the next entry. Raises
+    `argparse.ArgumentTypeError` for an empty value, or a modality that is there twice.
+    """
+    found: dict[str, str] = {}
+    for entry in re.split(r",(?=[^\W\d]\w*=)", text):
+        match = re.match(r"([^\W\d]\w*)=(.*)", entry, re.DOTALL)
+        name, value = match.groups() if match else ("", entry)
+        if not value.strip():
+            raise argparse.ArgumentTypeError(f"{text!r}: a value is missing; give VALUE, or NAME=VALUE,NAME=VALUE")
+        if name in found:
+            raise argparse.ArgumentTypeError(f"{text}: {name or 'the value of all modalities'} is there twice")
+        found[name] = value
+    return found
+
+
+def each(parse: Parse) -> Parse:
+    """An argparse type: one value of the type `parse`, or values of modalities, which stay a string."""
+
+    def parse_all(text: str) -> Any:
+        values = {name: parse(value) for name, value in per_modality(text).items()}
+        return values[""] if tuple(values) == ("",) else text
+
+    return parse_all
+
+
+def factors(value: float | str, names: Sequence[str]) -> dict[str, float]:
+    """What a flag of the type `each(number(float, ...))` says of each modality; 1 for those it does not name."""
+    given = per_modality(str(value))
+    return {name: float(given.get(name, given.get("", 1.0))) for name in names}
+
+
+def with_default(text: str, default: str) -> str:
+    """`default,audio=VALUE` of `audio=VALUE`: what the modalities that it does not name have is said as well."""
+    return text if "" in per_modality(text) else f"{default},{text}"
+
+
+def agree(given: Any, recorded: Any) -> bool:
+    """Whether the value of a flag says nothing other than the recorded one, for some modalities or for all."""
+    if isinstance(given, str) and isinstance(recorded, str) and given:
+        return per_modality(given).items() <= per_modality(recorded).items()
+    return given == recorded
+
+
+def check_modalities(args: argparse.Namespace, names: Sequence[str], *flags: str) -> None:
+    """Raise `UserError` where the value of one of `flags` names a modality that is not one of `names`."""
+    for flag in flags:
+        for name in per_modality(str(vars(args)[flag])):
+            if name not in ("", *names):
+                raise UserError(
+                    f"--{flag} {vars(args)[flag]}: the dataset has no modality {name}; it has {', '.join(names)}"
+                )
