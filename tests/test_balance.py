@@ -798,7 +798,13 @@ def test_earlier_versions_flags_become_options(config, words, options):
     found = balance.modernise(config | {"method": "baseline"})
     assert found["balance"] == words and found["method"] == "baseline"
     args = Namespace(
-        balance=words, dataset="CREMAD", method="baseline", fusion_method="concat", unimodal="heads", train=False
+        balance=words,
+        dataset="CREMAD",
+        method="baseline",
+        fusion_method="concat",
+        unimodal="heads",
+        model="late",
+        train=False,
     )
     balance.settle(args, BOTH)
     assert args.balance == words
