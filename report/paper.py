@@ -55,8 +55,11 @@ from utils.style import (
 
 # Flags of every run of a dataset where they are not given on the command line. The paper trains at one learning rate;
 # the demo's schedule is half as long as the paper's.
-SCHEDULES = {"demo": ("--epochs", "30", "--warmup", "6", "--lr_decay_step", "22"), "CREMAD": ("--learning_rate", "5e-5"),
-             "KineticSound": ("--learning_rate", "5e-5")}  # fmt: skip
+SCHEDULES = {
+    "demo": ("--epochs", "30", "--warmup", "6", "--lr_decay_step", "22"),
+    "CREMAD": ("--learning_rate", "5e-5"),
+    "KineticSound": ("--learning_rate", "5e-5"),
+}
 SEEDS = {"table1": "0,1,2,3,4", "table5": "0,1,2,3,4", "gates": "0,1,2,3,4"}  # on the demo; elsewhere as the paper
 PUBLISHED = ("CREMAD", "KineticSound")  # the order of `Row.published`
 

@@ -192,6 +192,17 @@ def test_mla_is_one_step_per_modality_through_one_head(projection, clips):
     assert ("balance/mla_kept" in ours.numbers) == (projection == "paper")
 
 
+def test_the_head_s_gradient_is_projected_where_the_modality_changes_alone(clips):
+    """As in the homogeneous batches of Remix, several of one modality in a row. No step is taken: weights stay."""
+    ours, plain = (Trained(clips, f"--balance mla:projection={kind}") for kind in ("paper", "none"))
+    (method,) = ours.balance.methods
+    for name, projects in (("audio", True), ("audio", False), ("video", True), ("video", False), ("audio", True)):
+        p = method.p.numpy()
+        found, raw = (t.batch((name,)).grads()["head.weight"] for t in (ours, plain))
+        np.testing.assert_allclose(found, raw @ p if projects else raw, rtol=1e-3, atol=1e-6)
+        assert np.allclose(raw @ p, raw, rtol=1e-2) == (p == np.eye(128)).all(), "P does change a gradient"
+
+
 def test_with_remix_each_clip_is_in_its_own_modality_s_steps_alone(data, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.summary.finish", lambda *_: None)
     words = "--epochs 2 --warmup 1 --reassemble alternate --balance mla"
