@@ -127,8 +127,9 @@ def _refuse(args: Namespace, names: tuple[str, ...], method: type[Method], other
         reason = "cannot act in a compiled network; leave --compile out"
     elif args.train:
         reason = method.refuse(args, Namespace(**args.balance_options[method.name]))
-    if reason:
-        raise UserError(f"--balance {method.name}: {reason}")
+    if reason:  # one about an option starts with it: name:option=value
+        given = any(reason.startswith(f"{option.name}=") for option in method.options)
+        raise UserError(f"--balance {method.name}:{'' if given else ' '}{reason}")
 
 
 def needs_validation(args: Namespace) -> list[str]:

@@ -69,12 +69,12 @@ def measured(args: Namespace, data: Data, model: MultimodalClassifier, parts: di
     """
     test, classes, trained = parts["test"], data.classes, trained_heads(args)
     heads: dict[str, dict] = {"multimodal": {"head": measure(test.logits["joint"], test.labels, classes)}}
-    for name in test.masked:
+    for name in [name for name in data.spec.names if name in test.features]:
         probe = probe_of(parts, name, len(classes))
         logits = {
-            "head": test.logits[name] if has_head(model, name, trained) else None,
+            "head": test.logits.get(name) if has_head(model, name, trained) else None,
             "slice": test.slices.get(name),
-            "masked": test.masked[name],
+            "masked": test.masked.get(name),
             "probe": probe and probe.logits,
         }
         heads[name] = {source: None if values is None else measure(values, test.labels, classes)

@@ -29,8 +29,11 @@ def slices(model: MultimodalClassifier, features: dict[str, Tensor]) -> dict[str
 
 
 def masked(model: MultimodalClassifier, features: dict[str, Tensor], fed: tuple[str, ...]) -> dict[str, Tensor]:
-    """The joint head's logits (N, C) from each fed modality alone, the other features being masked."""
-    return {name: model.masked(features, name) for name in fed}
+    """The joint head's logits (N, C) from each fed modality alone, the other features being masked.
+
+    {} where modalities meet before their features: those of one modality alone would need another pass.
+    """
+    return {} if not model.late else {name: model.masked(features, name) for name in fed}
 
 
 # ----------------------------------------------------------------------------------------------------- linear probe

@@ -66,6 +66,13 @@ def run(data: Path, runs: Path, name: str, *flags: str) -> Path:
     return runs / name
 
 
+def shown_in_table(out: str) -> list[str]:
+    """The numbers of the last row of the table that an evaluation prints."""
+    lines = out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.split()[:1] == ["multimodal"])
+    return lines[head + 1].split()[1:]
+
+
 def in_two_processes(folder: Path, *commands: list[str]) -> list[tuple[list[int], str, str]]:
     """Run each command as two processes of one group; exit statuses, standard output and error of each."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import json
 import math
 import runpy
 from argparse import Namespace
+from contextlib import nullcontext
 from itertools import combinations
 
 import numpy as np
@@ -30,6 +31,7 @@ from dataset.clips import ClipBatch, Feed, make_clips
 from dataset.folder import load_folder
 from dataset.specs import get_spec
 from models import Output
+from models.batchnorm import batchnorm_of_one_clip
 from models.checkpoint import official_name
 from utils.errors import UserError
 from utils.seeding import epoch_generator, step_generator
@@ -144,7 +146,7 @@ def test_mistakes_are_one_line(flags, message):
 def test_reconboost_stands_alone():
     """But for D&R, which changes encoders between epochs."""
     for name in METHODS:
-        if name not in ("dr", "reconboost"):
+        if name not in ("dr", "reconboost", "greedy"):  # greedy needs another network
             with pytest.raises(UserError, match=r"ReconBoost replaces the heads and every loss|both replace"):
                 flags_of(f"--balance {name},reconboost:phase1=1")
     flags_of("--balance dr:every=7,reconboost")
@@ -329,10 +331,11 @@ def test_teachers_are_trained_on_their_modality_alone(clips, monkeypatch):
             other.optimizer.param_groups[0]["lr"] = other.optimizer.param_groups[1]["lr"] = rate
             for batch in clips["train"].epoch(remix.batches_of(25, BATCH, (name,), order), views):
                 other.net.train()
-                if batch.total == 1:  # the odd clip: running statistics
-                    [module.eval() for module in other.net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+                # the odd clip has its own statistics, as --batchnorm running says
+                with batchnorm_of_one_clip(other.net, True) if batch.total == 1 else nullcontext():
+                    output = other.net(batch.inputs, (name,))
                 other.optimizer.zero_grad()
-                F.cross_entropy(other.net(batch.inputs, (name,)).logits[name], batch.labels).backward()
+                F.cross_entropy(output.logits[name], batch.labels).backward()
                 other.optimizer.step()
         for key, value in other.net.encoders[name].state_dict().items():
             found = method.teacher.encoders[name].state_dict()[key]
@@ -720,7 +723,7 @@ def test_the_learned_weight_follows_the_validation_loss_after_one_step(align, cl
                 p -= rates["encoders" not in name] * (0 if p.grad is None else p.grad)
         return labels_loss(net, batch_of("val", 0))[0].item()
 
-    assert slope == pytest.approx(after(1.0) - after(0.0), rel=2e-3) and slope != 0
+    assert slope == pytest.approx(after(1.0) - after(0.0), rel=5e-3) and slope != 0
     for epoch, rate in ((1, 0.5), (41, 0.125)):  # halved twice
         for group in t.optimizer.param_groups:
             group["lr"] = 0.01
@@ -772,6 +775,7 @@ WORKER = """
 import os, sys
 import torch, train
 from models import MultimodalClassifier, build_model
+from models.batchnorm import batchnorm_of_one_clip
 
 networks = []
 

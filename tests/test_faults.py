@@ -78,7 +78,7 @@ class Stage:
         out, err = self.capsys.readouterr()
         if end.value.code == 0:
             told = [line for line in out.splitlines() if line.startswith(("warning", "epoch ", str(self.data), "left"))]
-            told = [line for line in told if "  CE " not in line]
+            told = [line for line in told if "  CE " not in line and "load average" not in line]
             return "continues" + (f": {self.plain(told[-1])}" if told else "")
         lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error: ")]
         assert end.value.code == 2 and len(lines) == 1 and "Traceback" not in err, err

@@ -16,7 +16,7 @@ import time
 
 import pytest
 import torch
-from helpers import REPO, TINY, make_folder, run
+from helpers import REPO, TINY, make_folder, run, shown_in_table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
@@ -332,7 +332,7 @@ def test_a_run_of_an_earlier_format_is_evaluated_and_not_resumed(copied, capsys)
     assert "earlier version" in err and "--checkpoint" in err
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
     train.main(["--checkpoint", str(copied / "last.pth")])
-    shown = capsys.readouterr().out.splitlines()[-1].split()[1:]
+    shown = shown_in_table(capsys.readouterr().out)
     assert float(shown[0]) == pytest.approx(numbers(copied)[-1]["test_acc"], abs=5e-5)
 
 

@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import make_folder, run
+from helpers import make_folder, run, shown_in_table
 from networks import network
 from test_balance import BATCH, BOTH, CLASSES, Trained, flags_of
 from torch import nn
@@ -220,7 +220,7 @@ def test_a_checkpoint_of_mla_is_evaluated_with_its_own_head(data, tmp_path, caps
     folder = run(data, tmp_path, "r", *words.split())
     expected = capsys.readouterr().out.split("last epoch")[1].split()[:4]
     train.main(["--checkpoint", str(folder / "last.pth"), "--data_root", str(data)])
-    assert capsys.readouterr().out.splitlines()[-1].split()[1:] == expected
+    assert shown_in_table(capsys.readouterr().out) == expected
 
 
 def test_encoders_of_different_widths_are_refused():

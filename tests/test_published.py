@@ -168,7 +168,7 @@ def test_grid_words_are_cut_by_alignments(tmp_path, capsys):
     prepare("GRID", raw, out, "--role", "digit", "--crop", "8,8,48,32", "--size", "32", "--test_fraction", "0.5")
     assert "split: by group" in capsys.readouterr().out
     spec = spec_of("folder", out)
-    assert (spec.image_size, spec.crop_area, spec.model) == (32, (0.6, 1.0), "resnet18_thin")
+    assert (spec.image_size, spec.crop_area, spec.encoder) == (32, (0.6, 1.0), "resnet18_thin")
     frames = list((out / "visual" / "s1_bbaf2n").iterdir())
     assert 10 <= len(frames) <= 11, "0.42 s at 25 frames per second"
     with pytest.raises(UserError, match="needs --role"):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, make_folder, run
+from helpers import TINY, make_folder, run, shown_in_table
 from networks import network
 from torch.nn import functional as F
 
@@ -213,7 +213,7 @@ def test_the_third_modality_is_trained_alone(data, tmp_path, capsys):
     assert last["train_loss"] == pytest.approx(last["train_ce_joint"] + last["train_ce_text"], rel=1e-5)
     capsys.readouterr()
     train.main(["--dataset", "folder", "--data_root", str(data), "--checkpoint", str(folder / "last.pth")])
-    shown = capsys.readouterr().out.splitlines()[-1].split()[1:]
+    shown = shown_in_table(capsys.readouterr().out)
     assert float(shown[0]) == pytest.approx(last["test_acc"], abs=5e-5)
 
 
