@@ -127,8 +127,8 @@ def readme_table(groups: list[Group]) -> str:
     return table(*_without_empty(head, rows))
 
 
-README_NOTE = ("Test accuracy in percent after the last epoch: mean ± standard deviation over n seeds. Differences are paired "
-               "by seed, in points, with a 95 % t interval.")  # fmt: skip
+README_NOTE = ("Test accuracy in percent after the last epoch: mean ± standard deviation over n seeds. Differences are "
+               "paired by seed, in points, with a 95 % t interval.")  # fmt: skip
 
 
 def quantitytable(quantity: str, groups: list[Group]) -> str:

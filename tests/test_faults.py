@@ -678,9 +678,9 @@ def write_document() -> None:
         sys.exit("a fault could not be planted: see above")
     text = """# Expected output of every planted fault
 
-Written by `PYTHONPATH=. python tests/test_faults.py` and compared by [test_faults.py](test_faults.py). `error:` lines are
-the only output on standard error, with exit status 2 and no stack trace. `continues` means that the run succeeds, and
-what it prints. [docs/reliability.md](../docs/reliability.md) has the overview.
+Written by `PYTHONPATH=. python tests/test_faults.py` and compared by [test_faults.py](test_faults.py). `error:` lines
+are the only output on standard error, with exit status 2 and no stack trace. `continues` means that the run succeeds,
+and what it prints. [docs/reliability.md](../docs/reliability.md) has the overview.
 
 | where | what is planted | what happens |
 |---|---|---|
