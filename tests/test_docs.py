@@ -42,7 +42,8 @@ def broken(page: Path, text: str) -> list[str]:
         path = (page.parent / name).resolve() if name else page
         if name.startswith("../../actions/workflows/"):
             path, anchor = REPO / ".github" / "workflows" / name.split("/")[4], ""
-        content = text if path == page else path.read_text(encoding="utf-8") if path.suffix == ".md" and anchor else ""
+        read = path.is_file() and path.suffix == ".md"
+        content = text if path == page else path.read_text(encoding="utf-8") if read else ""
         if not path.exists() or (anchor and anchor not in anchors(content)):
             wrong.append(target)
     return wrong
@@ -81,8 +82,8 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_broken_links_are_found():
-    text = "[a](nowhere.md) [b](LICENSE) [c](docs/clusters.md#no-such) [d](#here)\n![e](docs/x.png)\n# Here\n"
-    assert broken(README, text) == ["nowhere.md", "docs/clusters.md#no-such", "docs/x.png"]
+    text = "[a](nowhere.md) [b](LICENSE) [b](none.md#x) [c](docs/clusters.md#no-such) [d](#here)\n![e](docs/x.png)\n# Here\n"
+    assert broken(README, text) == ["nowhere.md", "none.md#x", "docs/clusters.md#no-such", "docs/x.png"]
     assert broken(README, '<img src="docs/none.svg"> [t](../../actions/workflows/no.yml/badge.svg)\n') == [
         "../../actions/workflows/no.yml/badge.svg",
         "docs/none.svg",
