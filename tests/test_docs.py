@@ -82,7 +82,8 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_broken_links_are_found():
-    text = "[a](nowhere.md) [b](LICENSE) [b](none.md#x) [c](docs/clusters.md#no-such) [d](#here)\n![e](docs/x.png)\n# Here\n"
+    text = "[a](nowhere.md) [b](LICENSE) [b](none.md#x) [c](docs/clusters.md#no-such)\n"
+    text += "[d](#here) ![e](docs/x.png)\n# Here\n"
     assert broken(README, text) == ["nowhere.md", "none.md#x", "docs/clusters.md#no-such", "docs/x.png"]
     assert broken(README, '<img src="docs/none.svg"> [t](../../actions/workflows/no.yml/badge.svg)\n') == [
         "../../actions/workflows/no.yml/badge.svg",
