@@ -113,6 +113,24 @@ def maintable(groups: list[Group]) -> str:
     return table(head, rows)
 
 
+def readme_table(groups: list[Group]) -> str:
+    """README's short table: baseline, Remix and each modality alone (all methods if these are absent), last epoch."""
+    modalities = groups[0].modalities
+    main = [group for group in groups if group.label in ("baseline", "remix", *modalities)] or groups
+    heads, rows = ["multimodal", *modalities], []
+    for group in main:
+        found = {row["quantity"]: row for row in measure(group, groups) if row["protocol"] == "last"}
+        n = len(group.runs)
+        cells = [_cell(found[head]["spread"], n) for head in heads]
+        rows.append([group.label, *cells, _difference_cell(found["multimodal"], n), str(n)])
+    head = ["method", *heads, "multimodal – baseline [95 %]", "n"]
+    return table(*_without_empty(head, rows))
+
+
+README_NOTE = ("Test accuracy in percent after the last epoch: mean ± standard deviation over n seeds. Differences are "
+               "paired by seed, in points, with a 95 % t interval.")  # fmt: skip
+
+
 def quantitytable(quantity: str, groups: list[Group]) -> str:
     """One quantity under every protocol, each with its difference to the baseline."""
     head, rows = [quantity], [[group.label] for group in groups]

@@ -14,7 +14,7 @@ from report.figures import (
     plot_shares,
 )
 from report.runs import Group, Run, command_of, epoch_cost, group_runs, minutes, reference_of
-from report.tables import maintable, markdown, measure, notes, unlike_notes
+from report.tables import README_NOTE, maintable, markdown, measure, readme_table, unlike_notes
 from utils.errors import UserError
 from utils.files import atomic_path
 from utils.run import write_json
@@ -109,13 +109,14 @@ def write_figures(
 
 
 def replace_block(readme: Path, datasets: dict[str, list[Group]]) -> None:
-    """Put the first dataset's table (the demo's if there is one) between the markers of README.md."""
+    """Put the first dataset's short table (the demo's if there is one) between the markers of README.md."""
     text = readme.read_text() if readme.is_file() else ""
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise UserError(f"{readme}: needs a line {START} and below it a line {END}, each once")
     groups = next(iter(datasets.values()))
     before, rest = text.split(START)
-    write_text(readme, f"{before}{START}\n{maintable(groups)}\n\n{notes(groups)}\n{END}{rest.split(END)[1]}")
+    note = " ".join([README_NOTE, *unlike_notes(groups)])
+    write_text(readme, f"{before}{START}\n{readme_table(groups)}\n\n{note}\n{END}{rest.split(END)[1]}")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -194,9 +194,9 @@ def resnet18_gflop(channels: int, height: int, width: int) -> float:
     return 2 * total / 1e9
 
 
-def test_a_clip_costs_what_design_says():
-    """About 10.7 GFLOP forward: 7.3 for two frames, the rest for a spectrogram (3.57 by hand below, DESIGN's 3.4 being
-    rounded down); training three times that, but for the gradient that the pictures themselves do not need."""
+def test_a_clip_costs_what_its_layers_do():
+    """About 10.7 GFLOP forward: 7.3 for two frames, the rest for a spectrogram (3.57, counted by hand). Training costs
+    three times that, less the gradient of the input, which is not computed."""
     flops = flops_per_clip("resnet18", 6, image_size=224, audio_shape=(257, 188))
     forward = {fed: counted["forward"] / 1e9 for fed, counted in flops.items()}
     assert forward["joint"] == pytest.approx(10.7, rel=0.02) and forward["video"] == pytest.approx(7.3, rel=0.01)

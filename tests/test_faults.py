@@ -1,6 +1,6 @@
-"""Planted faults: in data, files, numbers and surroundings. docs/faults.md tells what happens, and this checks it.
+"""Planted faults: in data, files, numbers and surroundings. tests/faults.md holds the expected output of each.
 
-PYTHONPATH=. python tests/test_faults.py     # writes docs/faults.md anew, after a message was changed
+PYTHONPATH=. python tests/test_faults.py     # rewrites tests/faults.md after a message was changed
 """
 
 import errno
@@ -34,7 +34,8 @@ from models import build_model
 from models.checkpoint import model_weights
 from utils.errors import run_main
 
-DOC = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
+DOC = Path(__file__).with_name("faults.md")
+PAGE = DOC.parents[1] / "docs" / "reliability.md"
 TINY = [
     "--dataset",
     "folder",
@@ -653,6 +654,13 @@ def test_the_document_tells_of_no_fault_that_is_not_planted():
     assert len(FAULTS) >= 60
 
 
+def test_the_page_on_reliability_names_every_fault_once():
+    """In the cells of its tables, separated by semicolons."""
+    cells = [line.split(" | ")[0].strip("| ") for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    named = [name for cell in cells for name in cell.split("; ")]
+    assert [case.planted for case in FAULTS if named.count(case.planted) != 1] == []
+
+
 def write_document() -> None:
     """Plant everything and write down what happened."""
     happened = {}
@@ -668,13 +676,11 @@ def write_document() -> None:
 
     if pytest.main(["-q", "-x", "-p", "no:cacheprovider", __file__], plugins=[Plugin()]) or len(happened) < len(FAULTS):
         sys.exit("a fault could not be planted: see above")
-    text = """# Planted faults, and what happens
+    text = """# Expected output of every planted fault
 
-Every row is planted by [tests/test_faults.py](../tests/test_faults.py), which fails if something else happens. `error:`
-lines come alone, on standard error, with exit status 2 and no stack trace; `continues` means that the run ends well,
-and what it says. Every flag of the parser with wrong values: [tests/test_flags.py](../tests/test_flags.py). Signals and
-kills: [tests/test_interrupt.py](../tests/test_interrupt.py), and many more of them by `python -m
-benchmarks.interruptions`, whose table is in [benchmarks/results](../benchmarks/results).
+Written by `PYTHONPATH=. python tests/test_faults.py` and compared by [test_faults.py](test_faults.py). `error:` lines
+are the only output on standard error, with exit status 2 and no stack trace. `continues` means that the run succeeds,
+and what it prints. [docs/reliability.md](../docs/reliability.md) has the overview.
 
 | where | what is planted | what happens |
 |---|---|---|

@@ -1,8 +1,9 @@
 """`--preset official` against the official main loop, written down slowly, in float64.
 
-`Official` is an independent transcription of DESIGN section 1: ResNet-18, BatchNorm, losses, Adam, SGD, StepLR, scoring
-and evaluation are spelled out on a dictionary of tensors; autograd is PyTorch's. It shares with the product the initial
-weights, the pixels of each batch and the order in which a seed shuffles the clips.
+`Official` is an independent transcription of the method and of the official settings (docs/fidelity.md): ResNet-18,
+BatchNorm, losses, Adam, SGD, StepLR, scoring and evaluation are spelled out on a dictionary of tensors; autograd is
+PyTorch's. It shares with the product the initial weights, the pixels of each batch and the order in which a seed
+shuffles the clips.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The product against a slow, plain transcription of DESIGN section 1, with both encoders always run.
+"""The product against a slow, plain transcription of the method (README), with both encoders always run.
 
 The transcription shares with the product only the initial weights, the batches' pixels and the order of the clips.
 tests/test_official.py replays whole runs of `--preset official`.

@@ -1,0 +1,128 @@
+"""Documents lead somewhere: links, anchors, pictures, and the commands of README and of the first page."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+from dataset.prepare.__main__ import parse_args as prepare_flags
+from report.__main__ import parse_args as report_flags
+from report.compare import parse_args as compare_flags
+from report.paper import parse_args as paper_flags
+
+REPO = Path(__file__).resolve().parents[1]
+README, DOCS = REPO / "README.md", REPO / "docs"
+PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", REPO / "data" / "README.md",
+         *sorted(DOCS.glob("*.md")), *sorted((REPO / "examples").glob("*.md"))]  # fmt: skip
+PICTURES = {".png", ".svg", ".jpg"}
+TRAINERS = {"run_train.sh", "run_baseline.sh", "run_official.sh"}
+FENCE = re.compile(r"^```.*?^```", re.S | re.M)
+
+
+def links(text: str) -> list[str]:
+    """Targets of Markdown links and of HTML pictures outside code, without those on the web."""
+    text = re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
+    return [target for target in found if not re.match(r"https?:|mailto:", target)]
+
+
+def anchors(text: str) -> set[str]:
+    """Ids that GitHub gives the headings: lower case, words joined by hyphens, other signs dropped."""
+    headings = re.findall(r"^#+ (.+?)\s*$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken(page: Path, text: str) -> list[str]:
+    """Links of `page` that lead nowhere. `../../actions/` is an address of GitHub's, relative to the page there."""
+    wrong = []
+    for target in links(text):
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        if name.startswith("../../actions/workflows/"):
+            path, anchor = REPO / ".github" / "workflows" / name.split("/")[4], ""
+        read = path.is_file() and path.suffix == ".md"
+        content = text if path == page else path.read_text(encoding="utf-8") if read else ""
+        if not path.exists() or (anchor and anchor not in anchors(content)):
+            wrong.append(target)
+    return wrong
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of every `python ...` and `bash ...` line: in code blocks, and between backticks."""
+    blocks = "\n".join(FENCE.findall(text)).replace("\\\n", " ")
+    lines = blocks.splitlines() + re.findall(r"`((?:python|bash) [^`\n]+)`", FENCE.sub("", text))
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python|bash) ", line)]
+
+
+def check_command(words: list[str]) -> None:
+    """Raise if a script or module is missing or its parser refuses a flag. What flags need of the disk is not asked."""
+    program, rest = words[1], [word for word in words[2:] if word != "--help"]
+    if program == "-m":
+        program, rest = rest[0], rest[1:]
+        module = REPO / program.replace(".", "/")
+        if program not in ("venv", "pytest"):
+            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), program
+        {"dataset.prepare": prepare_flags, "report": report_flags}.get(program, list)(rest)
+        return
+    assert (REPO / program).is_file(), program
+    name, parser = Path(program).name, train.make_parser()
+    if name == "train.py" or name in TRAINERS:
+        parser.parse_args(rest)
+    elif name in ("run_compare.sh", "paper.sh"):
+        parser.parse_args((compare_flags if name == "run_compare.sh" else paper_flags)(rest)[1])
+    elif name == "prepare.sh":
+        prepare_flags(rest)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_every_link_leads_somewhere(page):
+    assert broken(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_broken_links_are_found():
+    text = "[a](nowhere.md) [b](LICENSE) [b](none.md#x) [c](docs/clusters.md#no-such)\n"
+    text += "[d](#here) ![e](docs/x.png)\n# Here\n"
+    assert broken(README, text) == ["nowhere.md", "none.md#x", "docs/clusters.md#no-such", "docs/x.png"]
+    assert broken(README, '<img src="docs/none.svg"> [t](../../actions/workflows/no.yml/badge.svg)\n') == [
+        "../../actions/workflows/no.yml/badge.svg",
+        "docs/none.svg",
+    ]
+
+
+def test_every_picture_of_docs_is_linked():
+    linked = {(page.parent / target).resolve() for page in PAGES for target in links(page.read_text(encoding="utf-8"))}
+    assert [p.name for p in sorted(DOCS.rglob("*")) if p.suffix in PICTURES and p not in linked] == []
+
+
+def test_the_index_lists_every_page():
+    listed = links((DOCS / "README.md").read_text(encoding="utf-8"))
+    pages = {page.name for page in DOCS.glob("*.md")} - {"README.md", "paper.md"}
+    assert pages <= set(listed)
+
+
+def test_readme_has_900_words_at_most():
+    assert len(README.read_text(encoding="utf-8").split()) <= 900
+
+
+@pytest.mark.parametrize("page", [README, DOCS / "getting-started.md"], ids=lambda page: page.name)
+def test_commands_exist_and_their_flags_are_accepted(page):
+    found = commands(page.read_text(encoding="utf-8"))
+    assert len(found) >= 8
+    for words in found:
+        try:
+            check_command(words)
+        except (Exception, SystemExit) as reason:
+            pytest.fail(f"{shlex.join(words)}: {reason}")
+
+
+WRONG = ["bash scripts/none.sh", "python train.py --trane", "bash scripts/run_train.sh --epochs x", "python -m nowhere",
+         "python -m dataset.prepare --chek X", "python -m report --modl X", "bash scripts/run_compare.sh --sees 1",
+         "bash scripts/prepare.sh --tabel X"]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_commands_are_found(line):
+    with pytest.raises((Exception, SystemExit)):
+        check_command(commands(f"```\n{line}\n```")[0])
