@@ -118,7 +118,7 @@ def test_what_needs_both_modalities_is_off_in_homogeneous_batches(name, clips, p
 
 @pytest.mark.parametrize(("flags", "message"), [
     ("lfm:weight=2", "lfm:weight=2: fitted, learned, or the weight of the alignment, from 0 to 1"),
-    ("lfm:weight=learned --val_fraction 0", "lfm: measures on a validation part, never on test"),
+    ("lfm:weight=learned --val_fraction 0", "lfm: needs a validation part"),
     ("lfm,gblend", "gblend,lfm: both replace the loss weights"),
     ("umt:teachers=runs/audio", "umt: teachers=runs/audio: put {} in place of the modality's name"),
     ("umt:teachers=none_{}", r"umt: teachers=none_{}: none_audio does not exist; train it with --method audio"),
