@@ -160,7 +160,7 @@ def fit_rows(rows: list[dict], over: str) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not Path("/proc/self/smaps_rollup").exists():
-        raise UserError("benchmarks.scaling: needs Linux, whose /proc tells what memory a process has")
+        raise UserError("benchmarks.scaling: reads memory from /proc, which only Linux has")
     about = machine(torch.device("cpu"))
     plan = [("clips", way, clips, 6) for way in WAYS for clips in args.clips]
     plan += [("classes", "ram", args.class_clips, classes) for classes in args.classes]

@@ -394,7 +394,7 @@ def choose_cache(
     on_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if cache == "device" and device.type == "cuda" and needed > on_gpu:
         raise UserError(f"--cache device: the clips take {gigabytes(needed)}, the GPU has {gigabytes(on_gpu)} free; "
-                        "type --cache auto, or a smaller --pack_size")  # fmt: skip
+                        "use --cache auto, or a smaller --pack_size")  # fmt: skip
     if cache != "auto":
         return cache, f"--cache {cache}"
     # One file that all processes map; where there is none and none can be written, each has to hold the clips itself,

@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 def classify_clips(args: Namespace, device: torch.device, make_model: Callable[..., MultimodalClassifier]) -> None:
     """Print the classes of the clips of `--clip` by each head. `make_model` is train.py's own."""
     if distributed.world_size() > 1:
-        raise UserError("--clip: start it as one process, by python")
+        raise UserError("--clip: runs in one process; start it with python, not torchrun")
     clips = given_clips(args.clip)
     folder, record = trained_folder(args)
     model = make_model(args, without_clips(folder), device)
@@ -61,7 +61,7 @@ def answers_for(
     """
     fed = tuple(name for name in fed_to(args, folder.spec.names) if name in names)
     if not fed:
-        raise UserError(f"--clip {part.clips[0]}: {' and '.join(names)} alone, and the network was trained by --method "
+        raise UserError(f"--clip {part.clips[0]}: only {' and '.join(names)}, but the network was trained with --method "
                         f"{args.method}")  # fmt: skip
     modalities, device = tuple(folder.spec.modality(name) for name in fed), next(model.parameters()).device
     feed = Feed(modalities, args.image_size, device, "ram", pack_size=args.pack_size)

@@ -45,7 +45,7 @@ def load_pretrained(model: MultimodalClassifier, text: str, classes: list[str]) 
 def check_files(text: str, checkpoint: str | None) -> None:
     """Raise `UserError` for files that are not there, before the data are read, and beside a `checkpoint`."""
     if checkpoint:
-        raise UserError("--pretrained: --checkpoint gives all weights already; leave one of them out")
+        raise UserError("--pretrained: --checkpoint already loads all weights; omit one of the two flags")
     for path in per_modality(text).values():
         if not Path(path).is_file():
             raise UserError(f"--pretrained {path}: no such file; give a .pth or .safetensors file")
@@ -55,7 +55,7 @@ def _from_run(model: MultimodalClassifier, name: str, weights: dict[str, Tensor]
     """Fill a modality's encoder and, where the classes are the `same`, its head, from a checkpoint of this project."""
     own = _below(weights, official_name(f"encoders.{name}."))
     if not own:
-        raise UserError(f"--pretrained {path}: has no encoder of {name}; name those that it has, as in "
+        raise UserError(f"--pretrained {path}: has no encoder of {name}; give only modalities in the file, as in "
                         f"{next(iter(model.names))}={path}")  # fmt: skip
     told = f"pretrained {name}: {_fill(model.encoders[name], own, path, name)}"
     head, given = model.heads[name], _below(weights, official_name(f"heads.{name}."))

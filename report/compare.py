@@ -147,7 +147,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
     if not equals or not flag.isidentifier():
         raise UserError(f"--grid {text}: give FLAG=A,B, such as --grid warmup=5,10")
     if flag in OURS or flag == "log_path":
-        raise UserError(f"--grid {flag}: not a flag to vary here; use {OURS.get(flag, 'another command')} instead")
+        raise UserError(f"--grid {flag}: cannot be varied; use {OURS.get(flag, 'another command')} instead")
     return flag, _items(values, f"--grid {flag}")
 
 

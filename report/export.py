@@ -23,11 +23,11 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
                    help="file to write (default: model.pt2)")  # fmt: skip
     args = p.parse_args(argv)
     if args.checkpoint is None:
-        raise UserError("--checkpoint: name the weights to export, such as runs/NAME/best.pth")
+        raise UserError("--checkpoint: missing; give the weights to export, such as runs/NAME/best.pth")
     if not args.out.endswith(".pt2"):
         raise UserError(f"--out {args.out}: choose a name that ends in .pt2")
     if Path(args.out).exists():
-        raise UserError(f"--out {args.out}: is there already; delete it, or choose another name")
+        raise UserError(f"--out {args.out}: already exists; delete it, or choose another name")
     return args
 
 

@@ -150,8 +150,8 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
         found = [path] if (path / "config.json").is_file() else sorted(p.parent for p in path.rglob("config.json"))
         folders |= dict.fromkeys(folder for folder in found if ".tmp-" not in str(folder))
     if not folders:
-        raise UserError(f"{', '.join(map(str, paths))}: no run in here (a run has a config.json); "
-                        "make some: bash scripts/run_compare.sh")  # fmt: skip
+        raise UserError(f"{', '.join(map(str, paths))}: contains no run (a folder with a config.json); "
+                        "create some with bash scripts/run_compare.sh")  # fmt: skip
     return [read_run(folder) for folder in folders]
 
 

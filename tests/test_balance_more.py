@@ -622,7 +622,7 @@ def test_each_phase_has_a_fresh_optimizer(optimizer, clips):
 def test_one_head_needs_features_of_one_width():
     net = network(encoder="resnet18_thin", three=True)
     net.widths["text"] = 64
-    with pytest.raises(UserError, match=r"reconboost: one head is shared .* audio 128, video 128, text 64"):
+    with pytest.raises(UserError, match=r"reconboost: its shared head needs .* audio 128, video 128, text 64"):
         METHODS["reconboost"].replace_heads(net, Namespace())
 
 

@@ -210,7 +210,7 @@ def test_the_actor_split_needs_no_lists(tmp_path, capsys):
     folder = load_folder(tmp_path / "out", get_spec("CREMAD"))
     assert folder.split["name"] == "actor" and folder.split["complete"] is False
     assert [len(folder.parts[part].clips) for part in ("train", "test")] == [9, 3]
-    with pytest.raises(UserError, match="leave --split_dir out"):
+    with pytest.raises(UserError, match="--split_dir: not used by --split actor"):
         main([*flags, "--split", "actor", "--split_dir", str(tmp_path)])
 
 
@@ -574,8 +574,8 @@ def test_lists_are_whole_or_refused(tmp_path):
         (["--dataset", "CREMAD", "--raw", ".", "--audio_recipe", "mfcc"], "logstft"),
         (["--check", "nowhere"], "no such folder"),
         (["--check", "{raw}"], "neither a training folder"),
-        (["--check", ".", "--out", "x"], "--check goes without"),
-        (["--dataset", "CREMAD", "--raw", ".", "--json"], "--json goes with --check"),
+        (["--check", ".", "--out", "x"], "--check: only reads a folder"),
+        (["--dataset", "CREMAD", "--raw", ".", "--json"], "--json: only valid with --check"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, flags, words):

@@ -74,9 +74,9 @@ def parse_args(argv: list[str] | None = None):
     doctor.add_argument("--json", action="store_true", help="the report as JSON on standard output")
     args = parser.parse_args(argv)
     if args.check is not None and any(value is not None for value in (args.raw, args.out, args.table)):
-        raise UserError("--check goes without --raw, --out and --table: it only looks")
+        raise UserError("--check: only reads a folder; omit --raw, --out and --table")
     if args.json and args.check is None:
-        raise UserError("--json goes with --check")
+        raise UserError("--json: only valid with --check")
     if args.check is None:
         _check_job(args)
         _fill_in(args)
@@ -86,25 +86,25 @@ def parse_args(argv: list[str] | None = None):
 def _check_job(args) -> None:
     """Refuse flags that do not go together."""
     if args.raw is None and args.table is None:
-        raise UserError("nothing to do: give --table FILE or --raw DIR to prepare own clips, --dataset NAME --raw DIR "
+        raise UserError("nothing to do: give --table FILE or --raw DIR to prepare your clips, --dataset NAME --raw DIR "
                         "for a published dataset, or --check DIR; all flags: --help")  # fmt: skip
     if args.dataset is not None:
         if args.dataset == "demo":
             raise UserError("--dataset demo: nothing to prepare from raw clips; bash scripts/prepare_demo.sh makes it")
         if args.dataset not in ENTRIES:
             raise UserError(
-                f"--dataset {args.dataset}: unknown; allowed: {', '.join(ENTRIES)}; own clips go without it"
+                f"--dataset {args.dataset}: unknown; allowed: {', '.join(ENTRIES)}; omit it for your own clips"
             )
         if args.raw is None or args.table is not None:
-            raise UserError(f"--dataset {args.dataset} takes its clips from --raw DIR and no --table")
+            raise UserError(f"--dataset {args.dataset}: needs --raw DIR, without --table (for your own clips only)")
     elif args.out is None:
-        raise UserError("--out DIR is needed: the training folder to make")
+        raise UserError("--out: missing; give the training folder to create")
     allowed = OWN if args.dataset is None else ENTRIES[args.dataset].flags
     for name in SPECIAL:
         if getattr(args, name) is not None and name not in allowed:
             takers = [entry for entry, found in ENTRIES.items() if name in found.flags]
             takers += ["own clips"] if name in OWN else []
-            raise UserError(f"--{name} goes with {', '.join(takers)} only")
+            raise UserError(f"--{name}: only valid with {', '.join(takers)}")
 
 
 def _fill_in(args) -> None:

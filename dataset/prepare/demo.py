@@ -521,7 +521,7 @@ def _is_whole(root: Path, record: dict) -> bool:
 def _refuse_foreign(root: Path, record: dict | None) -> None:
     if record is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(
-            f"{root}: holds something that is not whole demo data and is left alone; delete it, or name another folder"
+            f"{root}: contains files that are not complete demo data; delete the folder, or choose another one"
         )
 
 

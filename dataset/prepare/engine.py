@@ -172,7 +172,7 @@ def _check(clips: list[Clip], options: Options) -> None:
         start, end = clip.start or 0.0, clip.end
         if not 0 <= start < float("inf") or (end is not None and not start < end < float("inf")):
             raise UserError(
-                f"clip {clip.name}: start {start}, end {end}; it must end after it starts, in seconds from 0"
+                f"clip {clip.name}: start {start}, end {end}; the end must be after the start, both in seconds from 0"
             )
         if not _modalities(clip, options):
             raise UserError(
@@ -639,7 +639,7 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(out / ".prepare" / "lock"))
         except Busy:
-            raise UserError(f"{out}: another preparation is at work there; wait for it or name another --out") from None
+            raise UserError(f"{out}: another preparation is running there; wait for it, or choose another --out") from None
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
         yield

@@ -48,7 +48,7 @@ def given_clips(words: list[str]) -> list[Clip]:
         elif sound and not pictures and clip.audio in (None, clip.video):
             clip = clip._replace(audio=path)
         else:
-            raise UserError(f"--clip {path}: a second file of the clip {name}; give them one after the other")
+            raise UserError(f"--clip {path}: second file of the clip {name}; classify them one after the other")
         found[name] = clip
     return list(found.values())
 

@@ -74,7 +74,7 @@ def find_clips(index: Index, spec: DatasetSpec, names: Iterable[str]) -> list[Cl
         raise UserError(
             f"{index.root}: {len(pointers):,} of {len(clips):,} videos are git-lfs pointers, "
             f"such as {pointers[0].video}; "
-            f"type: git -C {index.root} lfs pull"
+            f"run: git -C {index.root} lfs pull"
         )
     return clips
 
