@@ -61,7 +61,7 @@ def answers_for(
     """
     fed = tuple(name for name in fed_to(args, folder.spec.names) if name in names)
     if not fed:
-        raise UserError(f"--clip {part.clips[0]}: only {' and '.join(names)}, but the network was trained with --method "
+        raise UserError(f"--clip {part.clips[0]}: only {' and '.join(names)}, but the network was trained by --method "
                         f"{args.method}")  # fmt: skip
     modalities, device = tuple(folder.spec.modality(name) for name in fed), next(model.parameters()).device
     feed = Feed(modalities, args.image_size, device, "ram", pack_size=args.pack_size)

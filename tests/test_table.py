@@ -149,7 +149,7 @@ def test_folders_of_parts(tmp_path):
 @pytest.mark.parametrize(("names", "words"), [
     (["cat/a.txt"], "no videos or sounds in folders of classes"),
     (["a.mp4", "b.mp4"], "no videos or sounds in folders of classes"),
-    (["cat/a.mp4"], "a folder for each class is needed"),
+    (["cat/a.mp4"], "at least two classes are needed"),
     (["train/a.mp4", "test/cat/a.mp4"], "not in a folder of a class"),
     (["cat/a.mp4", "cat/a.avi", "dog/b.mp4"], "clip cat_a is also in"),
 ])  # fmt: skip

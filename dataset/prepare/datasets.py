@@ -164,7 +164,7 @@ def own_job(args, out: Path) -> Job:
     defaults = Defaults()
     if only_sounds(rows):
         if args.frames or args.flow:
-            raise UserError(f"--{'frames' if args.frames else 'flow'}: all {len(rows):,} files are audio files; omit it")
+            raise UserError(f"--{'frames' if args.frames else 'flow'}: all {len(rows):,} files are audio; omit it")
         defaults = defaults._replace(frames=0)
     return _own_job(args, "folder", rows, raw, defaults, {"source": source}, notes)
 

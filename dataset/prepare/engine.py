@@ -639,7 +639,7 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(out / ".prepare" / "lock"))
         except Busy:
-            raise UserError(f"{out}: another preparation is running there; wait for it, or choose another --out") from None
+            raise UserError(f"{out}: another preparation is running; wait for it, or choose another --out") from None
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
         yield
