@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: generated training folders, the work in a clip, the machine, saved tables."""
+"""Common parts of the benchmarks: generated training folders, FLOPs per clip, machine description, saved tables."""
 
 import argparse
 import json

@@ -1,10 +1,10 @@
-"""Methods x seeds x flags as separate runs of train.py, then one report: a fair comparison in one command.
+"""Compare methods, seeds and flags: one train.py run per combination, then one report.
 
     bash scripts/run_compare.sh                                     # demo: baseline, Remix, each modality; 5 seeds
     bash scripts/run_compare.sh --methods baseline,remix --seeds 0,1 --grid warmup=5,10 --epochs 40
 
-A run's name follows from its flags, so the same command resumes after an interruption: a finished run is reused, an
-unfinished one resumed, and one made with other flags is refused. Besides train.py's methods, `--methods` takes the
+Run names are derived from the flags, so the same command resumes after an interruption: finished runs are reused,
+unfinished runs are resumed, and runs made with other flags are refused. `--methods` takes train.py's methods and the
 names in `report.runs.VARIANTS`.
 """
 
@@ -57,20 +57,20 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     p = Parser(prog="run_compare.sh", description=__doc__,
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("--methods", metavar="A,B",
-                   help=f"of {', '.join((*train.METHODS, *VARIANTS))} and the dataset's modalities, each alone "
-                        "(default: baseline, remix and every modality)")  # fmt: skip
-    p.add_argument("--seeds", default="0,1,2,3,4", metavar="A,B", help="seeds of every method (default: 0,1,2,3,4)")
+                   help=f"methods to compare: {', '.join((*train.METHODS, *VARIANTS))}, or modalities, each trained "
+                        "alone (default: baseline, remix and every modality)")  # fmt: skip
+    p.add_argument("--seeds", default="0,1,2,3,4", metavar="A,B", help="seeds of each method (default: 0,1,2,3,4)")
     p.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B",
-                   help="values of a train.py flag; several axes are combined (default: none)")  # fmt: skip
+                   help="values of a train.py flag; repeated flags form a grid (default: none)")  # fmt: skip
     p.add_argument("--jobs", type=number(int, 1), metavar="N",
-                   help="runs at a time (default: one per visible GPU; on a CPU one per core)")  # fmt: skip
+                   help="concurrent runs (default: one per visible GPU; on a CPU one per core)")  # fmt: skip
     p.add_argument(
         "--log_path", default="runs/compare", metavar="DIR", help="folder of the runs (default: runs/compare)"
     )
     p.add_argument("--out", metavar="DIR", help="folder of the report (default: <log_path>/report)")
     p.add_argument("--format", type=format_list, default=("png",), metavar="A,B",
-                   help="formats of the figures, of png, pdf and svg (default: png)")  # fmt: skip
-    p.epilog = "All other flags go to every run: python train.py --help"
+                   help="figure formats: png, pdf, svg (default: png)")  # fmt: skip
+    p.epilog = "All other flags are passed to every run; see python train.py --help."
     return p.parse_known_args(argv)
 
 

@@ -1,13 +1,13 @@
-"""The experiments of the paper, one command each, on any dataset.
+"""Reproduce the experiments of the paper, one command per table or figure, on any dataset.
 
     bash scripts/paper.sh table1                                    # fusion heads, on the demo
     bash scripts/paper.sh table5 --seeds 0,1,2,3,4
     bash scripts/paper.sh all --dataset CREMAD --gpu_ids 0          # other flags go to every run: train.py --help
-    bash scripts/paper.sh all --doc docs/paper.md                   # and the page
+    bash scripts/paper.sh all --doc docs/paper.md                   # also write the page
 
-A command trains what is missing and resumes what was interrupted (as `run_compare.sh` does; tables share their runs),
-then writes the table in the paper's layout beside the paper's published values. Xiaoyu Ma, Hao Chen, Yongjian Deng,
-ICML 2025, arXiv 2506.11550; numbers in percent, CREMA-D and Kinetics-Sounds, mean of three seeds.
+A command trains missing runs and resumes interrupted ones (as `run_compare.sh` does; tables share runs). Then it writes
+the table in the paper's layout, next to the published values: percent, CREMA-D and Kinetics-Sounds, mean of three
+seeds. Xiaoyu Ma, Hao Chen, Yongjian Deng, ICML 2025, arXiv 2506.11550.
 """
 
 import sys
@@ -181,11 +181,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     known = (*TABLES, "figure3")
     p = Parser(prog="paper.sh", usage="paper.sh TABLE [TABLE ...] [flags]", description=__doc__,
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
-    p.add_argument("--seeds", metavar="A,B", help="seeds of every row (default: 0,1,2; on the demo 0,1,2,3,4 in some)")
-    p.add_argument("--jobs", type=number(int, 1), metavar="N", help="runs at a time (default: one per core; on GPUs 1)")
+    p.add_argument("--seeds", metavar="A,B", help="seeds (default: 0,1,2; 0,1,2,3,4 for some demo rows)")
+    p.add_argument(
+        "--jobs", type=number(int, 1), metavar="N", help="concurrent runs (default: one per core; on GPUs 1)"
+    )
     p.add_argument("--log_path", default="runs/paper", metavar="DIR", help="folder of the runs (default: runs/paper)")
-    p.add_argument("--doc", type=Path, metavar="FILE", help="page of all tables made (default: LOG_PATH/paper.md)")
-    p.epilog = f"TABLE: {', '.join(known)} or all. All other flags go to every run: python train.py --help"
+    p.add_argument("--doc", type=Path, metavar="FILE", help="page with all tables (default: LOG_PATH/paper.md)")
+    p.epilog = f"TABLE: {', '.join(known)} or all. All other flags are passed to every run; see python train.py --help."
     args, rest = p.parse_known_args(words)
     for word in chosen:
         if word not in (*known, "all"):

@@ -1,14 +1,14 @@
-"""The demo dataset: real handwritten digits on video, the same digit's keypad tone (or a recording of it) as sound.
+"""The demo dataset: videos of handwritten digits, with the digit's keypad tone (or a recording of it) as audio.
 
     python -m dataset.demo                                  # keypad tones   -> data/demo
     python -m dataset.demo --speech DIR                     # spoken digits  -> data/demo_speech
 
-Pictures are scikit-learn's 1,797 scans of 8 x 8 pixels, drifting over clutter behind an occluding square; sounds are
-DTMF tones in noise, taken down by answering machines that each run and hum in their own way. The machines of the test
-clips are others than those of the training clips, as the speakers of a speaker-independent test are. So the sound is
-quick to learn but much of it holds for known machines only, the picture slow to learn but informative: that is the
-imbalance Data Remixing is about. Raw files come first (`raw/video/*.avi`, `raw/audio/*.wav`) and then go through
-the same preparation as a real dataset. How hard each clip was made is kept in `clips.csv`.
+Video: scikit-learn's 1,797 scans of 8 x 8 pixels, moving over clutter behind an occluding square. Audio: DTMF tones in
+noise, recorded by simulated answering machines, each with its own speed and hum. Training and test clips use different
+machines, as in a speaker-independent test. So audio is learned quickly, but much of it applies to known machines only;
+video is learned slowly, but is informative. This is the imbalance that Data Remixing addresses. The raw files
+(`raw/video/*.avi`, `raw/audio/*.wav`) go through the same preparation as a real dataset. `clips.csv` records the
+difficulty of each clip.
 """
 
 import csv
@@ -579,13 +579,16 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m dataset.demo`."""
     parser = Parser(prog="python -m dataset.demo", description="Make the demo dataset.")
     parser.add_argument(
-        "--out", type=Path, help=f"folder to make (default: {SPECS['demo'].root}, speech: {SPEECH_ROOT})"
+        "--out", type=Path, help=f"folder to create (default: {SPECS['demo'].root}, speech: {SPEECH_ROOT})"
     )
     parser.add_argument(
-        "--seed", type=int, default=DemoSettings.seed, help="of split and difficulty (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=DemoSettings.seed,
+        help="seed of the split and the difficulty (default: %(default)s)",
     )
     parser.add_argument(
-        "--speech", type=Path, metavar="DIR", help="recordings {digit}_{speaker}_{take}.wav instead of tones"
+        "--speech", type=Path, metavar="DIR", help="recordings {digit}_{speaker}_{take}.wav (default: keypad tones)"
     )
     args = parser.parse_args(argv)
     if args.seed < 0:
