@@ -1,7 +1,7 @@
-"""Other balance methods as plug-ins: `--balance NAME[:OPTION=VALUE...][,NAME...]` with baseline or remix.
+"""Balance methods as plug-ins: `--balance NAME[:OPTION=VALUE...][,NAME...]` with baseline or remix.
 
-A method is one file with one class (balance/method.py says what it may do) and one line in `METHODS` below.
-`python -m balance` lists methods and options; docs/balance.md has each method's paper, formula and departures.
+A method is one file with one class (balance/method.py defines its hooks) and one line in `METHODS` below.
+`python -m balance` lists methods and options; docs/balance.md has the paper, formula and deviations of each method.
 """
 
 import argparse

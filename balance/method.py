@@ -1,4 +1,4 @@
-"""What a balance method is: a class with hooks, each optional, called by the one loop of train.py in this order:
+"""Base class of balance methods: optional hooks, called by the training loop of train.py in this order:
 
     start_epoch                                      once an epoch, before Remix scores
     plan                                             once an epoch, after Remix made its batches

@@ -1,7 +1,7 @@
-"""Which frames of a clip are seen, and through which window: drawn for a whole epoch at once, applied batch by batch.
+"""Frame sampling, crops and flips: drawn for a whole epoch at once, applied per batch.
 
-Drawing and applying are apart, so that every data path (files or resident, host or GPU) sees the same crops for the
-same seed, and a resumed epoch the same as an uninterrupted one.
+Drawing and applying are separate, so that all data paths (files or resident, host or GPU) use the same crops for the
+same seed, and a resumed epoch uses the same crops as an uninterrupted one.
 
 Shapes: N clips, T frames picked per clip, M frames in a call, c channels (3 RGB, 2 optical flow), H x W stored pixels,
 S x S fed pixels.

@@ -1,4 +1,4 @@
-"""From flags to clips: one way to build the data, for training, evaluation, reports and benchmarks alike."""
+"""Build the data from the flags, for training, evaluation, reports and benchmarks."""
 
 from argparse import Namespace
 from pathlib import Path

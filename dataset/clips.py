@@ -1,6 +1,6 @@
-"""Clips as batches on the device: one interface, two paths (resident arrays, or files read by workers).
+"""Batches of clips on the device, from resident arrays or from files read by worker processes.
 
-Both draw the same views for the same generator, so they feed the same images.
+Both data paths draw the same views for the same generator, so they feed the same images.
 
 Shapes: N clips, B clips of a batch on this process, T frames, c channels, S x S pixels, (F, W) spectrogram.
 """

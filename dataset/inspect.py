@@ -1,7 +1,7 @@
-"""Header-level inspection of a training folder: what every training start needs to know, in seconds.
+"""Header-level inspection of a training folder, in seconds, at the start of every training run.
 
-Lists, names, files that exist and are not empty, .npy headers. No file's content is decoded: `dataset.pack.read_frame`
-and `read_array` check what they decode anyway, and the doctor (`python -m dataset.prepare --check`) reads everything.
+Checks lists, names, existence and size of files, and .npy headers. File contents are not decoded here:
+`dataset.pack.read_frame` and `read_array` check what they decode, and `python -m dataset.prepare --check` reads all.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""The pack: every frame of a part decoded once to uint8, every array and sequence in one array, all memory-mappable.
+"""Pack: memory-mapped files with all frames of a part decoded to uint8, and all its arrays and sequences.
 
-It lies in the training folder as `<root>/.pack/<part>-<key>/`, in shards `<modality>-<number>.npy` of at most `SHARD`
-bytes each. The key is a digest of the sources (clips, and the size and time of each file): a changed source has another
-key, so an outdated pack is never read. The folder is made under a temporary name and renamed when it is whole.
-`<root>/.pack/lock` is held meanwhile, so whatever has a temporary name while nobody holds the lock was abandoned.
+A pack is the folder `<root>/.pack/<part>-<key>/` with shards `<modality>-<number>.npy` of at most `SHARD` bytes each.
+The key is a digest of the sources (clips, file sizes and times), so an outdated pack is never read. The folder
+is built under a temporary name and renamed when it is complete. `<root>/.pack/lock` is held while a pack is built:
+temporary folders are leftovers if nobody holds the lock.
 
-Memory does not grow with the number of clips: a few clips are decoded at a time and appended to the open shard.
+Memory does not grow with the number of clips: a few clips at a time are decoded and appended to the open shard.
 
 Shapes: N clips, K frames or steps in all, H x W stored pixels, c channels (3 RGB, 2 optical flow). `sizes` (modality ->
 (H, W)) names the modalities of frames to pack, `shapes` (modality -> shape of one clip's array) the others.

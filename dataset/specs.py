@@ -1,4 +1,4 @@
-"""What is known about each data set, in one place: nobody else writes a class count or a spectrogram shape.
+"""Dataset specifications: the only place for class counts, frame counts and spectrogram shapes.
 
 Sources: the training lists and loaders published with OGM-GE (CVPR 2022) and Data Remixing (ICML 2025).
 """

@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint: a table for people, and beside the checkpoint the same as JSON for programs."""
+"""Evaluate a checkpoint: print a table, and write all metrics as JSON next to the checkpoint."""
 
 import json
 from argparse import Namespace

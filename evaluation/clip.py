@@ -1,7 +1,7 @@
-"""Raw clips classified: video and sound files through the preparation that the network's training folder went through.
+"""Classify raw video and audio files, prepared with the settings of the network's training folder.
 
     python train.py --checkpoint runs/NAME/best.pth --clip a.mp4 b.mp4
-    python train.py --checkpoint runs/NAME/best.pth --clip a.flv a.wav     # pictures and sound of one clip
+    python train.py --checkpoint runs/NAME/best.pth --clip a.flv a.wav     # video and audio of one clip
     python train.py --checkpoint runs/NAME/best.pth --clip a.mp4@1.2-3.4   # seconds cut out of a file
 
 Shapes: C classes.

@@ -1,4 +1,4 @@
-"""A trained network as one file that PyTorch runs without this project (`torch.export`).
+"""Export a trained network with `torch.export` to one file that PyTorch runs without this project.
 
     python -m report.export --checkpoint runs/NAME/best.pth --out model.pt2
 

@@ -1,4 +1,4 @@
-"""Numbers of one part of the data from logits: a few flat ones for every epoch, all of them for a checkpoint.
+"""Metrics of one part of the data from logits: a few flat numbers per epoch, all metrics for a checkpoint.
 
 Shapes: N clips, C classes.
 """

@@ -1,4 +1,4 @@
-"""What a network says of every clip: logits and features of all heads and modalities, and the file that holds them.
+"""Predictions for all clips: logits of all heads and features of all modalities, saved to one file.
 
     python train.py --checkpoint runs/NAME/best.pth --predictions out.npz
 

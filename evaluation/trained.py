@@ -1,4 +1,4 @@
-"""What a checkpoint says of how its network was trained: flags, and the data it takes, which need not be there."""
+"""Training flags and data description stored in a checkpoint. The data themselves are not needed."""
 
 from argparse import Namespace
 from pathlib import Path

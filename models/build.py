@@ -1,4 +1,4 @@
-"""One way to build the network, for training, reports and benchmarks alike."""
+"""Build the network, for training, reports and benchmarks."""
 
 from collections.abc import Sequence
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""Weights in and out of checkpoints: under the official code's names, whatever the names inside the network."""
+"""Conversion of weights between the names in the network and the official code's names in checkpoints."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """The multimodal classifier of Data Remixing: an encoder per modality, a fusion head, and a head per modality.
 
-Here modalities meet in the fusion head alone ("late"); `models.intermediate` has networks in which encoders meet.
+Here modalities are fused only in the fusion head ("late"); `models.intermediate` has networks with earlier fusion.
 
 Shapes: B batch, T frames, F x W spectrogram, S x S pixels, D_m features of modality m (512 for ResNet-18), C classes.
 """

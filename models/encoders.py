@@ -1,6 +1,6 @@
-"""Encoders: one input in, one feature vector out, by name in `ENCODERS` or as `timm:NAME` (`models.timm_encoders`).
+"""Encoders map an input to a feature vector; by name in `ENCODERS`, or `timm:NAME` (`models.timm_encoders`).
 
-torchvision is imported where it is used: importing it takes as long as importing torch.
+torchvision is imported lazily: importing it takes as long as importing torch.
 
 Shapes: B clips or images, c input channels, H x W pixels, D features (or numbers of a step), L steps of the longest
 sequence of a batch, R steps of all of them.

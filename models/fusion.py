@@ -1,4 +1,4 @@
-"""Fusion heads: features of all modalities in, joint logits out. docs/fusion.md has formulas and sources.
+"""Fusion heads: map the features of all modalities to joint logits. Formulas and sources: docs/fusion.md.
 
 Shapes: B batch, D_m features of modality m, C classes. `features` maps every modality to (B, D_m), in the dataset's
 order; a modality that is not in `fed` is masked, and its feature is zero. In a mixed batch `mask` (B, M) bool says the

@@ -1,4 +1,4 @@
-"""Evaluation-mode passes over many batches: one `collect` for scoring, evaluation, features and diagnostics.
+"""Inference over many batches in eval mode, for scoring, evaluation, features and diagnostics.
 
 Shapes: N clips, C classes, D_m features of modality m.
 """

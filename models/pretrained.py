@@ -1,4 +1,4 @@
-"""Local weights to start from: files of torchvision and timm, and checkpoints of this project (`--pretrained`)."""
+"""Pretrained weights from local files (`--pretrained`): torchvision, timm, and checkpoints of this project."""
 
 from collections import Counter
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Learning rates of the network's parts: a factor per encoder, 0 to freeze it, and a decay from layer to layer."""
+"""Parameter groups: a learning-rate multiplier per encoder (0 freezes it) and layer-wise decay."""
 
 import re
 

@@ -1,8 +1,8 @@
-"""Contact sheets: what clips look and sound like, frames over time with their spectrogram beneath.
+"""Contact sheets of clips: frames over time with the spectrogram below.
 
     python -m report --clips data/demo
 
-Works on any training folder, whatever its modalities. Shapes: T frames, H x W pixels, F rows (frequencies, features), L
+Works on any training folder with any modalities. Shapes: T frames, H x W pixels, F rows (frequencies, features), L
 steps, D values.
 """
 

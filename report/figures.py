@@ -1,7 +1,6 @@
 """Figures of a comparison: learning curves, differences with intervals, partitions, diagnostics.
 
-`forest` draws the rows that it is given, whatever they were measured on; the `plot_` functions read groups of runs.
-`utils.style` says how each label is drawn in all of them.
+`forest` draws any given rows; the `plot_` functions read groups of runs. `utils.style` defines the style of each label.
 """
 
 from collections.abc import Iterable, Sequence

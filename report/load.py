@@ -1,4 +1,4 @@
-"""The trained network of a finished run, with its data: for whatever a report shows beyond the run's files."""
+"""Load the trained network and the data of a finished run, for reports that need more than the run's files."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pictures of one trained model: features, heads, classes, the hardest and easiest clips.
+"""Pictures of a trained model: features, heads, classes, the hardest and easiest clips.
 
     python -m report --model runs/NAME
 

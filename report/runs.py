@@ -1,7 +1,7 @@
-"""Runs' folders as data: which are finished, grouped by the flags that matter, averaged over seeds.
+"""Read run folders: find finished runs, group them by the relevant flags, average over seeds.
 
-Reads the JSON files of run folders and nothing else: no model, no clips. A group is one experiment with several
-seeds; a dataset is what several groups were measured on.
+Only the JSON files of the run folders are read: no model, no clips. A group is one experiment with several seeds; a
+dataset is what several groups were measured on.
 """
 
 import json

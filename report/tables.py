@@ -1,6 +1,6 @@
-"""Markdown of a comparison: mean, spread and n under every protocol, paired differences to the baseline, settings.
+"""Markdown tables of a comparison: mean, spread and n per protocol, paired differences to the baseline, settings.
 
-A number of a table is a percentage of test clips, except macro F1, which is 100 times the F1.
+Numbers are percentages of test clips, except macro F1, which is 100 times the F1.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Arithmetic and compilation: how the same network is computed faster."""
+"""Precision, compilation and huge pages: faster computation of the same network."""
 
 import os
 import shutil

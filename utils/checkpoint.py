@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code, the official repository's included."""
+"""Checkpoint files: atomic writes, and safe reading (`weights_only`), including those of the official code."""
 
 import argparse
 import zipfile

@@ -1,4 +1,4 @@
-"""Flags: types with a range, abbreviations, and mistakes as one line."""
+"""Command-line parsing: types with ranges, abbreviations, one-line errors."""
 
 import argparse
 import difflib

@@ -1,4 +1,4 @@
-"""What people read while a run goes on and when it ends. Plain numbers in, lines out."""
+"""Console output of a run: formats plain numbers as lines and tables."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""One process or many (torchrun): who am I, how many are we, gather what each computed."""
+"""Devices and processes: start one process or several (torchrun), ranks, gathering of results."""
 
 import os
 import sys

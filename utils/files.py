@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, locks, and what is said when the system refuses a file."""
+"""Atomic files and folders, locks, and error messages for failed writes."""
 
 import errno
 import os
@@ -19,10 +19,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def writing(path: Path | str, go_on: str = "run the same command again") -> Iterator[None]:
-    """Turn an `OSError` of the block, which writes `path`, into a `UserError` that names file, disk and free room.
+    """Convert an `OSError` while writing `path` into a `UserError` that names the file, the disk and its free space.
 
-    `go_on` is what to do once there is room. PyTorch reports a full disk as a `RuntimeError` whose context is the
-    `OSError`; that is seen through.
+    `go_on` says how to continue once there is space. PyTorch reports a full disk as a `RuntimeError` with the `OSError`
+    as its context; this is handled as well.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def _refusal(path: Path, error: OSError, go_on: str) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left unfinished in `folder`; no other process may be writing there."""
+    """Delete the temporary files of a killed process in `folder`. No other process may be writing there."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 

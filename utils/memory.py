@@ -1,4 +1,4 @@
-"""How much of the machine's memory and how many of its cores may be taken, and how many bytes look like to people."""
+"""Available memory and CPU cores, with container and job limits, and formatting of byte counts."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""partitions.npz: every scoring of a run, from which its partitions can be followed over the epochs.
+"""partitions.npz: all scorings of a run, to follow its partitions over the epochs.
 
 Shapes: E scorings, N training clips, M modalities.
 """

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log file. Imports no PyTorch."""
+"""Progress of long operations: a bar on a terminal, occasional lines in a log file. Does not import PyTorch."""
 
 import sys
 import time

@@ -1,7 +1,7 @@
 """A run: its folder, its records, its checkpoints, and how it stops.
 
-config.json says what was asked, metrics.jsonl what happened in each epoch, summary.json what came out; beside them lie
-partition.csv, the TensorBoard events, pictures, best.pth and last.pth. Only the first process writes.
+config.json contains the flags, metrics.jsonl one line per epoch, summary.json the results. The folder also contains
+partition.csv, the TensorBoard events, figures, best.pth and last.pth. Only rank 0 writes.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a question asked between steps, so that a run ends with a message and the command to resume."""
+"""SIGTERM and Ctrl-C, checked between steps, so that a run stops with a message and the command to resume."""
 
 import os
 import signal

@@ -1,9 +1,9 @@
-"""One look for every figure: font, sizes, fixed colours, epochs counted from 1, direct labels, file formats.
+"""Common style of all figures: font, sizes, fixed colours, epochs counted from 1, direct labels, file formats.
 
-A figure is made under `styled()` and written by `save`. Colours are from two palettes made for colour-blind readers:
+Figures are made under `styled()` and written by `save`. Colours are from two palettes for colour-blind readers:
 Okabe and Ito, "Color Universal Design" (2008), for the heads and the paper's methods; "muted" of Paul Tol, "Colour
-Schemes" (SRON/EPS/TN/09-002, 2021), for balance methods. Line styles, markers and direct labels say it again, so that
-no method is known by its colour alone.
+Schemes" (SRON/EPS/TN/09-002, 2021), for balance methods. Line styles, markers and direct labels are redundant, so that
+no method is identified by its colour alone.
 """
 
 import itertools

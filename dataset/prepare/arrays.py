@@ -1,4 +1,4 @@
-"""Modalities that come as numbers (text features, embeddings, sensor data): a .npy for each clip, copied as float32."""
+"""Array modalities (text features, embeddings, sensor data): one .npy file per clip, copied as float32."""
 
 import io
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
-"""Sound files to waveforms, waveforms to spectrograms of one fixed shape.
+"""Audio files to waveforms, and waveforms to spectrograms of a fixed shape.
 
-Recipes compute in float64 and store float32: the logarithm of an almost silent band magnifies the rounding of float32
-to more than 1e-4, and two machines would then make two datasets. librosa and PyAV are imported only where they are
-needed: `fbank` and `logmel` of a 16-bit WAV file work without both.
+Recipes compute in float64 and store float32: the logarithm of an almost silent band amplifies float32 rounding errors
+to more than 1e-4, so two machines would produce different datasets. librosa and PyAV are imported lazily: `fbank` and
+`logmel` of a 16-bit WAV file need neither.
 """
 
 import functools

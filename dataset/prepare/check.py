@@ -1,4 +1,4 @@
-"""The doctor behind `python -m dataset.prepare --check`: everything in a folder is read, and every fault is named."""
+"""`python -m dataset.prepare --check`: read all files of a folder and report every problem."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor

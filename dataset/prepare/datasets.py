@@ -1,7 +1,7 @@
-"""What is prepared: a table of one's own, a folder per class, or a published dataset. Each becomes a `Job`.
+"""Sources of preparation: a user's table, a folder per class, or a published dataset. Each becomes a `Job`.
 
-Every entry of `ENTRIES` finds the clips of its raw download, reads or makes the split, and names the modalities; the
-work itself (`dataset.prepare.make`) is the same for all.
+An entry of `ENTRIES` finds the clips of the raw download, reads or creates the split, and lists the modalities. The
+rest of the work (`dataset.prepare.make`) is the same for all.
 """
 
 import math

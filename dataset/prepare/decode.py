@@ -1,7 +1,7 @@
-"""One decoder for frames and sound: PyAV, which brings its own FFmpeg.
+"""Decoder for frames and audio: PyAV, which includes its own FFmpeg.
 
-Streams are found by their kind, not by their number: real CREMA-D files begin with a data stream. Times are in seconds
-from the beginning of the file, as `ffmpeg -ss` counts them. PyAV is imported only where a file is opened.
+Streams are selected by type, not by index: real CREMA-D files begin with a data stream. Times are in seconds from the
+start of the file, as in `ffmpeg -ss`. PyAV is imported only when a file is opened.
 """
 
 import math

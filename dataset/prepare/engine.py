@@ -1,8 +1,8 @@
-"""The engine of preparation: raw clips to frames, optical flow and spectrograms, on all cores, resumable at any moment.
+"""Preparation engine: raw clips to frames, optical flow and spectrograms, on all cores, resumable at any time.
 
-A clip is finished when its files are in place *and* a line in `.prepare/clips.jsonl` says from what and how they were
-made. Files appear by renaming, the line comes after them, so a kill loses only the clips in work. Decoders work in
-processes of their own: one that crashes or hangs takes only its clip with it.
+A clip is finished when its files are in place *and* a line in `.prepare/clips.jsonl` records their source and settings.
+Files are renamed into place before the line is written, so a kill loses only the clips in progress. Decoders run in
+separate processes: if one crashes or hangs, only its clip is affected.
 """
 
 import contextlib

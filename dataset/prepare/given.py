@@ -1,7 +1,7 @@
-"""Raw files given by name, prepared as the training folder of a network was: for clips that are in no list.
+"""Prepare raw files given on the command line (`--clip`), with the settings of a network's training folder.
 
-Files of one name are one clip, as in a raw folder: `a/clip.flv b/clip.wav`. `clip.mp4@1.2-3.4` cuts a clip out of a
-file, in seconds.
+Files with the same name form one clip, as in a raw folder: `a/clip.flv b/clip.wav`. `clip.mp4@1.2-3.4` cuts a clip out
+of a file, in seconds.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The lists of a training folder, written; and the split of CREMA-D that shares no actor."""
+"""Write the lists of a training folder; CREMA-D's split by actor."""
 
 import csv
 import json

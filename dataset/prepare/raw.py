@@ -1,7 +1,7 @@
-"""The raw downloads: where the files of each clip lie, and what is wrong with them.
+"""Raw downloads: find the files of each clip and check them.
 
-Nothing depends on the names of folders: a clip's files are found by their own names, up to four folders deep, so a
-clone of CREMA-D, a flat folder of Kinetics clips, one folder per class and what OGM-GE's scripts left all work.
+Folder names do not matter: files are found by their own names, up to four folders deep. So a clone of CREMA-D, a flat
+folder of Kinetics clips, one folder per class, and the output of OGM-GE's scripts all work.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""A user's own clips: a table of files and labels, or a folder per class; and how they are split into parts.
+"""A user's own clips, from a table of files and labels or a folder per class, and their split into parts.
 
 A table is CSV with a header. `file` and `label` are required; `clip`, `audio`, `start`, `end`, `part` and `group` are
-optional. Every mistake is one line that names the table and the line in it.
+optional. Errors are one line that names the table and the line in it.
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""Video files to frames, and to optical flow beside them: which frames, how large, which way up."""
+"""Video files to frames and optical flow: frame selection, size, crop, orientation."""
 
 import math
 from collections.abc import Iterable, Iterator
