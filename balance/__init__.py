@@ -31,8 +31,8 @@ from utils.errors import UserError
 
 __all__ = ["METHODS", "Balance", "Context", "Method", "Option", "Step", "make_balance", "replace_heads", "settle"]
 
-# Their order is that in which they act, whatever order is typed. Relearn changes encoders before an epoch, so what PMR
-# and G-Blend measure there comes after it.
+# Methods are applied in this order, regardless of their order in the flag. Relearn comes first: it changes encoders
+# before an epoch, and PMR and G-Blend measure them after that.
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (

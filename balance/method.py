@@ -163,7 +163,7 @@ class Step(NamedTuple):
 
 
 class Method:
-    """A balance method that does nothing: every hook returns what it was given."""
+    """A balance method that does nothing: every hook returns its input."""
 
     name = ""  # as typed after --balance
     options: tuple[Option, ...] = ()
@@ -174,9 +174,9 @@ class Method:
     needs_heads = False  # of unimodal heads: it reads or changes their losses
     needs_slices = False  # a fusion whose logits are one part per modality: concat, sum, decision
     two_modalities = False  # defined by "the other modality" alone: there is no published rule for more than two
-    splits_joint = False  # its plan leaves no joint batch: what acts in these alone is refused beside it
+    splits_joint = False  # its plan has no joint batches: methods that act only in those are refused with it
     compiles = True  # False: what it does to the network's pass is lost, or fails, where that is compiled
-    scales_gradients = False  # a constant factor on a gradient cancels in Adam: the run says so
+    scales_gradients = False  # a constant factor on a gradient cancels in Adam: the run prints a note
 
     def __init__(self, context: Context):
         self.context, self.model = context, context.model
@@ -281,7 +281,7 @@ class Method:
 
 
 class Balance:
-    """The methods of a run, as train.py's loop calls them; without any, every hook returns what it was given."""
+    """The balance methods of a run, called by train.py's loop. Without methods, every hook returns its input."""
 
     def __init__(self, methods: Iterable[Method] = ()):
         self.methods = list(methods)
@@ -314,7 +314,7 @@ class Balance:
         return terms
 
     def backward(self, loss: Tensor, terms: dict[str, Tensor], output: Output, step: Step) -> None:
-        """Gradients into `.grad`, and whatever the methods make of them."""
+        """Compute gradients into `.grad`, then let the methods modify them."""
         acting = self._acting(step)
         owner = next((method for method in acting if "backward" in method.owns), None)
         if owner:

@@ -56,7 +56,7 @@ from utils.errors import UserError, run_main
 from utils.run import Run
 from utils.seeding import seed_everything
 
-PR_SET_THP_DISABLE = 41  # of linux/prctl.h: no huge pages for this process, whatever it asks for
+PR_SET_THP_DISABLE = 41  # of linux/prctl.h: disables huge pages for this process
 
 PRESETS = {
     "cpu": {"clips": 128, "test_clips": 16, "settings": "ours,official"},

@@ -65,7 +65,7 @@ class Data(NamedTuple):
 def build_data(args: Namespace, device: torch.device, only: tuple[str, ...] | None = None) -> Data:
     """The data that the flags in `args` name, on `device`; with `only`, batches of these parts alone.
 
-    Raises `UserError` for whatever is wrong with the folder or does not go with the flags; under torchrun on every
+    Raises `UserError` for problems of the folder and for flags that do not fit it; under torchrun on every
     process, in one line.
     """
     with distributed.together():

@@ -240,7 +240,7 @@ class ResidentClips(Clips):
 
 
 class _Stored:
-    """An array of a pack: on a GPU in one piece, on the host as the memory-mapped shards that it lies in."""
+    """An array of a pack: one tensor on a GPU, memory-mapped shards on the host."""
 
     def __init__(self, array: Rows, store: torch.device):
         shards = [_as_tensor(shard) for shard in array.shards]
@@ -276,7 +276,7 @@ class FileClips(Clips):
         self.jobs: list[Job] = []
         self.loader = DataLoader(
             _JobReader(part, feed, shapes, {name: sizes.numpy() for name, sizes in self.sizes.items()}),
-            sampler=self.jobs,  # filled anew for each epoch, so that the workers live on
+            sampler=self.jobs,  # refilled for each epoch, so that the workers persist
             batch_size=None,
             num_workers=feed.workers,
             persistent_workers=feed.workers > 0,
@@ -369,11 +369,11 @@ def stored_sizes(part: Part, feed: Feed) -> dict[str, tuple[int, int]]:
 
 
 def step_bytes(batch_size: int, feed: Feed, shapes: dict[str, tuple[int, ...]]) -> float:
-    """About what a run takes on a GPU beside the clips: weights, optimizer and CUDA itself, and the step's activations.
+    """Estimated GPU memory in bytes of a run without the clips: weights, optimizer, CUDA, activations of a step.
 
-    For each pixel or array value that is fed, ResNet-18 keeps 450 bytes for the gradient in float32 (counted in
-    tests/test_clips.py); scoring, at four times the batch, and the crops it is fed take more: 700. That is too much for
-    thinner trunks and for bf16.
+    Per pixel or array value that is fed, ResNet-18 stores 450 bytes for the gradient in float32 (counted in
+    tests/test_clips.py). Scoring, with batches four times as large, and its crops need more: 700 bytes. This is an
+    overestimate for thinner networks and for bf16.
     """
     images = sum(modality.frames for modality in feed.modalities if modality.kind == "frames") * feed.image_size**2
     arrays = {modality.name for modality in feed.modalities if modality.kind == "array"}
@@ -385,7 +385,7 @@ def choose_cache(
 ) -> tuple[str, str]:
     """The data path, and why it. For `auto` the fastest on which `parts` surely fit: GPU, host memory, else files.
 
-    `step` is what training takes on the GPU beside the clips, in bytes. All processes agree on the slowest that any of
+    `step` is the GPU memory of training without the clips, in bytes. All processes agree on the slowest that any of
     them chooses. Raises `UserError` if `device` is asked for and the clips are larger than what the GPU has free.
     """
     cache, device = feed.cache, feed.device

@@ -39,7 +39,7 @@ from utils.progress import over
 
 KEPT_SECONDS = 24 * 3600  # a pack that no run has opened for so long is deleted when the next one is made
 SHARD = 2 * 10**9  # bytes of a file at most, but for a single row that is larger
-FORMAT = 3  # raise when the layout changes, so that older packs are made again
+FORMAT = 3  # raise when the layout changes, so that older packs are rebuilt
 
 Sizes = dict[str, tuple[int, int]]
 Shapes = dict[str, tuple[int, ...]]
@@ -255,7 +255,7 @@ def open_pack(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -
         arrays = _load(folder, part, sizes, shapes)
         if arrays is None:
             raise UserError(f"{folder}: unreadable right after it was written; delete it and run again")
-    with suppress(OSError):  # marks it as in use; in a read-only folder nobody deletes packs either
+    with suppress(OSError):  # marks it as in use; in a read-only folder packs are not deleted either
         os.utime(folder / "pack.json")
     return Pack(arrays, first, counts)
 

@@ -19,7 +19,7 @@ from models import MultimodalClassifier
 from utils.errors import UserError
 from utils.files import atomic_path, writing
 
-ABOUT = "about.json"  # in the file, beside the program
+ABOUT = "about.json"  # stored in the file with the program
 
 
 class Heads(nn.Module):

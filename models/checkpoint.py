@@ -37,7 +37,7 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
-    """Load `weights` of a checkpoint into a network, whatever wrapper saved them.
+    """Load `weights` of a checkpoint into a network; prefixes of wrappers (DDP, compile) are removed.
 
     Raises `UserError` naming what is missing, unknown or of another shape.
     """

@@ -132,7 +132,7 @@ class MultimodalClassifier(nn.Module):
         return features
 
     def unimodal_logits(self, features: dict[str, Tensor], fed: tuple[str, ...]) -> dict[str, Tensor]:
-        """Unimodal logits (B, C) of the modalities `fed`, none where they would be of no use."""
+        """Unimodal logits (B, C) of the modalities `fed`; empty if they are not needed."""
         if self.unimodal == "heads":
             return {name: self.heads[name](features[name]) for name in self.widths if name in fed}
         return {} if self.training else {name: self.masked(features, name) for name in self.widths if name in fed}

@@ -60,7 +60,7 @@ def steps_of(lengths: Tensor) -> Tensor:
 
 
 class MeanPool(nn.Module):
-    """Global average pooling in float32 at least, whatever the trunk computes in: (B, D, h, w) -> (B, D)."""
+    """Global average pooling in at least float32, for any input precision: (B, D, h, w) -> (B, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))

@@ -43,7 +43,7 @@ def load_pretrained(model: MultimodalClassifier, text: str, classes: list[str]) 
 
 
 def check_files(text: str, checkpoint: str | None) -> None:
-    """Raise `UserError` for files that are not there, before the data are read, and beside a `checkpoint`."""
+    """Raise `UserError` for missing files, before the data are read, and for a simultaneous `checkpoint`."""
     if checkpoint:
         raise UserError("--pretrained: --checkpoint already loads all weights; omit one of the two flags")
     for path in per_modality(text).values():

@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
     """All runs in the order they start: every method of a seed before the next seed.
 
-    An interrupted comparison is then one with fewer seeds. Raises `UserError` for whatever train.py would refuse.
+    An interrupted comparison is then one with fewer seeds. Raises `UserError` for anything that train.py refuses.
     """
     seeds, axes = [_seed(text) for text in _items(args.seeds, "--seeds")], [_axis(text) for text in args.grid]
     for flag in (word.split("=")[0].removeprefix("--") for word in rest if word.startswith("--")):
@@ -107,7 +107,7 @@ def _methods(text: str | None, asked: Namespace) -> list[str]:
 def planned(method: str, seed: int, grid: Sequence[tuple[str, str]], rest: list[str], log_path: str) -> Planned:
     """The run of a method (of train.py, or one of `VARIANTS`) and a seed; its name has the flags of `grid` in it.
 
-    Flags of `grid` that the method does not read are left out. Raises `UserError` for whatever train.py would refuse.
+    Flags of `grid` that the method does not read are left out. Raises `UserError` for anything that train.py refuses.
     """
     base, variant = VARIANTS.get(method, (method, {}))
     grid = [(flag, value) for flag, value in grid if flag not in unread(base)]
@@ -203,7 +203,7 @@ def defaults_of(config: dict) -> dict:
 
 
 class Worker:
-    """One process of train.py: its log is beside the run's folder, its progress is read from metrics.jsonl."""
+    """One process of train.py. Its log is next to the run folder; its progress is read from metrics.jsonl."""
 
     def __init__(self, run: Planned, action: str, log_path: Path, env: dict):
         self.run, self.folder, self.log = run, log_path / run.name, log_path / f"{run.name}.log"

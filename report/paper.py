@@ -212,7 +212,7 @@ def seeds_of(what: str, args: Namespace, dataset: str) -> list[int]:
 def make_plan(args: Namespace, rest: list[str]) -> dict[str, dict[str, dict[int, Planned]]]:
     """The runs by table, row and seed; tables share runs of the same name.
 
-    Raises `UserError` for whatever train.py would refuse.
+    Raises `UserError` for anything that train.py refuses.
     """
     args.dataset = train.parse_args(["--train", "--method", "baseline", *rest]).dataset
     given = {word.split("=")[0] for word in rest}
@@ -416,7 +416,7 @@ def as_json(result: Result) -> dict:
 
 
 def write_table(key: str, groups: dict[str, Group], args: Namespace, log_path: Path) -> list[str]:
-    """Print one table, write it beside the runs as Markdown and JSON; returns the lines of its section of the page."""
+    """Print one table and save it next to the runs as Markdown and JSON; returns the lines of its section."""
     made, results = TABLES[key], results_of(TABLES[key].rows, groups)
     if not results:
         print(f"{key}: no run has finished")

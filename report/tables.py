@@ -94,7 +94,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def maintable(groups: list[Group]) -> str:
-    """The main table: last epoch, the papers' protocol beside it, and the difference to the baseline."""
+    """The main table: last epoch, the papers' protocol, and the difference to the baseline."""
     shown = list(quantities(groups[0].modalities))
     head = ["method", *shown, "best on test¹", "best on validation", "multimodal – baseline [95 %]", "n", "min/run",
             "epoch / baseline's"]  # fmt: skip

@@ -93,7 +93,7 @@ def try_to_compile(device: torch.device) -> None:
 def compiled(full: bool) -> AbstractContextManager:
     """Whether compiled modules run as such: only for full batches.
 
-    The last batch of a modality has another size in every epoch, for which compiling anew would cost more than it
+    The last batch of a modality has another size in every epoch, for which recompiling would cost more than it
     saves, and code for any size would be slower for all.
     """
     if full or "torch._dynamo" not in sys.modules:  # importing it takes seconds; without it nothing was ever compiled

@@ -16,7 +16,7 @@ from utils.files import atomic_path, writing
 def save_checkpoint(path: Path, state: dict, sync: bool = True) -> None:
     """Write `state` (tensors, numbers, strings, dicts, lists) to `path` atomically, flushed to disk with `sync`.
 
-    Raises `UserError` naming the disk where there is no room; `path` is then what it was before.
+    Raises `UserError` that names the disk if it is full; `path` is then unchanged.
     """
     # Through a file of ours: PyTorch's own does not say why a write failed.
     with writing(path, "continue with --resume"), atomic_path(path, sync) as temporary, open(temporary, "wb") as file:

@@ -60,10 +60,10 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (same suffix) that replaces it, flushed to disk, when the block ends well.
+    """Yield a temporary path next to `path` (same suffix). It is flushed and replaces `path` if the block succeeds.
 
-    After an exception or a kill, `path` is what it was before; a leftover starts with `.tmp-`. `sync=False` leaves
-    the flush to the system: for thousands of small files whose reader checks them anyway.
+    After an exception or a kill, `path` is unchanged; leftovers start with `.tmp-`. `sync=False` leaves the flush to
+    the system: for thousands of small files whose reader checks them anyway.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,11 +83,11 @@ def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path` that takes its place when the block ends well.
+    """Yield an empty temporary folder next to `path`. It replaces `path` if the block succeeds.
 
-    After an exception or a kill, `path` is what it was before or absent, never half new. A folder that is already
-    there is replaced. The temporary names depend on `path` alone, so the next call removes what a killed one left; the
-    caller makes sure, with `locked`, that no other process makes the same folder.
+    After an exception or a kill, `path` is unchanged or absent, never incomplete. An existing folder is replaced. The
+    temporary names depend only on `path`, so the next call removes the leftovers of a killed one. The caller must
+    ensure, with `locked`, that no other process makes the same folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

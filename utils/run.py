@@ -58,7 +58,7 @@ def board_tag(key: str) -> str:
 
 
 def describe_run(board: "SummaryWriter", config: dict) -> None:
-    """Charts of all heads together (Custom Scalars), and flags beside the test accuracies (HParams).
+    """Charts with all heads (Custom Scalars), and flags with the test accuracies (HParams).
 
     Those flags are the given ones and a few that always tell runs apart. HParams reads its metrics from the scalars of
     the same tags, so a run in progress is listed too.
@@ -321,7 +321,7 @@ def read_config(folder: Path) -> dict:
 
 
 def modern(config: dict) -> dict:
-    """A run's config with flags under their present names, whatever version wrote it."""
+    """A run's config with the current names of all flags, for any version that wrote it."""
     former = {"batch_order": "reassemble"}
     if config.get("model") in ("resnet18", "resnet18_thin"):  # --model was the encoder before there were architectures
         former["model"] = "encoder"

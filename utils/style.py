@@ -160,7 +160,7 @@ def epoch_axis(axis: Axes, epochs: Sequence[int]) -> None:
 
 
 def mark_warmup(axis: Axes, first: int, text: bool = True) -> None:
-    """A dashed line before `first`, the first epoch of Remix counted from 1, and words beside it where there is room.
+    """A dashed line before `first`, the first epoch of Remix counted from 1, with a label next to it if there is space.
 
     To be called after `epoch_axis`.
     """

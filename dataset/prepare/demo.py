@@ -36,7 +36,7 @@ from utils.errors import UserError, run_main
 from utils.files import Busy, atomic_folder, atomic_path, locked
 from utils.progress import over
 
-# Raise it when the code below changes what the same settings give: data made by older code is then made again.
+# Increase it when the code below changes the data for the same settings: older data are then regenerated.
 VERSION = 3
 
 DIGITS = SPECS["demo"].classes or ()
@@ -193,7 +193,7 @@ def draw_machine(number: int, settings: DemoSettings) -> Machine:
     """The machines 0 ... n - 1 took down the training clips, n ... 2 n - 1 the test clips, n being `settings.machines`.
 
     Each part's speeds are spread over the whole range, one machine to each n-th of it. At an unknown speed some keys
-    cannot be told apart: 5 played a tenth too slow sounds like 1. A machine is known by its hum, two tones below the
+    cannot be distinguished: 5 played a tenth too slow sounds like 1. A machine is known by its hum, two tones below the
     keys' and four above.
     """
     rng = np.random.default_rng([settings.seed, 3, number])
@@ -526,7 +526,7 @@ def _refuse_foreign(root: Path, record: dict | None) -> None:
 
 
 def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, record: dict, quiet: bool) -> None:
-    """Make the whole dataset beside `root`, then put it in place: a killed run leaves nothing half done in `root`."""
+    """Generate the dataset next to `root`, then rename it: a killed run leaves no incomplete data in `root`."""
     from dataset.prepare.engine import IN_THIS_PROCESS, Clip, Options, prepare_clips
     from dataset.prepare.lists import write_lists
 

@@ -33,8 +33,8 @@ from utils.files import Busy, atomic_folder, atomic_path, locked, remove_leftove
 from utils.memory import usable_cores
 from utils.progress import Progress, over
 
-RULES = 2  # raise when the same source and options give other files: every clip is then made again
-# Where the files lie in a training folder; how many frames are fed does not matter here.
+RULES = 2  # increase when the same source and options give other files: all clips are then prepared again
+# Location of the files in a training folder; the number of fed frames does not matter here.
 SOUND, FRAMES, MOTION = specs.audio(None), specs.video(frames=1), specs.flow(frames=1)
 BY_INDEX, PER_SECOND = "k * floor(frames per second)", " per second"  # which frames are kept, in prepare.json
 SILENCE = 1e-6  # largest sample of a sound that is reported as silent
@@ -309,7 +309,7 @@ def _spectrogram(clip: Clip, recipe: AudioRecipe, channels: str) -> tuple[np.nda
 
 
 def _taken_spectrogram(path: Path, recipe: AudioRecipe) -> np.ndarray:
-    """A spectrogram that somebody else made, as it is. Raises `UserError` unless it has the recipe's shape and type."""
+    """An existing spectrogram, unchanged. Raises `UserError` unless it has the recipe's shape and type."""
     reason, shape = array_fault(str(path), {})
     if not reason and shape != recipe.shape:
         reason = f"spectrogram of shape {shape}; {recipe.name} makes {recipe.shape}, see --audio_recipe"
@@ -322,7 +322,7 @@ def _taken_spectrogram(path: Path, recipe: AudioRecipe) -> np.ndarray:
 
 
 def _frames(clip: Clip, out: Path, options: Options) -> list[str]:
-    """Put the frames, and the flow beside them, into place; returns remarks."""
+    """Move the frames and their flow into place; returns remarks."""
     assert clip.video is not None
     folder, motion = (_place(out, modality.folder, clip.name) for modality in (FRAMES, MOTION))
     if clip.video.is_dir():
@@ -349,7 +349,7 @@ def _frames(clip: Clip, out: Path, options: Options) -> list[str]:
 
 
 def _take_frames(source: Path, folder: Path) -> None:
-    """Link (or copy) every frame of a folder that somebody else made; nothing is decoded."""
+    """Link (or copy) every frame of an existing folder, without decoding."""
     names = [name for name, _ in list_frames(str(source))]
     if not names:
         raise UserError(f"{source}: no .jpg in it")
@@ -408,7 +408,7 @@ class _Worker:
     """A process that makes clips, seen from the process that hands them out."""
 
     def __init__(self, out: Path, options: Options):
-        # Spawned, not forked: a fork copies the locks of PyTorch's and OpenCV's threads in whatever state they are.
+        # Spawned, not forked: a fork copies the locks of PyTorch's and OpenCV's threads in their current state.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, out, options), daemon=True)
@@ -505,7 +505,7 @@ def _import_all(options: Options) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed: it must not write beside the next run."""
+    """End this worker when its parent is killed, so that it does not write during the next run."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
@@ -566,7 +566,7 @@ class _Journal:
         self.file.write(json.dumps({"clip": clip, **record}) + "\n")
 
     def finish(self) -> None:
-        """Rewrite the file: sorted, one line a clip, whatever the order of the run was."""
+        """Rewrite the file: sorted, one line per clip, independent of the order of the run."""
         self.file.close()
         with atomic_path(self.path) as temporary:
             lines = [json.dumps({"clip": clip, **self.records[clip]}) + "\n" for clip in sorted(self.records)]

@@ -25,7 +25,7 @@ CREMAD_CLIPS = 7442  # published clips, both parts together
 
 
 class Index(NamedTuple):
-    """What lies in a raw folder, by clip id: videos, WAV files, ready spectrograms, folders of frames."""
+    """Contents of a raw folder by clip id: videos, WAV files, existing spectrograms, folders of frames."""
 
     root: Path
     videos: dict[str, Path]
