@@ -161,7 +161,7 @@ def make_balance(context: Context) -> Balance:
 
 
 def notes(args: Namespace) -> list[str]:
-    """What the user should know before the run."""
+    """Notes printed before the run."""
     scaling = [name for name in args.balance_options if METHODS[name].scales_gradients]
     if not scaling or args.optimizer == "sgd":
         return []

@@ -45,7 +45,7 @@ class Option(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a method may use of a run.
+    """The parts of a run that a method can use.
 
     model: the bare network; clips: the parts train, test and, where there is one, val (no method reads test); args:
     every flag of train.py; optimizer: the run's; train_epoch and make_optimizer: train.py's own, for methods that train
@@ -62,7 +62,7 @@ class Context(NamedTuple):
 
 
 class ClipBatchLike(Protocol):
-    """What is read of a `dataset.clips.ClipBatch`."""
+    """The attributes used of a `dataset.clips.ClipBatch`."""
 
     @property
     def clips(self) -> Tensor: ...
@@ -193,7 +193,7 @@ class Method:
 
     @classmethod
     def needs_validation(cls, opt: Namespace) -> bool:
-        """Whether it measures on a validation part."""
+        """Whether the method needs a validation part."""
         return False
 
     @classmethod
@@ -367,7 +367,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """What DistributedDataParallel would have made of a gradient taken aside."""
+    """Average a separately computed gradient over processes, as DistributedDataParallel does."""
     return sum_over_ranks(values) / world_size()
 
 

@@ -138,12 +138,12 @@ class Setting:
         self.ready = None
 
     def take_over(self) -> None:
-        """Put what holds for the whole process as this setting has it."""
+        """Apply the process-wide options of this setting."""
         set_precision(self.args.precision, self.device)
         allow_huge_pages(self.huge_pages)
 
     def plan(self, epoch: int) -> list[remix.Batch]:
-        """What train.py trains on in epoch 0 (joint) or 1 (Remix, of the network as it is)."""
+        """The plan of epoch 0 (joint) or 1 (Remix, with the current network), as in train.py."""
         return train.plan_epoch(self.model, self.data, self.fed, None, epoch, self.args, self.run)[0]
 
     def plans(self) -> dict[str, list[remix.Batch]]:
@@ -183,7 +183,7 @@ class Setting:
 
     @torch.inference_mode()
     def forward(self) -> None:
-        """The network on one batch that lies ready, again and again, for as many clips as scoring has."""
+        """Forward passes on one preloaded batch, repeated for as many clips as scoring has."""
         self.model.eval()
         full, count = 4 * self.args.batch_size, len(self.clips["train"])
         if self.ready is None:

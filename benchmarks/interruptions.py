@@ -110,7 +110,7 @@ class Attempt:
         return self.output.decode(errors="replace").replace("\r", "\n")
 
     def phase(self, run: Path) -> str:
-        """What it was doing when it ended, by the last progress bar and by unfinished files."""
+        """The operation at which the run ended, from the last progress bar and unfinished files."""
         if any(run.glob(".tmp-*.pth")):
             return "saving"
         if "curves of all runs" in self.said:
@@ -123,7 +123,7 @@ class Attempt:
 
 
 def found_in(run: Path) -> str:
-    """What a stopped run left to resume from."""
+    """The files that a stopped run left to resume from."""
     if (run / "last.pth").is_file():
         return f"{load_checkpoint(run / 'last.pth')['epoch'] + 1} epochs"
     return "no checkpoint" if (run / "config.json").is_file() else "nothing"
@@ -165,7 +165,7 @@ def disturb(words: list[str], run: Path, number: int, kind: str, moment: float) 
 
 
 def outcome(run: Path) -> dict:
-    """What must not depend on interruptions."""
+    """The results that must not depend on interruptions."""
     summary = json.loads((run / "summary.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     weights = [torch.load(run / name, weights_only=True)["model"] for name in ("last.pth", "best.pth")]

@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def read_probes(path: Path) -> dict[str, dict]:
-    """What ffprobe says, by file name; empty without a probe.csv."""
+    """ffprobe's output by file name; empty without a probe.csv."""
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
@@ -102,7 +102,7 @@ def decodable(probe: dict | None) -> dict[str, bool]:
 
 
 def ffmpeg(path: Path, *flags: str) -> bytes | None:
-    """What `ffmpeg -i` writes, None without that command or where it writes nothing."""
+    """Output of `ffmpeg -i`; None if the command is missing or writes nothing."""
     if shutil.which("ffmpeg") is None:
         return None
     command = ["ffmpeg", "-v", "quiet", "-nostdin", "-i", str(path), *flags, "-"]

@@ -134,7 +134,7 @@ def _children_seconds() -> float:
 
 
 def _same_files(one: Path, two: Path) -> str:
-    """How many files are in both folders with the same bytes, of how many."""
+    """Number of files with equal bytes in both folders, and number of files."""
     names = {path.relative_to(root) for root in (one, two) for path in root.rglob("*") if path.is_file()}
     same = [n for n in names if (one / n).is_file() and (two / n).is_file()
             and (one / n).read_bytes() == (two / n).read_bytes()]  # fmt: skip
@@ -142,7 +142,7 @@ def _same_files(one: Path, two: Path) -> str:
 
 
 def machine() -> dict:
-    """What the numbers depend on."""
+    """Description of the machine and versions."""
     import torch  # late: every worker imports this module, and PyTorch takes seconds
 
     from utils.run import environment

@@ -64,7 +64,7 @@ class ClipBatch(NamedTuple):
 
     @property
     def weight(self) -> float:
-        """What each clip here counts in a sum over processes: 1, or less where several processes hold the same clip."""
+        """Weight of each clip in a sum over processes: 1, or less if several processes have the same clip."""
         return self.share * self.total / len(self.clips)
 
 
@@ -81,7 +81,7 @@ class Job(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """How clips are fed: their `modalities`, images at `image_size` pixels, to `device`.
+    """Settings for feeding clips: their `modalities`, images at `image_size` pixels, to `device`.
 
     `crop_area` and `mirror` as in `draw_views`; `pack_size`, in pixels, is the shorter side frames are kept at (None:
     as stored), on either path alike. With `as_pil` frames are resized and normalised as PIL and torchvision do it, to
@@ -301,7 +301,7 @@ class FileClips(Clips):
 
 
 def _ignore_signals(_: int) -> None:
-    """A worker outlives the signals sent to the whole group (Ctrl-C, a scheduler's SIGTERM); its parent ends it."""
+    """Ignore signals sent to the process group (Ctrl-C, a scheduler's SIGTERM); the parent ends its workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -427,5 +427,5 @@ def _send(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _to_device(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """All `parts` in one copy, then apart again."""
+    """Copy all `parts` to the device at once, then split them."""
     return torch.cat(parts).to(device).split([len(part) for part in parts])

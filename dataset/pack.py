@@ -176,7 +176,7 @@ def _bad_frame(path: Path, reason: str) -> UserError:
 
 
 def _bad_file(path: Path, reason: str, depth: int) -> UserError:
-    """The error for a file that lies `depth` folders below the training folder."""
+    """The error for a file `depth` folders below the training folder."""
     doctor = shlex.join(["python", "-m", "dataset.prepare", "--check", str(path.parents[depth])])
     return UserError(f"{path}: {reason}; {doctor} lists all; replace the file, or delete it and pass --allow_missing")
 
@@ -261,7 +261,7 @@ def open_pack(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -
 
 
 def is_packed(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -> bool:
-    """Whether `open_pack` would find a whole pack and write nothing."""
+    """Whether a complete pack exists, so that `open_pack` would write nothing."""
     return _load(_folder(root, name, part, sizes, shapes), part, sizes, shapes) is not None
 
 

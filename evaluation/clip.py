@@ -30,7 +30,7 @@ SHOWN = 5  # classes of each head, the most probable first
 
 
 class Answer(NamedTuple):
-    """What the network says of one clip: the modalities it was given, and each trained head's probabilities (C,)."""
+    """Predictions for one clip: the fed modalities, and the probabilities (C,) of each trained head."""
 
     clip: str
     fed: tuple[str, ...]

@@ -23,7 +23,7 @@ ABOUT = "about.json"  # stored in the file with the program
 
 
 class Heads(nn.Module):
-    """The network as it is exported: plain inputs, the logits of all heads."""
+    """Wrapper for export: plain tensors in, logits of all heads out."""
 
     def __init__(self, network: MultimodalClassifier):
         super().__init__()
@@ -68,7 +68,7 @@ def export_network(network: MultimodalClassifier, inputs: dict[str, Tensor]) -> 
 
 
 def describe(folder: Folder, inputs: dict[str, Tensor], record: dict) -> dict:
-    """What whoever runs the program has to know: classes, the inputs' shapes for one clip, how pixels are scaled."""
+    """Metadata of the program: classes, input shapes for one clip, scaling of pixels."""
     found: dict[str, dict] = {}
     for modality in folder.spec.modalities:
         own: dict = {"shape": list(inputs[modality.name].shape[1:])}

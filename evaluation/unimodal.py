@@ -29,7 +29,7 @@ def slices(model: MultimodalClassifier, features: dict[str, Tensor]) -> dict[str
 
 
 def masked(model: MultimodalClassifier, features: dict[str, Tensor], fed: tuple[str, ...]) -> dict[str, Tensor]:
-    """The joint head's logits (N, C) from each fed modality alone, the other features being masked."""
+    """Logits (N, C) of the joint head for each fed modality, with the other features masked."""
     return {name: model.masked(features, name) for name in fed}
 
 

@@ -21,7 +21,7 @@ DEFAULT_ENCODERS = {"vector": "mlp", "sequence": "gru"}
 
 
 class ModalityLike(Protocol):
-    """What is read of a `dataset.specs.Modality`."""
+    """The attributes used of a `dataset.specs.Modality`."""
 
     @property
     def name(self) -> str: ...

@@ -101,7 +101,7 @@ class MultimodalClassifier(nn.Module):
         return features.unflatten(0, frames).mean(dim=1) if frames else features  # (B, D_m)
 
     def autocast(self, x: Tensor | Sequences) -> AbstractContextManager:
-        """What encoders compute in."""
+        """Precision of the encoders."""
         return torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def forward(

@@ -215,7 +215,7 @@ IMAGE_ENCODERS = tuple(name for name, encoder in ENCODERS.items() if encoder.tak
 
 
 def takes(name: str) -> str | None:
-    """What the encoder `name` takes: "image", "vector" or "sequence"; None for one that does not exist."""
+    """Input kind of the encoder `name`: "image", "vector" or "sequence"; None if it does not exist."""
     if name.startswith(TIMM):
         return "image" if name != TIMM else None
     return ENCODERS[name].takes if name in ENCODERS else None

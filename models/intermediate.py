@@ -113,7 +113,7 @@ class RunningMean(nn.Module):
 
 
 def mean_of(past: nn.Module) -> Tensor:
-    """The mean (D,) that a `RunningMean` holds; zeros before the first vector."""
+    """The mean (D,) of a `RunningMean`; zeros before the first vector."""
     return past.get_buffer("total") / past.get_buffer("weight").clamp(min=1e-12)
 
 

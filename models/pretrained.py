@@ -102,7 +102,7 @@ def _fill(encoder: nn.Module, weights: dict[str, Tensor], path: str, name: str) 
 
 
 def _other_channels(given: Tensor, own: Tensor) -> bool:
-    """Whether two convolutions (D, c, h, w) differ in c alone."""
+    """Whether two convolutions (D, c, h, w) differ only in c."""
     return given.dim() == 4 and given.shape[1] != own.shape[1] and (
         given.shape[0], *given.shape[2:]) == (own.shape[0], *own.shape[2:])  # fmt: skip
 

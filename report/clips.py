@@ -68,7 +68,7 @@ def example(part: Part, modalities: Sequence[Modality], i: int, title: str, rema
 
 
 def note_of(modalities: Sequence[Modality]) -> str:
-    """What a sheet shows of these modalities."""
+    """The rows of a sheet for these modalities."""
     kinds = {modality.kind for modality in modalities}
     words = [f"{FRAMES} frames at most, evenly over the clip"] if "frames" in kinds else []
     words += ["arrays with time to the right"] if kinds - {"frames"} else []

@@ -155,7 +155,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
 
 
 def take_stock(run: Planned, log_path: Path) -> str:
-    """What the folder of that name calls for: "done", "resume" or "start".
+    """The action for the folder of that name: "done", "resume" or "start".
 
     Raises `UserError` for a run made with other flags, and for files that are not of a run.
     """
@@ -231,7 +231,7 @@ class Worker:
             self.process.terminate()
 
     def was_interrupted(self) -> bool:
-        """Whether it was stopped by a signal and can be resumed."""
+        """Whether the run was stopped by a signal and can be resumed."""
         return self.process.returncode == INTERRUPTED
 
     def last_words(self) -> str:

@@ -351,7 +351,7 @@ def plot_shares(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figu
 
 @styled()
 def plot_diagnoses(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figure | None:
-    """What `--diagnose` measured over epochs, mean of a group's seeds; None if no run has it."""
+    """Values of `--diagnose` over epochs, mean of a group's seeds; None if no run has them."""
     shown = {}  # key -> (title, [(group, epochs, means)])
     for key, name in diagnoses(groups[0].modalities).items():
         lines = [(group, *mean_by_epoch(group, f"diagnose/{key}")) for group in groups]

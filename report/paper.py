@@ -95,7 +95,7 @@ def fused(head: str) -> tuple[tuple[str, str], ...]:
 
 
 def pair(label: str, flags: tuple[tuple[str, str], ...], plain: tuple, remixed: tuple, quiet: tuple = ()) -> list[Row]:
-    """A setting alone and with Remix."""
+    """A setting without and with Remix."""
     return [
         Row(label, "baseline", flags, "", plain, quiet),
         Row(f"{label} + Remix", "remix", flags, label, remixed, quiet),

@@ -46,7 +46,7 @@ PROTOCOLS = {
 
 
 def quantities(modalities: Sequence[str]) -> dict[str, str]:
-    """What the tables show -> its key in metrics.jsonl."""
+    """Table columns -> keys in metrics.jsonl."""
     heads = {"multimodal": "test_acc"} | {name: f"test_acc_{name}" for name in modalities}
     return heads | {"macro F1": "test_f1_macro"}
 
@@ -82,7 +82,7 @@ def unread(method: str) -> set[str]:
 
 
 class Run(NamedTuple):
-    """A run's folder: its config and metrics, one dict per epoch; `problem` says why it is left out, else ""."""
+    """A run folder: config and metrics, one dict per epoch; `problem` is the reason to exclude it, else ""."""
 
     folder: Path
     config: dict
@@ -301,7 +301,7 @@ def _words(label: str, flags: dict, names: set[str]) -> str:
 
 
 def short(value) -> str:
-    """A flag's value as it is written on the command line."""
+    """The value of a flag as on the command line."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

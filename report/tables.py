@@ -184,7 +184,7 @@ def unlike_notes(groups: list[Group]) -> list[str]:
 
 
 def notes(groups: list[Group]) -> str:
-    """What a reader needs to know to read the table correctly."""
+    """Notes for reading the table."""
     lines = [
         "Test accuracy in percent (macro F1 x 100) after the last epoch: mean ± sample standard deviation over n "
         "seeds. ¹ The papers' protocol: the best epoch is chosen on the test set itself, which flatters every method."

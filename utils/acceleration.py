@@ -91,7 +91,7 @@ def try_to_compile(device: torch.device) -> None:
 
 
 def compiled(full: bool) -> AbstractContextManager:
-    """Whether compiled modules run as such: only for full batches.
+    """Use compiled modules only for full batches.
 
     The last batch of a modality has another size in every epoch, for which recompiling would cost more than it
     saves, and code for any size would be slower for all.

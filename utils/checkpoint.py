@@ -35,7 +35,7 @@ def load_checkpoint(path: Path | str, mapped: bool = False) -> dict:
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """The weights in a file, and what else a checkpoint of this project says of them (`classes`, `config`).
+    """The weights in a file, and the metadata of a checkpoint of this project (`classes`, `config`).
 
     A state dict, bare or inside a checkpoint as timm, torchvision or this project write them, or a .safetensors file
     (read where the package is installed). Raises `UserError` for what is missing or holds no weights.
@@ -65,7 +65,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path, mapped: bool, advice: str = "give a .pth file, such as runs/NAME/best.pth") -> Any:
-    """What a file of `torch.save` holds, on the CPU. Raises `UserError`."""
+    """Load a file of `torch.save` on the CPU. Raises `UserError`."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; {advice}")
     _refuse_bomb(path)

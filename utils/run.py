@@ -206,7 +206,7 @@ class Run:
         save_checkpoint(self.last, about | state | {"rng": rng_state(), "format": FORMAT})
 
     def state(self) -> dict | None:
-        """What last.pth holds, and the random generators put back; None where there is none.
+        """Load last.pth and restore the random generators; None if there is no file.
 
         Raises `UserError` for a run of an earlier version, which can be evaluated but not resumed.
         """
@@ -365,7 +365,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def environment(device: torch.device, processes: int) -> dict:
-    """What a run ran on: versions, the commit of this code (None outside git), hardware and command."""
+    """Environment of a run: versions, the commit of this code (None outside git), hardware and command."""
     return {
         "versions": {"python": platform.python_version()} | installed(PACKAGES),
         "git_commit": git_commit(),

@@ -55,7 +55,7 @@ BALANCE_METHODS = ("ogm_ge", "agm", "pmr", "mmpareto", "gblend", "opm", "mmcosin
 
 
 class Look(NamedTuple):
-    """How a method is drawn: colour, line style, marker."""
+    """Style of a method: colour, line style, marker."""
 
     colour: str
     line: str
@@ -68,7 +68,7 @@ def modality_colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def looks(labels: Iterable[str], modalities: Sequence[str] = ()) -> dict[str, Look]:
-    """How each label of a comparison is drawn; it does not depend on the order of `labels`.
+    """Style of each label of a comparison, independent of the order of `labels`.
 
     A label is `method[ + balance method ...][, flag value ...]`, as in the rows of a report. Method and balance method
     have one look in every figure: known ones from the tables above, others from a checksum of their name. Labels that

@@ -34,7 +34,7 @@ IMAGE_SIDE = 224  # pixels that frames are fed at, unless they are stored smalle
 
 
 class Job(NamedTuple):
-    """All that `make` needs: what the folder will be, how it is split, and from what it is made.
+    """Input of `make`: the spec of the folder, its split, and its sources.
 
     `clips` are decoded by the engine with `options`; `arrays` maps a modality to the source of each clip's array.
     `faults` are clips known to be unusable before any file is opened, `notes` lines for the user.
@@ -51,7 +51,7 @@ class Job(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """What an entry does where the user says nothing. `fields` are those of the spec, such as `model`."""
+    """Defaults of an entry. `fields` are fields of the spec, such as `model`."""
 
     fps: float | None = 1.0  # None: as OGM-GE's scripts, every floor(frames per second)-th
     frames: int = 2
@@ -118,7 +118,7 @@ def with_arrays(args, spec: DatasetSpec, clips: list[str]) -> tuple[DatasetSpec,
 
 
 def fitting_seconds(clips: Sequence[Clip]) -> float:
-    """How many seconds of sound a spectrogram of these clips covers: the longest clip's, 10 at most.
+    """Duration of the spectrograms in seconds: that of the longest clip, 10 at most.
 
     Known where every clip is cut; else the first 20 files are looked at. Rounded up to a tenth of a second.
     """
@@ -190,7 +190,7 @@ def _counted(name: str, found: dict[str, int], published: dict[str, int]) -> lis
 
 
 def _by_name(videos: dict[str, Path], root: Path, name: str) -> Path:
-    """The video of that name; a path that does not exist stands for one that is missing."""
+    """The video with this name; a path that does not exist if the video is missing."""
     return videos.get(name, root / f"{name}.mp4")
 
 

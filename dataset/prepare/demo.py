@@ -110,7 +110,7 @@ class DemoClip:
 
 
 def draw_video(scan: np.ndarray, settings: DemoSettings, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """A digit drifting over clutter behind a square that stands still.
+    """A digit moving over clutter behind a static square.
 
     scan: (8, 8) ink in [0, 1]. Returns frames (T, side, side, 3) uint8 RGB, T = fps * seconds, and how hard they are:
     `contrast`, `clutter`, `occluder` as drawn (see `DemoSettings`), `hidden` the share of the ink behind the square,
@@ -169,7 +169,7 @@ def _clutter_texture(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _square_before(ink: np.ndarray, size: float, settings: DemoSettings, rng: np.random.Generator) -> np.ndarray:
-    """Where the square stands: (side, side) bool, centred within the digit's box of a random frame."""
+    """Mask of the square: (side, side) bool, centred within the digit's box in a random frame."""
     mask = np.zeros(ink.shape[1:], bool)
     ys, xs = np.nonzero(ink[rng.integers(len(ink))] > 0.1)
     corner = np.array([rng.uniform(ys.min(), ys.max()), rng.uniform(xs.min(), xs.max())]) - size / 2
@@ -262,7 +262,7 @@ def parse_recording(path: Path) -> tuple[str, str, str]:
 
 
 def find_recordings(folder: Path) -> list[Path]:
-    """The folder's .wav files, sorted. Raises `UserError` unless every digit is said at least twice (train, test)."""
+    """The folder's .wav files, sorted. Raises `UserError` unless there are two recordings of every digit."""
     if not folder.is_dir():
         raise UserError(
             f"--speech {folder}: no such folder; give the one with {{digit}}_{{speaker}}_{{take}}.wav files"
@@ -438,7 +438,7 @@ def ensure_demo(
     settings: DemoSettings | None = None,
     quiet: bool = False,
 ) -> bool:
-    """Make the demo data in `root` unless it is there, whole and of these settings. Returns True if it was made.
+    """Make the demo data in `root` unless it is complete and has these settings. Returns True if it was made.
 
     speech: a folder of recordings to use instead of tones. settings: None takes the defaults, but keeps the seed or the
     recordings that the data in `root` was made with. Raises `UserError` for a folder that holds something else,
@@ -478,7 +478,7 @@ def _check_speech_record(root: Path, record: dict, settings: DemoSettings) -> No
 
 
 def read_record(root: Path) -> dict | None:
-    """What `root` was made from (`demo.json`), or None if it holds no whole demo dataset."""
+    """Settings of the demo data in `root` (`demo.json`), or None if it has no complete demo dataset."""
     try:
         record = json.loads((root / RECORD).read_text(encoding="utf-8"))
         return record if record["settings"]["seed"] is not None and "speech" in record else None
@@ -508,7 +508,7 @@ def _hash(record: dict) -> str:
 
 
 def _is_whole(root: Path, record: dict) -> bool:
-    """Nothing was deleted since: the lists are there, and as many clips as were made."""
+    """Whether the data are complete: the lists exist, and the number of clips is unchanged."""
     folders = [modality.folder for modality in SPECS["demo"].modalities]
     try:
         counts = {len(list((root / folder).iterdir())) for folder in folders}

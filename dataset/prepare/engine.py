@@ -57,7 +57,7 @@ class Clip(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is made of every clip.
+    """Settings for all clips.
 
     `fps`, `size`, `crop` and `stored_frames` (the most frames of a clip) are those of `video.Choice`; `audio` is the
     recipe of the spectrograms (None: no sound), `channels` "mean" or "first" (None: as the recipe says); `flow` adds
@@ -75,7 +75,7 @@ class Options(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a run did: clips made, found finished, skipped (with reasons) and used with a remark; bytes on disk."""
+    """Result of a run: clips made, already finished, skipped (with reasons), used with a remark; bytes on disk."""
 
     made: int
     kept: int
@@ -86,7 +86,7 @@ class Summary(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How one clip went: remarks where it was made, else the fault."""
+    """Result of one clip: remarks if it was made, else the error."""
 
     fault: Problem | None
     remarks: list[str]
@@ -122,7 +122,7 @@ def prepare_clips(clips: list[Clip], out: Path | str, options: Options, quiet: b
 
 
 def record_of(options: Options) -> dict:
-    """What prepare.json and the journal hold of the options: all that decides what the files are."""
+    """The options as stored in prepare.json and the journal: all that affect the files."""
     recipe = options.audio
     return {
         "audio_recipe": None if recipe is None else _recipe_field(recipe),
@@ -156,7 +156,7 @@ def _recipe_field(recipe: AudioRecipe) -> str | dict:
 
 
 def _modalities(clip: Clip, options: Options) -> tuple[Modality, ...]:
-    """What is made of a clip."""
+    """Products of a clip."""
     sound = (SOUND,) if clip.audio is not None and options.audio is not None else ()
     pictures = (FRAMES, MOTION) if options.flow else (FRAMES,)
     return sound + (pictures if clip.video is not None else ())
@@ -425,7 +425,7 @@ class _Worker:
             self.pipe.send(clip)
 
     def hangs(self) -> bool:
-        """No message for a long time, and none that came while this process was busy with other things."""
+        """Whether a worker has sent no message for a long time, messages still in the queue included."""
         return time.monotonic() - self.heard > HANG and not self.pipe.poll()
 
     def listen(self) -> Outcome | None:
@@ -548,7 +548,7 @@ def _one_thread(options: Options) -> Iterator[None]:
 
 
 class _Journal:
-    """`.prepare/clips.jsonl`: one line for each finished clip, appended as it is finished, sorted at the end."""
+    """`.prepare/clips.jsonl`: one line per finished clip, appended when it is finished, sorted at the end."""
 
     def __init__(self, path: Path):
         self.path, self.records = path, {}
@@ -574,7 +574,7 @@ class _Journal:
 
 
 def _unfinished(clips: list[Clip], out: Path, options: Options, journal: _Journal, quiet: bool) -> list[Clip]:
-    """The clips whose files are not there as the journal says, or were made of another source or otherwise."""
+    """Clips whose files do not match the journal, or were made from another source or with other settings."""
     if not journal.records:
         return list(clips)
     headers = {}

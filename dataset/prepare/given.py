@@ -65,7 +65,7 @@ def _cut(word: str) -> tuple[Path, float | None, float | None]:
 
 
 def _tracks(path: Path) -> tuple[bool, bool]:
-    """Whether the file has pictures and sound."""
+    """Whether the file has video and audio."""
     reason = "a folder; give its files" if path.is_dir() else source_fault(path)[1]
     if reason:
         raise UserError(f"--clip {path}: {reason}")
@@ -112,7 +112,7 @@ def prepare_given(
 
 
 def _options(spec: DatasetSpec, record: dict) -> Options:
-    """How the training folder was made."""
+    """Preparation settings of the training folder."""
     try:
         if record:
             return options_of(record)._replace(workers=IN_THIS_PROCESS)

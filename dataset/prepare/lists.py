@@ -48,7 +48,7 @@ def write_lists(
 
 
 def write_csv(path: Path, rows: Iterable[tuple]) -> None:
-    """Write `rows` as CSV; the file appears whole or not at all."""
+    """Write `rows` as CSV, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 

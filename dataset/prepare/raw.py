@@ -58,7 +58,7 @@ def index_raw(root: Path | str, leave_out: Path | None = None) -> Index:
 
 
 def find_clips(index: Index, spec: DatasetSpec, names: Iterable[str]) -> list[Clip]:
-    """The files of each clip of `names`; a path that does not exist stands for a file that is missing.
+    """The files of each clip of `names`; for a missing file, a path that does not exist.
 
     CREMA-D has its sound in a WAV file, Kinetics inside the video. What was prepared before (frames, spectrograms)
     serves where the raw file is missing, empty or a git-lfs pointer. Raises `UserError` where none of them is there.
@@ -111,7 +111,7 @@ def _lookup(files: dict[str, Path], name: str) -> Path | None:
 
 
 def seconds_of(path: Path) -> float | None:
-    """The length of a video or sound as its header says it, None where it says nothing or is no such file."""
+    """Duration of a media file from its header; None if it has none or is not a media file."""
     import av
     from av.error import FFmpegError
 

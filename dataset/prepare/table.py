@@ -132,7 +132,7 @@ def _all_or_none(path: Path, rows: list[Row], numbers: list[int], column: str) -
 
 
 def _named(rows: list[Row], places: list[str]) -> list[Row]:
-    """The rows with a clip id each, all different. `places` says where each row is from."""
+    """Give each row a unique clip id. `places` are the origins of the rows."""
     stems = defaultdict(set)
     for row in rows:
         stems[Path(row.file).stem].add(row.file)
@@ -225,7 +225,7 @@ def only_sounds(rows: Sequence[Row]) -> bool:
 
 
 def split_rows(rows: Sequence[Row], fractions: dict[str, float], record: dict) -> Split:
-    """Classes and parts of the rows: as their `part` says, else a split by a fixed seed.
+    """Classes and parts of the rows: from their `part`, else a split with a fixed seed.
 
     `fractions` maps "test" and maybe "val" to their share of all clips. With groups, no group is in two parts and the
     class shares are as even as whole groups allow; without, every class is cut in the same shares. The split depends
