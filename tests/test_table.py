@@ -203,7 +203,7 @@ def test_given_parts_are_kept():
 
 @pytest.mark.parametrize(("rows", "words"), [
     (made_up(10, 1), "clips have the label 'class 0'"),
-    (made_up(5, 5), "one clip for each of 5 labels"),
+    (made_up(5, 5), "each of 5 labels has one clip"),
     (made_up(20, 2, groups=1), "1 group, g0"),
     ([row._replace(part="train") for row in made_up(4, 2)], "no clip in part test"),
 ])  # fmt: skip
@@ -266,7 +266,7 @@ def test_a_fraction_beside_given_parts_is_refused(tmp_path):
 
 
 def test_own_clips_need_an_out(tmp_path):
-    with pytest.raises(UserError, match="--out DIR is needed"):
+    with pytest.raises(UserError, match="--out: missing"):
         main(["--raw", str(tmp_path)])
 
 
