@@ -5,9 +5,9 @@
     python train.py --train --dataset CREMAD --epochs 60 --warmup 10     # the paper's setting
     python train.py --checkpoint runs/NAME/best.pth                      # evaluate
 
-Read it downward: flags, loss terms, one training epoch, the plan of an epoch (the method), main. An epoch's
-plan is a list of batches, each (clip indices, fed modalities). Joint training feeds all of them, Remix one. Everything
-else is the same.
+Read it from top to bottom: flags, loss terms, one training epoch, the plan of an epoch (the method), main. The plan of
+an epoch is a list of batches, each with clip indices and fed modalities. Joint training feeds all modalities, Remix
+feeds one. Everything else is the same.
 """
 
 import time
@@ -52,21 +52,21 @@ from utils.seeding import epoch_generator, seed_everything
 # ---------------------------------------------------------------------------------------------------------- flags
 
 Names = tuple[str, ...]  # of modalities, in the dataset's order
-METHODS = ("remix", "baseline")  # or the name of a modality: that one alone
+METHODS = ("remix", "baseline")  # or the name of a modality, which is then trained alone
 
-# What a preset sets for flags that were not given. `fair` leaves one learning rate for every method, the dataset's.
-# `official` is the official code's behaviour, its two unexplained learning rates included.
+# Defaults of flags that are not given. `fair` uses the dataset's learning rate for every method. `official` reproduces
+# the official code, including its two learning rates, which the paper does not explain.
 SHARED = {"batch_size": 64, "epochs": 60, "warmup": 10, "optimizer": "adam", "lr_decay_step": 30, "lr_decay_ratio": 0.1,
           "alpha": 0.5, "beta": 0.5, "gamma1": 1.0, "gamma2": 1.0, "fusion_method": "concat", "score": "kl",
           "keep": "hard", "rescore_every": 1, "reassemble": "sequential"}  # fmt: skip
 PRESETS = {"fair": SHARED | {"masked_encoder": "skip", "batchnorm": "refreshed"},
            "official": SHARED | {"masked_encoder": "run", "batchnorm": "running", "precision": "official"}}  # fmt: skip
-OFFICIAL_RATES = {"remix": 5e-5}  # and 1e-3 for every other method
+OFFICIAL_RATES = {"remix": 5e-5}  # every other method: 1e-3
 OFFICIAL_FLAGS = ("dataset", "n_classes", "batch_size", "epoch", "warmup", "optimizer", "learning_rate",
                   "lr_decay_step", "lr_decay_ratio", "encoder_lr_decay", "alpha", "beta", "gamma1", "gamma2", "train",
                   "log_path", "random_seed", "gpu_ids", "fusion_method")  # fmt: skip
-MANY = 10**6  # no count or factor is sensibly larger
-# What may change when a run is resumed: where it runs and how long, not what it computes.
+MANY = 10**6  # upper limit of counts and factors
+# Flags that may change when a run is resumed: where and how long it runs, not what it computes.
 RESUMABLE = {"resume", "epochs", "num_workers", "cache", "log_path", "run_name", "gpu_ids", "device", "data_root",
              "diagnose", "compile", "checkpoint"}  # fmt: skip
 DERIVED = ("from_preset", "joint_weights", "alone_weights", "trained")  # of the Namespace, not flags
@@ -79,93 +79,94 @@ def make_parser() -> Parser:
     g = p.add_argument_group("data")
     g.add_argument("--dataset", default="demo", choices=SPECS, help="dataset (default: demo)")
     g.add_argument("--data_root", type=path_name, metavar="DIR", help="training folder (default: data/<dataset>)")
-    g.add_argument("--n_classes", type=number(int, 2, MANY), metavar="N", help="classes, checked (default: the data's)")
+    g.add_argument("--n_classes", type=number(int, 2, MANY), metavar="N",
+                   help="expected number of classes, checked against the data (default: the data's)")
     g.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.0, metavar="F",
-                   help="share of train held out for validation, the same for every seed (default: 0)")
-    g.add_argument("--split", choices=("official", "actor"), help="actor: no actor in both (default: as prepared)")
-    g.add_argument("--allow_missing", action="store_true", help="leave out clips with missing files (default: refuse)")
+                   help="fraction of train held out for validation, the same clips for every seed (default: 0)")
+    g.add_argument("--split", choices=("official", "actor"), help="actor: no shared actors (default: as prepared)")
+    g.add_argument("--allow_missing", action="store_true", help="skip clips with missing files (default: stop)")
     g.add_argument("--image_size", type=number(int, 8, 4096), metavar="S",
-                   help="side of the frames fed to the network, pixels (default: the dataset's)")
-    g.add_argument("--cache", default="auto", choices=CACHES, help="where decoded clips are kept (default: auto)")
+                   help="side length in pixels of the frames fed to the network (default: the dataset's)")
+    g.add_argument("--cache", default="auto", choices=CACHES, help="where to store decoded clips (default: auto)")
     g.add_argument("--pack_size", type=number(int, 8, 4096), metavar="P",
-                   help="shorter side of the decoded frames that are kept, pixels (default: as stored)")
+                   help="shorter side in pixels of the decoded frames in the cache (default: as stored)")
     g.add_argument("--num_workers", type=number(int, 0, 1024), default=min(8, usable_cores()), metavar="N",
-                   help="processes that read files with --cache none (default: cores, at most 8)")
+                   help="worker processes that read files with --cache none (default: CPU cores, at most 8)")
 
     g = p.add_argument_group("model")
-    g.add_argument("--model", default="late", choices=MODELS, help="where modalities meet: in the joint head "
-                   "(late) or between the encoders' stages (default: late)")
+    g.add_argument("--model", default="late", choices=MODELS, help="architecture; late: the modalities are fused in "
+                   "the joint head; mmtm, centralnet: between the stages of the encoders (default: late)")
     g.add_argument("--encoder", type=encoder_list, metavar="NAME", help="encoder of images and spectrograms, or "
-                   "audio=NAME,video=NAME; list: docs/encoders.md (default: the dataset's)")
-    g.add_argument("--pretrained", type=each(path_name), metavar="FILE", help="weights the encoders start from, or "
+                   "audio=NAME,video=NAME; see docs/encoders.md (default: the dataset's)")
+    g.add_argument("--pretrained", type=each(path_name), metavar="FILE", help="initial weights of the encoders, or "
                    "audio=FILE,video=FILE (default: none)")
-    g.add_argument("--fusion_method", choices=FUSIONS, help="joint head (default: concat)")
-    g.add_argument("--unimodal", default="heads", choices=UNIMODAL, help="unimodal predictions: of unimodal heads, or "
-                   "of the joint head with the other modalities masked, without heads' losses (default: heads)")
+    g.add_argument("--fusion_method", choices=FUSIONS, help="fusion head (default: concat)")
+    g.add_argument("--unimodal", default="heads", choices=UNIMODAL, help="source of unimodal predictions: unimodal "
+                   "heads, or the joint head with other modalities masked and no heads' losses (default: heads)")
     g.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate or load (default: none)")
-    g.add_argument("--predictions", type=path_name, metavar="FILE",
-                   help="with --checkpoint: logits and features of all clips to this .npz (default: none)")
-    g.add_argument("--clip", nargs="+", type=path_name, metavar="FILE",
-                   help="with --checkpoint: classify these raw videos and sounds instead (default: none)")
+    g.add_argument("--predictions", type=path_name, metavar="FILE", help="with --checkpoint: write the logits and "
+                   "features of all clips to this .npz file (default: none)")
+    g.add_argument("--clip", nargs="+", type=path_name, metavar="FILE", help="with --checkpoint: classify these raw "
+                   "video and audio files instead of the dataset (default: none)")
 
     g = p.add_argument_group("method")
-    g.add_argument("--method", default="remix", metavar="NAME",
-                   help="remix, baseline (joint training), or a modality, alone (default: remix)")
-    g.add_argument("--preset", default="fair", choices=PRESETS, help="defaults of the flags not given (default: fair)")
+    g.add_argument("--method", default="remix", metavar="NAME", help="training method: remix, baseline (joint "
+                   "training), or the name of a modality to train it alone (default: remix)")
+    g.add_argument("--preset", default="fair", choices=PRESETS, help="defaults; see docs/fidelity.md (default: fair)")
     g.add_argument("--warmup", type=number(int, 0, MANY), metavar="N", help="joint epochs before Remix (default: 10)")
-    g.add_argument("--score", choices=remix.SCORES, help="difficulty of a clip in a modality (default: kl)")
-    g.add_argument("--keep", choices=remix.KEEP, help="modality that a clip keeps (default: hard)")
-    g.add_argument("--rescore_every", type=count, metavar="K", help="epochs per scoring (default: 1)")
-    g.add_argument("--reassemble", choices=(*remix.ORDERS, *remix.ABLATIONS),
-                   help="order of homogeneous batches; off: mixed batches, a mask per clip (decouple only); unmasked: "
-                   "homogeneous, without masks (reassemble only) (default: sequential)")
-    g.add_argument("--masked_encoder", choices=("skip", "run", "run_heads"), help="encoder of a masked modality: "
-                   "skip it, run it, or run it and step its head too (default: skip)")
-    g.add_argument("--batchnorm", choices=("refreshed", "running"), help="statistics for scoring and evaluation: "
-                   "re-estimated after each epoch, or the running ones (default: refreshed)")
+    g.add_argument("--score", choices=remix.SCORES, help="difficulty score of a clip per modality (default: kl)")
+    g.add_argument("--keep", choices=remix.KEEP, help="which modality each clip keeps (default: hard)")
+    g.add_argument("--rescore_every", type=count, metavar="K", help="score the clips every K epochs (default: 1)")
+    g.add_argument("--reassemble", choices=(*remix.ORDERS, *remix.ABLATIONS), help="order of homogeneous batches; off: "
+                   "mixed batches with a mask per clip (decouple only); unmasked: homogeneous batches without masks "
+                   "(reassemble only) (default: sequential)")
+    g.add_argument("--masked_encoder", choices=("skip", "run", "run_heads"), help="encoder of a masked modality: skip "
+                   "it, run it, or run it and also update its head (default: skip)")
+    g.add_argument("--batchnorm", choices=("refreshed", "running"), help="BatchNorm statistics for scoring and "
+                   "evaluation: re-estimated after each epoch, or running statistics (default: refreshed)")
     g.add_argument("--alpha", type=factor, help="audio loss weight in joint batches (default: 0.5)")
     g.add_argument("--beta", type=factor, help="video loss weight in joint batches (default: 0.5)")
     g.add_argument("--gamma1", type=factor, help="video loss weight in video batches (default: 1)")
     g.add_argument("--gamma2", type=factor, help="audio loss weight in audio batches (default: 1)")
-    g.add_argument("--diagnose", action="store_true", help="measure clash and imbalance each epoch (default: off)")
+    g.add_argument("--diagnose", action="store_true", help="log gradient conflict and imbalance (default: off)")
     g.add_argument("--balance", default="none", metavar="NAME[:OPTION=VALUE...][,NAME...]",
-                   help="balance methods with baseline or remix; list: python -m balance (default: none)")
+                   help="balance methods, on top of baseline or remix; list: python -m balance (default: none)")
 
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", "--epoch", type=count, metavar="N", help="epochs with warm-up (default: 60)")
-    g.add_argument("--batch_size", type=number(int, 2, MANY), metavar="B", help="clips per step in all (default: 64)")
-    g.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd has momentum 0.9 (default: adam)")
+    g.add_argument("--epochs", "--epoch", type=count, metavar="N", help="epochs, warm-up included (default: 60)")
+    g.add_argument("--batch_size", type=number(int, 2, MANY), metavar="B", help="global batch size (default: 64)")
+    g.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd: momentum 0.9 (default: adam)")
     g.add_argument("--learning_rate", type=number(float, 0, MANY, True), help="initial rate (default: the dataset's)")
-    g.add_argument("--lr_decay_step", type=count, metavar="N", help="epochs per decay (default: 30)")
-    g.add_argument("--lr_decay_ratio", type=number(float, 0, 1, True), help="factor per decay (default: 0.1)")
+    g.add_argument("--lr_decay_step", type=count, metavar="N", help="decay the rate every N epochs (default: 30)")
+    g.add_argument("--lr_decay_ratio", type=number(float, 0, 1, True), help="factor of each decay (default: 0.1)")
     g.add_argument("--encoder_lr_decay", type=each(factor), default=1.0, metavar="F", help="learning-rate multiplier "
                    "for the encoders, or audio=F,video=F; 0 freezes an encoder (default: 1)")
     g.add_argument("--layer_decay", type=number(float, 0, 1, True), default=1.0, metavar="F",
-                   help="learning-rate multiplier from each layer of an encoder to the one below (default: 1)")
+                   help="layer-wise learning-rate decay: multiplier for each layer below the heads (default: 1)")
     g.add_argument("--random_seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="seed (default: 42)")
 
     g = p.add_argument_group("system")
-    g.add_argument("--train", action="store_true", help="train; else evaluate --checkpoint (default: off)")
-    g.add_argument("--device", default="auto", choices=distributed.DEVICES, help="(default: auto, a CUDA GPU if any)")
+    g.add_argument("--train", action="store_true", help="train; without it, evaluate --checkpoint (default: off)")
+    g.add_argument("--device", default="auto", choices=distributed.DEVICES, help="auto: CUDA if any (default: auto)")
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
-    g.add_argument("--precision", choices=PRECISIONS, help="arithmetic (default: fp32 on a CPU, tf32 on a GPU)")
+    g.add_argument("--precision", choices=PRECISIONS, help="precision (default: fp32 on a CPU, tf32 on a GPU)")
     g.add_argument("--compile", action="store_true", help="compile the encoders with torch.compile (default: off)")
-    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="run folders (default: runs)")
-    g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: named by method, time)")
+    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="parent folder (default: runs)")
+    g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: from flags and time)")
     g.add_argument("--resume", nargs="?", const="auto", type=path_name, metavar="RUN",
-                   help="run folder to continue; auto: continue --run_name, or start it (default: off)")
+                   help="resume this run folder; auto: resume --run_name, or start it (default: off)")
     return p
 # fmt: on
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """The flags, those not given filled in by the resumed run, the checkpoint, the preset and the dataset in turn.
+    """Parse the flags. Fill in those not given from the resumed run, the checkpoint, the preset and the dataset.
 
-    Raises `UserError` in one line for whatever is wrong with them or does not go together.
+    Raises a one-line `UserError` for invalid flags and for flags that exclude each other.
     """
     parser = make_parser()
     args, typed = parser.parse_args(argv), parser.typed(argv)
-    args.trained = {}  # what the checkpoint to evaluate says of its data
+    args.trained = {}  # what the evaluated checkpoint records about its data
     if args.resume not in (None, "auto"):
         take_flags_of_run(args, typed)
     elif args.checkpoint and not args.train:
@@ -176,7 +177,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     preset["learning_rate"] = OFFICIAL_RATES.get(args.method, 1e-3) if official else spec.learning_rate
     preset.setdefault("precision", default_precision(args.device))
     filled = {name: value for name, value in preset.items() if getattr(args, name) is None}
-    args.from_preset = getattr(args, "from_preset", {}) | filled  # beside those of a resumed run
+    args.from_preset = getattr(args, "from_preset", {}) | filled  # a resumed run has some already
     vars(args).update(filled, encoder=with_default(args.encoder or spec.encoder, spec.encoder))
     args.joint_weights, args.alone_weights = loss_weights(args, spec.names)
     balances.settle(args, spec.names)
@@ -185,7 +186,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def loss_weights(args: Namespace, names: Names) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights of the unimodal losses in joint and in homogeneous batches; the official flags name two modalities."""
+    """Weights of the unimodal losses in joint and in homogeneous batches. The flags exist for audio and video only."""
     if args.unimodal == "masked":
         return dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     joint, alone = {AUDIO: args.alpha, VIDEO: args.beta}, {AUDIO: args.gamma2, VIDEO: args.gamma1}
@@ -193,33 +194,33 @@ def loss_weights(args: Namespace, names: Names) -> tuple[dict[str, float], dict[
 
 
 def check_args(args: Namespace, names: Names) -> None:
-    """What no single flag can know. Raises `UserError`."""
+    """Check combinations of flags. Raises `UserError`."""
     if args.method not in (*METHODS, *names):
         raise UserError(f"--method {args.method}: unknown; allowed: {', '.join((*METHODS, *names))}")
     if not args.train and not args.checkpoint:
         raise UserError("nothing to do: use --train to train, --resume runs/NAME to continue a run, or --checkpoint "
                         "FILE to evaluate")  # fmt: skip
     if args.resume and not (args.train and args.run_name):
-        raise UserError("--resume: name the run, as in --resume runs/NAME, or --train --run_name NAME --resume auto")
+        raise UserError("--resume: no run given; use --resume runs/NAME, or --train --run_name NAME --resume auto")
     check_evaluation(args)
     if args.checkpoint and not continues(args) and not Path(args.checkpoint).is_file():
         raise UserError(f"{args.checkpoint}: no such checkpoint; give a .pth file, such as runs/NAME/best.pth")
     if args.train and args.method == "remix" and args.warmup > args.epochs:
-        raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}, so Remix would never start; use a "
-                        "lower --warmup, or --method baseline")  # fmt: skip
+        raise UserError(f"--warmup {args.warmup}: more than --epochs {args.epochs}, so Remix would never start; lower "
+                        "--warmup, or use --method baseline")  # fmt: skip
     check_model(args.model, args.fusion_method, args.compile)
     check_modalities(args, names, "encoder", "pretrained", "encoder_lr_decay")
     if args.pretrained and not continues(args):
         check_files(args.pretrained, args.checkpoint)
     if args.split == "actor" and not get_spec(args.dataset).by_actor:
-        raise UserError(f"--split actor: the clip ids of {args.dataset} name no actors; leave the flag out")
+        raise UserError(f"--split actor: the clip ids of {args.dataset} contain no actor; omit the flag")
     if args.train and not args.val_fraction and not (Path(args.data_root) / "val.csv").is_file():
         for name in balances.needs_validation(args):
-            raise UserError(f"--balance {name}: measures on a validation part, never on test; use --val_fraction 0.1")
+            raise UserError(f"--balance {name}: needs a validation part (test is never used); use --val_fraction 0.1")
 
 
 def flags(args: Namespace) -> dict:
-    """What config.json and checkpoints hold of the flags."""
+    """The flags as saved in config.json and checkpoints."""
     return {name: value for name, value in vars(args).items() if name not in DERIVED}
 
 
@@ -227,10 +228,10 @@ def flags(args: Namespace) -> dict:
 
 
 def cross_entropies(output: Output, labels: Tensor, given: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The cross entropy of the joint head and of each fed modality's head, a mean over the batch. labels (B,).
+    """Cross entropy of the joint head and of each fed modality's head, averaged over the batch. labels (B,).
 
-    In a mixed batch a clip has a term only in the heads of the modalities it is given, `given` (B,) bool by modality.
-    The mean is over the whole batch all the same, so that each clip weighs the same whatever it keeps.
+    In a mixed batch, a clip contributes only to the heads of the modalities it is fed: `given`, (B,) bool per modality.
+    The average is still over the whole batch, so that all clips have the same weight.
     """
     found = {}
     for head, logits in output.heads.items():
@@ -242,11 +243,11 @@ def cross_entropies(output: Output, labels: Tensor, given: dict[str, Tensor] | N
 
 
 def loss_terms(entropies: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
-    """The loss of a batch, term by term; their sum is trained on. One formula: a masked modality has no term.
+    """The terms of a batch's loss, which is their sum. A masked modality has no term.
 
-    joint batches                CE(head) + sum_m w_m CE(head_m)
-    batches of one modality m    CE(head with the other features zero) + g_m CE(head_m)
-    mixed batches                the mean over clips of the latter, each clip with the modality m that it keeps
+    joint batches          CE(head) + sum_m w_m CE(head_m)
+    homogeneous batches    CE(head with the other features zero) + g_m CE(head_m), m the fed modality
+    mixed batches          the mean over clips of the homogeneous loss, m the modality that the clip keeps
     """
     return {head: value if head == "joint" else weights[head] * value for head, value in entropies.items()}
 
@@ -264,7 +265,7 @@ def train_epoch(
     balance: Balance | None = None,
     after_step: Callable[[], None] = lambda: None,
 ) -> dict[str, float | None]:
-    """Train one epoch over `plan`; returns its losses and training accuracies. `after_step` may end the run by raising.
+    """Train for one epoch over `plan` and return losses and training accuracies. `after_step` stops the run by raising.
 
     Raises `UserError` with epoch, batch and clips if the loss of a batch is not finite.
     """
@@ -287,7 +288,7 @@ def train_epoch(
             first, *others = terms.values()
             loss = sum(others, first)
             optimizer.zero_grad(set_to_none=True)
-            # Processes' gradients are averaged: weigh by this one's share, so that the batch's mean comes out.
+            # DDP averages gradients over processes: weight by this process's share to get the mean over the batch.
             balance.backward(loss * step.weight, terms, output, step)
             if args.masked_encoder == "run_heads":
                 distributed.fill_gradients(network)
@@ -315,10 +316,10 @@ def plan_epoch(
     run: Run,
     balance: Balance | None = None,
 ) -> tuple[list[remix.Batch], Tensor | None, dict]:
-    """What an epoch trains on, the partition (N, M) it follows from, and numbers to report.
+    """The batches of an epoch, the partition (N, M) they are built from, and numbers to log.
 
-    Joint epochs feed every clip in all modalities. From the end of the warm-up, Remix scores how hard each clip is in
-    each modality, lets it keep its hardest one, and builds batches of a single modality (paper section 3).
+    Joint epochs feed all modalities of every clip. After the warm-up, Remix scores the difficulty of each clip in each
+    modality, keeps the hardest modality of each clip, and builds batches of a single modality (paper section 3).
     """
     clips, order, balance = data.clips["train"], epoch_generator(args.random_seed, epoch, "plan"), balance or Balance()
     if args.method != "remix" or epoch < args.warmup:
@@ -328,14 +329,14 @@ def plan_epoch(
 
     numbers: dict = {"phase": "remix"}
     if keep is None or (epoch - args.warmup) % args.rescore_every == 0:
-        if epoch == 0 and args.batchnorm == "refreshed":  # without a warm-up nothing has estimated it yet
+        if epoch == 0 and args.batchnorm == "refreshed":  # without a warm-up there is no estimate yet
             reestimate(model, clips, fed, args.batch_size, args.random_seed, epoch)
         logits = predict(model, clips, fed, 4 * args.batch_size, f"epoch {epoch + 1} scoring", run.check)
         unimodal = {name: logits[name] for name in model.names}
         scores = epoch_generator(args.random_seed, epoch, "score")
         hard = remix.difficulty(list(unimodal.values()), args.score, clips.labels, scores)  # (N, M)
         before, keep = keep, distributed.same(remix.decouple(hard, args.keep)).cpu()  # (N, M)
-        kl = {name: remix.kl_from_uniform(values).cpu() for name, values in unimodal.items()}  # whatever the score
+        kl = {name: remix.kl_from_uniform(values).cpu() for name, values in unimodal.items()}  # for any --score
         labels = clips.labels.cpu()
         run.partition(epoch, clips.names, [data.classes[label] for label in labels.tolist()], kl, keep)
         if args.diagnose:
@@ -352,7 +353,7 @@ def plan_epoch(
 
 
 def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalClassifier:
-    """The network for the flags and the data, with the heads of the balance methods and the weights of `--checkpoint`.
+    """Build the network, with the heads of the balance methods and the weights of `--checkpoint` or `--pretrained`.
 
     Raises `UserError` for weights that do not fit or were trained for other classes.
     """
@@ -369,21 +370,21 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
     if args.checkpoint and not continues(args):
         state = load_checkpoint(args.checkpoint)
         if state.get("classes", data.classes) != data.classes and not args.train:
-            raise UserError(f"{data.folder.root}: its classes ({some(data.classes, 6)}) are not those of "
+            raise UserError(f"{data.folder.root}: classes ({some(data.classes, 6)}) differ from those of "
                             f"{args.checkpoint} ({some(state['classes'], 6)}); use --data_root")  # fmt: skip
         load_weights(model, state["model"], args.checkpoint)
     return model
 
 
 def make_optimizer(model: MultimodalClassifier, args: Namespace) -> torch.optim.Optimizer:
-    """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4: the official settings; AdamW 0.01."""
+    """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4 as in the official code; AdamW: 0.01."""
     groups = parameter_groups(model, args.learning_rate, args.encoder_lr_decay, args.layer_decay)
     if args.optimizer != "sgd":
         kind, decay = (torch.optim.Adam, 1e-4) if args.optimizer == "adam" else (torch.optim.AdamW, 0.01)
         return kind(groups, lr=args.learning_rate, weight_decay=decay, fused=True)
     optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
-    # What the first step starts from anyway. Without it PyTorch's fused step fails where some parameters have had
-    # theirs and others not: in a homogeneous batch of a run without warm-up.
+    # Zero momentum is what the first step starts from anyway. PyTorch's fused step fails if only some parameters have
+    # a buffer, as in the homogeneous batches of a run without warm-up.
     for p in (p for group in groups for p in group["params"]):
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
@@ -427,8 +428,8 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     # balance methods
     balance = balances.make_balance(Context(model, data.clips, args, optimizer, train_epoch, make_optimizer, run.check))
 
-    # resume, in this order: flags and data, weights, optimizer, scheduler, methods, generators, then the loop's own
-    # state. Epochs draw from (seed, epoch, purpose) alone; the generators are put back for whatever else may draw.
+    # resume, in this order: flags and data, weights, optimizer, scheduler, balance methods, generators, state of the
+    # loop. Epochs draw from (seed, epoch, purpose) only; the global generators are restored for any other code.
     first, best, keep = 0, {}, None
     digests, state = {name: digest(part) for name, part in data.parts.items()}, run.state()
     if state:
@@ -439,7 +440,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         balance.load_state_dict(state["balance"])
         first, best, keep, started = state["epoch"] + 1, state["best"], state["keep"], started - state["seconds"]
         if args.epochs < first:
-            raise UserError(f"--epochs {args.epochs}: the run has done {first}; use --epochs {first} or more")
+            raise UserError(f"--epochs {args.epochs}: the run has finished {first}; use --epochs {first} or more")
     about = {"from_preset": args.from_preset, "data": data.describe()}
     run.begin(flags(args) | about | environment(device, distributed.world_size()), first)
     if run.writes:
@@ -488,7 +489,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     if "test" not in logits:  # resumed after the last epoch
         logits["test"] = predict(model, data.clips["test"], fed, size, "test", run.check)
     if run.writes:
-        from utils.summary import finish  # late: matplotlib is of no use before the end
+        from utils.summary import finish  # late: matplotlib is needed only here
 
         about = {"total_seconds": time.perf_counter() - started, "missing": len(data.folder.missing)}
         labels = data.clips["test"].labels

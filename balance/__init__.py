@@ -1,7 +1,7 @@
-"""Other balance methods as plug-ins: `--balance NAME[:OPTION=VALUE...][,NAME...]` with baseline or remix.
+"""Balance methods as plug-ins: `--balance NAME[:OPTION=VALUE...][,NAME...]` with baseline or remix.
 
-A method is one file with one class (balance/method.py says what it may do) and one line in `METHODS` below.
-`python -m balance` lists methods and options; docs/balance.md has each method's paper, formula and departures.
+A method is one file with one class (balance/method.py defines its hooks) and one line in `METHODS` below.
+`python -m balance` lists methods and options; docs/balance.md has the paper, formula and deviations of each method.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from utils.errors import UserError
 
 __all__ = ["METHODS", "Balance", "Context", "Method", "Option", "Step", "make_balance", "replace_heads", "settle"]
 
-# Their order is that in which they act, whatever order is typed. Relearn changes encoders before an epoch, so what PMR
-# and G-Blend measure there comes after it.
+# Methods are applied in this order, regardless of their order in the flag. Relearn comes first: it changes encoders
+# before an epoch, and PMR and G-Blend measure them after that.
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
@@ -162,7 +162,7 @@ def make_balance(context: Context) -> Balance:
 
 
 def notes(args: Namespace) -> list[str]:
-    """What the user should know before the run."""
+    """Notes printed before the run."""
     scaling = [name for name in args.balance_options if METHODS[name].scales_gradients]
     if not scaling or args.optimizer == "sgd":
         return []

@@ -1,8 +1,8 @@
-"""Why remixing helps, or does not: clash, imbalance, calibration and the partition's moves, as flat numbers.
+"""Diagnostics of modality clash, imbalance, calibration and changes of the partition, as flat numbers.
 
-What `train.py --diagnose` writes to metrics.jsonl and TensorBoard each epoch, all under `diagnose/`. Nothing here
-changes a run: networks are in evaluation mode, gradients are taken aside, generators are put back. It costs one pass
-forward over the test clips and, over the probe clips, one forward and about M + 1 backward.
+`train.py --diagnose` logs them to metrics.jsonl and TensorBoard each epoch, under `diagnose/`. They do not change the
+run: networks are in eval mode, gradients are computed separately, generators are restored. The cost is one forward pass
+over the test clips, plus one forward pass and about M + 1 backward passes over the probe clips.
 
 Shapes: N clips, B clips of a batch, C classes, M modalities, D_m features of modality m.
 """

@@ -129,7 +129,7 @@ class GBlend(Method):
 
 
 class OneLoss(Method):
-    """Train with one loss alone: what a probe does."""
+    """Train with a single loss, as a probe does."""
 
     def __init__(self, context: Context, head: str):
         super().__init__(context)

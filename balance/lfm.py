@@ -65,7 +65,7 @@ class LFM(Method):
         widths = self.model.widths
         if self.opt.align == "contrastive" and len(set(widths.values())) > 1:
             told = ", ".join(f"{name} {width}" for name, width in widths.items())
-            raise UserError(f"--balance lfm: the contrastive alignment compares features of one width; here: {told}; "
+            raise UserError(f"--balance lfm: the contrastive alignment needs encoders of equal width; here: {told}; "
                             "use align=reverse_js")  # fmt: skip
 
     @classmethod

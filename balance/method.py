@@ -1,4 +1,4 @@
-"""What a balance method is: a class with hooks, each optional, called by the one loop of train.py in this order:
+"""Base class of balance methods: optional hooks, called by the training loop of train.py in this order:
 
     start_epoch                                      once an epoch, before Remix scores
     plan                                             once an epoch, after Remix made its batches
@@ -45,7 +45,7 @@ class Option(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a method may use of a run.
+    """The parts of a run that a method can use.
 
     model: the bare network; clips: the parts train, test and, where there is one, val (no method reads test); args:
     every flag of train.py; optimizer: the run's; train_epoch and make_optimizer: train.py's own, for methods that train
@@ -62,7 +62,7 @@ class Context(NamedTuple):
 
 
 class ClipBatchLike(Protocol):
-    """What is read of a `dataset.clips.ClipBatch`."""
+    """The attributes used of a `dataset.clips.ClipBatch`."""
 
     @property
     def clips(self) -> Tensor: ...
@@ -163,7 +163,7 @@ class Step(NamedTuple):
 
 
 class Method:
-    """A balance method that does nothing: every hook returns what it was given."""
+    """A balance method that does nothing: every hook returns its input."""
 
     name = ""  # as typed after --balance
     options: tuple[Option, ...] = ()
@@ -174,9 +174,9 @@ class Method:
     needs_heads = False  # of unimodal heads: it reads or changes their losses
     needs_slices = False  # a fusion whose logits are one part per modality: concat, sum, decision
     two_modalities = False  # defined by "the other modality" alone: there is no published rule for more than two
-    splits_joint = False  # its plan leaves no joint batch: what acts in these alone is refused beside it
+    splits_joint = False  # its plan has no joint batches: methods that act only in those are refused with it
     compiles = True  # False: what it does to the network's pass is lost, or fails, where that is compiled
-    scales_gradients = False  # a constant factor on a gradient cancels in Adam: the run says so
+    scales_gradients = False  # a constant factor on a gradient cancels in Adam: the run prints a note
 
     def __init__(self, context: Context):
         self.context, self.model = context, context.model
@@ -193,7 +193,7 @@ class Method:
 
     @classmethod
     def needs_validation(cls, opt: Namespace) -> bool:
-        """Whether it measures on a validation part."""
+        """Whether the method needs a validation part."""
         return False
 
     @classmethod
@@ -281,7 +281,7 @@ class Method:
 
 
 class Balance:
-    """The methods of a run, as train.py's loop calls them; without any, every hook returns what it was given."""
+    """The balance methods of a run, called by train.py's loop. Without methods, every hook returns its input."""
 
     def __init__(self, methods: Iterable[Method] = ()):
         self.methods = list(methods)
@@ -314,7 +314,7 @@ class Balance:
         return terms
 
     def backward(self, loss: Tensor, terms: dict[str, Tensor], output: Output, step: Step) -> None:
-        """Gradients into `.grad`, and whatever the methods make of them."""
+        """Compute gradients into `.grad`, then let the methods modify them."""
         acting = self._acting(step)
         owner = next((method for method in acting if "backward" in method.owns), None)
         if owner:
@@ -367,7 +367,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """What DistributedDataParallel would have made of a gradient taken aside."""
+    """Average a separately computed gradient over processes, as DistributedDataParallel does."""
     return sum_over_ranks(values) / world_size()
 
 

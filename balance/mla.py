@@ -65,7 +65,7 @@ class MLA(Method):
         """The first modality's head for all of them, and as fusion head. The same names; the joint weight is (C, D)."""
         if len(set(model.widths.values())) > 1:
             widths = ", ".join(f"{name} {width}" for name, width in model.widths.items())
-            raise UserError(f"--balance mla: its one head needs features of one width, the encoders give {widths}; "
+            raise UserError(f"--balance mla: its shared head needs encoders of equal width; here: {widths}; "
                             "choose other encoders")  # fmt: skip
         shared = next(iter(model.heads.values()))
         assert isinstance(shared, nn.Linear)

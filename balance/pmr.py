@@ -1,7 +1,7 @@
 """PMR: class prototypes give each modality a loss of its own; push the slow one, calm the fast one early.
 Fan et al., CVPR 2023.
 
-c_m[k] = mean feature of class k over about a tenth of train, taken anew before each epoch (evaluation mode), with
+c_m[k] = mean feature of class k over about a tenth of train, recomputed before each epoch (eval mode), with
 c <- eps c_old + (1 - eps) c_new from the third set on (the second replaces the first, which is of an untrained network,
 as in the authors' code). q_m = softmax_k(-||z_m - c_m[k]||), PCE_m = -mean log q_m[y],
 rho = sum q_a[y] / sum q_v[y]; beta = clip(1/rho - 1, 0, 1), gamma = clip(rho - 1, 0, 1) (Eq. 11):

@@ -69,7 +69,7 @@ class ReconBoost(Method):
         """
         if len(set(model.widths.values())) > 1:
             widths = ", ".join(f"{name} {width}" for name, width in model.widths.items())
-            raise UserError(f"--balance reconboost: one head is shared by encoders of one width; here: {widths}")
+            raise UserError(f"--balance reconboost: its shared head needs encoders of equal width; here: {widths}")
         ensemble = Ensemble(model.widths, model.n_classes).to(next(model.parameters()))
         model.head = ensemble  # pyright: ignore[reportAttributeAccessIssue]
         model.heads = nn.ModuleDict(dict.fromkeys(model.names, ensemble.shared))

@@ -6,7 +6,7 @@ with one cluster per class; P = share of clips in the majority class of their cl
 w_m = tanh(lambda |P_train - P_val|);
 theta_m <- w_m theta_m^0 + (1 - w_m) theta_m for all parameters of the encoder: not BatchNorm's running statistics, not
 the heads, not the optimizer's state. theta^0: the weights the run began with. With `--batchnorm refreshed` the
-statistics are then estimated anew.
+statistics are then re-estimated.
 
 k-means is the best of 10 starts. The authors leave that number to scikit-learn, whose default was 10 and is 1 since
 version 1.4.

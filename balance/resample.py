@@ -10,7 +10,7 @@ modality   with the mean phi_m over a random `part` of train, int(2/3 alpha |phi
            replacement get a copy that keeps the modality whose mean is lower alone
 
 In joint training originals and copies share shuffled mixed batches, a copy's other features at zero. The copies are
-drawn anew for each epoch. With Remix a clip enters the batches of a modality that it keeps 1 + copies times.
+redrawn for each epoch. With Remix a clip enters the batches of a modality that it keeps 1 + copies times.
 """
 
 from collections.abc import Callable

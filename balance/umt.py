@@ -77,7 +77,7 @@ class UMT(Method):
         return encoder
 
     def train(self, name: str) -> nn.Module:
-        """The encoder of a copy of the network, trained on one modality with its unimodal loss alone."""
+        """The encoder of a copy of the network, trained on one modality with its unimodal loss only."""
         run, args = self.context, self.context.args
         epochs = self.opt.epochs or args.epochs
         network, clips = copy.deepcopy(self.model), run.clips["train"]

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: generated training folders, the work in a clip, the machine, saved tables."""
+"""Common parts of the benchmarks: generated training folders, FLOPs per clip, machine description, saved tables."""
 
 import argparse
 import json
@@ -53,7 +53,7 @@ def add_shape_flags(p: Parser, shape: dict | None = None) -> None:
 
 
 def command() -> str:
-    """The benchmark as it was typed, without where the repository lies."""
+    """The command of the benchmark, without the path of the repository."""
     return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
 
 
@@ -163,7 +163,7 @@ def product_rate(device: torch.device, dtype: torch.dtype = torch.float32, repea
 
 
 def machine(device: torch.device) -> dict:
-    """What the numbers depend on."""
+    """Description of the machine and versions."""
     found = environment(device, 1)
     load = round(os.getloadavg()[0], 2)
     return {**found["hardware"], **found["versions"], "commit": found["git_commit"], "load_before": load,

@@ -1,23 +1,23 @@
-"""What an epoch costs and what each choice saves: the product's own functions, all settings in turn in one process.
+"""Time per epoch, and the speed-up of each technique. Runs the real functions, all settings in turn in one process.
 
     python -m benchmarks.epoch                                    # official against ours, 128 clips, for 2 CPU cores
-    python -m benchmarks.epoch --settings all                     # every choice by itself
+    python -m benchmarks.epoch --settings all                     # each technique separately
     python -m benchmarks.epoch --preset gpu                       # CREMA-D's 6,698 clips, all settings, for a GPU
-    python -m benchmarks.epoch --preset tiny                      # seconds, to see that it works; saves nothing
+    python -m benchmarks.epoch --preset tiny                      # smoke test, takes seconds, saves nothing
 
-Each round runs every setting once; medians over the rounds. Phases:
+Each round runs every setting once; results are medians over rounds. Phases:
 
-    load      a joint epoch's batches, fed to no network
-    score     the plan of a Remix epoch: one prediction of all training clips, difficulty, partition, batches
-    forward   the network alone, on as many clips that lie ready
+    load      load the batches of a joint epoch, without a network
+    score     plan a Remix epoch: predict all training clips, then difficulty, partition, batches
+    forward   forward pass of the network only, on the same number of preloaded clips
     joint     a joint epoch
     remix     score, then an epoch over homogeneous batches
-    refresh   re-estimation of BatchNorm's statistics after an epoch (the default): at most 1,024 clips forward. It is
-              in no other phase: the benchmark's 128 clips are all seen, of a real dataset only a part
+    refresh   re-estimate the BatchNorm statistics after an epoch (the default): at most 1,024 clips forward. No other
+              phase includes it: it sees all of the benchmark's 128 clips, but only a part of a real dataset
     evaluate  the test part
 
-The Remix epoch is over a fixed partition, equal shares of the clips for each modality, so that every setting has the
-same work. Data are generated; numbers do not depend on them.
+The Remix epoch uses a fixed partition, with equal shares of clips per modality, so that every setting does the same
+work. The data are generated; timings do not depend on them.
 """
 
 import argparse
@@ -56,7 +56,7 @@ from utils.errors import UserError, run_main
 from utils.run import Run
 from utils.seeding import seed_everything
 
-PR_SET_THP_DISABLE = 41  # of linux/prctl.h: no huge pages for this process, whatever it asks for
+PR_SET_THP_DISABLE = 41  # of linux/prctl.h: disables huge pages for this process
 
 PRESETS = {
     "cpu": {"clips": 128, "test_clips": 16, "settings": "ours,official"},
@@ -95,22 +95,22 @@ def phase_list(text: str) -> tuple[str, ...]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--preset", default="cpu", choices=PRESETS, help="clips, settings, shapes (default: cpu)")
-    p.add_argument("--settings", metavar="A,B", help=f"all, or of {', '.join(SETTINGS)} (default: the preset's)")
+    p.add_argument("--preset", default="cpu", choices=PRESETS, help="set of clips, settings and shapes (default: cpu)")
+    p.add_argument("--settings", metavar="A,B", help=f"settings: all, {', '.join(SETTINGS)} (default: the preset's)")
     p.add_argument(
-        "--phases", type=phase_list, default=PHASES, metavar="A,B", help=f"of {', '.join(PHASES)} (default: all)"
+        "--phases", type=phase_list, default=PHASES, metavar="A,B", help=f"phases: {', '.join(PHASES)} (default: all)"
     )
     p.add_argument("--clips", type=number(int, 4), help="training clips (default: the preset's)")
     p.add_argument("--test_clips", type=number(int, 1), help="test clips (default: the preset's)")
     add_shape_flags(p)
     p.set_defaults(**dict.fromkeys(CREMAD_SHAPE))  # the preset has a say before
-    p.add_argument("--model", default="late", choices=MODELS, help="where modalities meet (default: late)")
-    p.add_argument("--batch_size", type=number(int, 2), help="clips per step (default: 64)")
-    p.add_argument("--classes", type=number(int, 2), default=6, help="classes (default: 6)")
+    p.add_argument("--model", default="late", choices=MODELS, help="architecture (default: late)")
+    p.add_argument("--batch_size", type=number(int, 2), help="batch size (default: 64)")
+    p.add_argument("--classes", type=number(int, 2), default=6, help="number of classes (default: 6)")
     p.add_argument("--repeats", type=number(int, 1), default=5, help="rounds after the warm-up (default: 5)")
     p.add_argument("--threads", type=number(int, 1), help="CPU threads (default: PyTorch's)")
-    p.add_argument("--workers", type=number(int, 0), help="processes that read files (default: 2; gpu: 16)")
-    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto (a GPU if any)")
+    p.add_argument("--workers", type=number(int, 0), help="worker processes that read files (default: 2; gpu: 16)")
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: GPU if any (default: auto)")
     args = p.parse_args(argv)
     for name, value in (USUAL | PRESETS[args.preset]).items():
         if getattr(args, name) is None:
@@ -138,12 +138,12 @@ class Setting:
         self.ready = None
 
     def take_over(self) -> None:
-        """Put what holds for the whole process as this setting has it."""
+        """Apply the process-wide options of this setting."""
         set_precision(self.args.precision, self.device)
         allow_huge_pages(self.huge_pages)
 
     def plan(self, epoch: int) -> list[remix.Batch]:
-        """What train.py trains on in epoch 0 (joint) or 1 (Remix, of the network as it is)."""
+        """The plan of epoch 0 (joint) or 1 (Remix, with the current network), as in train.py."""
         return train.plan_epoch(self.model, self.data, self.fed, None, epoch, self.args, self.run)[0]
 
     def plans(self) -> dict[str, list[remix.Batch]]:
@@ -183,7 +183,7 @@ class Setting:
 
     @torch.inference_mode()
     def forward(self) -> None:
-        """The network on one batch that lies ready, again and again, for as many clips as scoring has."""
+        """Forward passes on one preloaded batch, repeated for as many clips as scoring has."""
         self.model.eval()
         full, count = 4 * self.args.batch_size, len(self.clips["train"])
         if self.ready is None:

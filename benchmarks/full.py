@@ -1,11 +1,11 @@
-"""A full run at CREMA-D's shape on generated data: how long does training take?
+"""Time of a full training run on generated data of CREMA-D's shape.
 
     python -m benchmarks.full                                       # 6,698 / 744 clips, 60 epochs, warm-up 10, batch 64
-    python -m benchmarks.full -- --precision bf16 --compile         # what follows -- goes to train.py
-    torchrun is used where there are several GPUs; choose by: -- --gpu_ids 0
+    python -m benchmarks.full -- --precision bf16 --compile         # arguments after -- go to train.py
+    torchrun is used if there are several GPUs; select GPUs with: -- --gpu_ids 0
 
-Two 224 x 224 frames from 480 x 360 JPEGs, 257 x 188 spectrograms, ResNet-18. Accuracies mean nothing, seconds do. Needs
-14 GB of disk in the folder of temporary files (TMPDIR=DIR chooses it).
+Two 224 x 224 frames from 480 x 360 JPEGs, 257 x 188 spectrograms, ResNet-18. Only the seconds are meaningful, not the
+accuracies. Needs 14 GB of disk in the temporary folder (set it with TMPDIR=DIR).
 """
 
 import argparse
@@ -30,9 +30,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--clips", type=number(int, 8), default=6698, help="training clips (default: 6698)")
     p.add_argument("--test_clips", type=number(int, 2), default=744, help="test clips (default: 744)")
     add_shape_flags(p)
-    p.add_argument("--epochs", type=number(int, 1), default=60, help="epochs with warm-up (default: 60)")
+    p.add_argument("--epochs", type=number(int, 1), default=60, help="epochs, warm-up included (default: 60)")
     p.add_argument("--warmup", type=number(int, 0), default=10, help="joint epochs before Remix (default: 10)")
-    p.add_argument("rest", nargs="*", help="after --, flags of train.py")
+    p.add_argument("rest", nargs="*", help="flags of train.py, after -- (default: none)")
     return p.parse_args(argv)
 
 

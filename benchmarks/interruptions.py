@@ -2,13 +2,13 @@
 
     python -m benchmarks.interruptions [--kills 30] [--terms 10]
 
-A short Remix run on a part of the demo (120 clips, 6 epochs, warm-up 2) is made once undisturbed. Then it is started
-again and again, ended by SIGKILL (every fifth one while a checkpoint is being written) or by SIGTERM, and continued by
-`--resume runs/NAME`, which repeats the epoch that was cut off. A moment at which there is nothing to interrupt is drawn
-again. What must be equal: summary.json but for the seconds, weights of last.pth and best.pth bit for bit, metrics.jsonl
-but for seconds and rates, partition.csv. Each run is a process forked from this one, so that PyTorch is not imported a
-hundred times. Writes benchmarks/results/interruptions-<cpu>-<date>.json and .md; exit status 1 if a run differs.
-Needs Linux or macOS.
+First, a short Remix run on a part of the demo (120 clips, 6 epochs, warm-up 2) is made without interruption. Then the
+run is started repeatedly, ended by SIGKILL (every fifth time while a checkpoint is written) or SIGTERM, and resumed
+with `--resume runs/NAME`, which repeats the interrupted epoch. If there is nothing to interrupt at the random moment,
+another moment is drawn. These must be equal: summary.json except the seconds, the weights of last.pth and best.pth bit
+for bit, metrics.jsonl except seconds and rates, partition.csv. Each run is forked from this process, so that PyTorch is
+imported once. Writes benchmarks/results/interruptions-<cpu>-<date>.json and .md. Exit status 1 if a run differs. Needs
+Linux or macOS.
 """
 
 import contextlib
@@ -110,7 +110,7 @@ class Attempt:
         return self.output.decode(errors="replace").replace("\r", "\n")
 
     def phase(self, run: Path) -> str:
-        """What it was doing when it ended, by the last progress bar and by unfinished files."""
+        """The operation at which the run ended, from the last progress bar and unfinished files."""
         if any(run.glob(".tmp-*.pth")):
             return "saving"
         if "curves of all runs" in self.said:
@@ -123,7 +123,7 @@ class Attempt:
 
 
 def found_in(run: Path) -> str:
-    """What a stopped run left to resume from."""
+    """The files that a stopped run left to resume from."""
     if (run / "last.pth").is_file():
         return f"{load_checkpoint(run / 'last.pth')['epoch'] + 1} epochs"
     return "no checkpoint" if (run / "config.json").is_file() else "nothing"
@@ -165,7 +165,7 @@ def disturb(words: list[str], run: Path, number: int, kind: str, moment: float) 
 
 
 def outcome(run: Path) -> dict:
-    """What must not depend on interruptions."""
+    """The results that must not depend on interruptions."""
     summary = json.loads((run / "summary.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     weights = [torch.load(run / name, weights_only=True)["model"] for name in ("last.pth", "best.pth")]
@@ -247,8 +247,8 @@ def write(rows: list[dict], length: float) -> Path:
 def main() -> int:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
     runs = number(int, 0)
-    parser.add_argument("--kills", type=runs, default=30, metavar="N", help="runs ended by SIGKILL (default: 30)")
-    parser.add_argument("--terms", type=runs, default=10, metavar="N", help="runs ended by SIGTERM (default: 10)")
+    parser.add_argument("--kills", type=runs, default=30, metavar="N", help="number of SIGKILLs (default: 30)")
+    parser.add_argument("--terms", type=runs, default=10, metavar="N", help="number of SIGTERMs (default: 10)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows, length = measure(Path(folder), args.kills, args.terms)

@@ -1,10 +1,10 @@
-"""Does a long run grow? Memory, open files and threads of one process over 2,000 epochs of Remix on very little data.
+"""Leak test: memory, open files and threads of one process over 2,000 Remix epochs on very little data.
 
     python -m benchmarks.leaks [--epochs 2000]
 
-train.py itself, in this process, on 24 training and 10 test clips of the demo (8 hours of a real run pass as many
-checkpoints, log lines and evaluations as these minutes). Writes benchmarks/results/leaks-<cpu>-<date>.json and .png;
-exit status 1 if handles or threads grew, or memory by more than 5 % over the second half.
+Runs train.py in this process on 24 training and 10 test clips of the demo: within minutes, as many checkpoints, log
+lines and evaluations as in 8 hours of a real run. Writes benchmarks/results/leaks-<cpu>-<date>.json and .png. Exit
+status 1 if the number of handles or threads grew, or memory grew by more than 5 % over the second half.
 """
 
 import json

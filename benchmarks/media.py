@@ -1,11 +1,11 @@
-"""Odd media files through the real preparation, and their frames and sound against `ffmpeg -i`.
+"""Compare the decoder of the preparation with the `ffmpeg` command on unusual media files.
 
     python -m benchmarks.media DIR [--workers 2] [--out FILE]
 
-Every file of DIR is prepared twice, as a silent video and as a sound. Where the `ffmpeg` command is installed, the
-first ten frames and the whole first sound channel are compared with its output. A `probe.csv` in DIR (what ffprobe says
-of each file) decides what counts as decodable: a duration, a codec, a pixel format or a number of channels, no error.
-Writes benchmarks/results/media.csv; exit status 1 where something decodable is refused.
+Every file of DIR is prepared twice, as a silent video and as audio. If `ffmpeg` is installed, the first ten frames and
+the whole first audio channel are compared with its output. `probe.csv` in DIR, the output of ffprobe for each file,
+determines which files are decodable: those with a duration, a codec, a pixel format or channel count, and no error.
+Writes benchmarks/results/media.csv. Exit status 1 if a decodable file is refused.
 """
 
 import csv
@@ -31,10 +31,10 @@ FIELDS = ("file", "streams", "decodable", "video", "sound", "frames_compared", "
 
 
 def main() -> int:
-    parser = Parser(description="Odd media files through the real preparation.")
+    parser = Parser(description="Compare the decoder with ffmpeg on unusual media files.")
     parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of media files")
-    parser.add_argument("--workers", type=number(int, 1), default=2, metavar="N", help="processes (default: 2)")
-    parser.add_argument("--out", default=str(RESULTS / "media.csv"), metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--workers", type=number(int, 1), default=2, metavar="N", help="worker processes (default: 2)")
+    parser.add_argument("--out", default=str(RESULTS / "media.csv"), metavar="FILE", help="CSV (default: %(default)s)")
     args = parser.parse_args()
     if args.folder is None:
         raise UserError("give the folder of media files: python -m benchmarks.media DIR")
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def read_probes(path: Path) -> dict[str, dict]:
-    """What ffprobe says, by file name; empty without a probe.csv."""
+    """ffprobe's output by file name; empty without a probe.csv."""
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8") as file:
@@ -102,7 +102,7 @@ def decodable(probe: dict | None) -> dict[str, bool]:
 
 
 def ffmpeg(path: Path, *flags: str) -> bytes | None:
-    """What `ffmpeg -i` writes, None without that command or where it writes nothing."""
+    """Output of `ffmpeg -i`; None if the command is missing or writes nothing."""
     if shutil.which("ffmpeg") is None:
         return None
     command = ["ffmpeg", "-v", "quiet", "-nostdin", "-i", str(path), *flags, "-"]

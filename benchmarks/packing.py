@@ -1,12 +1,13 @@
-"""Memory of packing and of training by number of clips: private memory must not grow with the dataset.
+"""Memory of packing and training against the number of clips: private memory must not grow with the dataset.
 
     python -m benchmarks.packing [--clips 20000] [--shard_mb 64]
 
-Generated clips: three JPEGs of 64 x 48 pixels and an array of 32 x 32. For an eighth, a quarter, a half and all of them
-it makes the pack, and loads the batches of one training epoch from it (--cache ram) and from the files (--cache none);
-the network is trained on the first of them, since its memory does not depend on their number. Each stage has a process
-of its own. Peaks of private memory (RssAnon: arrays, tables, PyTorch) and of mapped files (RssFile: pages of the pack,
-which the system takes back when it needs them). Writes benchmarks/results/packing-<cpu>-<date>.json and .md.
+Clips are generated: three JPEGs of 64 x 48 pixels and an array of 32 x 32. For an eighth, a quarter, half and all of
+the clips, it builds the pack and loads the batches of one training epoch, from the pack (--cache ram) and from the
+files (--cache none). The network is trained on the first batches only, since its memory does not depend on their
+number. Each stage runs in its own process. Reported are the peaks of private memory (RssAnon: arrays, tables, PyTorch)
+and of mapped files (RssFile: pages of the pack, which the system can reclaim). Writes
+benchmarks/results/packing-<cpu>-<date>.json and .md.
 """
 
 import argparse
@@ -115,9 +116,11 @@ def growth(rows: list[dict]) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--clips", type=number(int, 80), default=20_000, metavar="N", help="clips (default: 20000)")
+    parser.add_argument(
+        "--clips", type=number(int, 80), default=20_000, metavar="N", help="clips to pack (default: 20000)"
+    )
     parser.add_argument("--shard_mb", type=number(int, 1), default=64, metavar="MB",
-                        help="size of a shard; the product's 2 GB would be one file here (default: 64)")  # fmt: skip
+                        help="shard size in MB; the usual 2 GB would give a single shard (default: 64)")  # fmt: skip
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,10 +1,11 @@
-"""What bfloat16 changes in scoring: the share of clips whose kept modality is another than in float32.
+"""Effect of bfloat16 on scoring: the share of clips that keep another modality than in float32.
 
     python -m benchmarks.precision                                            # demo, 3 seeds, scored after 2, 4, ... 20
-    python -m benchmarks.precision --seeds 0 --after 10,20 -- --dataset CREMAD      # what follows -- goes to train.py
+    python -m benchmarks.precision --seeds 0 --after 10,20 -- --dataset CREMAD      # arguments after -- go to train.py
 
-Trains in float32 by train.py itself, in pieces by --resume; each time the same weights score all training clips twice.
-`margin` is how far apart the two lowest KLs of a clip are (bits, median over all clips, and over those that changed).
+Trains with train.py in float32, in steps with --resume. After each step, the same weights score all training clips in
+both precisions. `margin` is the difference of a clip's two lowest KLs (bits; median over all clips, and over clips that
+changed).
 """
 
 import argparse
@@ -29,8 +30,10 @@ from utils.errors import run_main
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--seeds", default="0,1,2", help="seeds (default: 0,1,2)")
-    p.add_argument("--after", type=numbers, default=[2, 4, 8, 12, 16, 20], help="epochs (default: 2,4,8,12,16,20)")
-    p.add_argument("rest", nargs="*", help="after --, flags of train.py (--warmup 2)")
+    p.add_argument(
+        "--after", type=numbers, default=[2, 4, 8, 12, 16, 20], help="epochs to score (default: 2,4,8,12,16,20)"
+    )
+    p.add_argument("rest", nargs="*", help="flags of train.py, after -- (default: --warmup 2)")
     return p.parse_args(argv)
 
 

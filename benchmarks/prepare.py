@@ -1,11 +1,10 @@
-"""Clips per second of preparation at CREMA-D's geometry: 480 x 360 FLV1 of 2.5 s and a 16 kHz WAV, made on the fly.
+"""Throughput of preparation on generated clips of CREMA-D's format: 2.5 s of 480 x 360 FLV1 and a 16 kHz WAV.
 
     python -m benchmarks.prepare [--clips 60] [--repeats 3] [--against DIR]
 
-Times the real engine (dataset/prepare/engine.py) with 1 worker and with one per core, and a second run over the
-finished folder. With `--against` the whole command is timed too, in turns with that of another checkout of this
-repository, and the files that both make are compared. Prints machine and versions; writes
-benchmarks/results/prepare-<cpu>-<date>.json and .csv.
+Times dataset/prepare/engine.py with 1 worker and with one per core, and a second run over the finished folder. With
+`--against`, also times the whole command, alternating with that of another checkout of this repository, and compares
+their output files. Prints machine and versions. Writes benchmarks/results/prepare-<cpu>-<date>.json and .csv.
 """
 
 import csv
@@ -135,7 +134,7 @@ def _children_seconds() -> float:
 
 
 def _same_files(one: Path, two: Path) -> str:
-    """How many files are in both folders with the same bytes, of how many."""
+    """Number of files with equal bytes in both folders, and number of files."""
     names = {path.relative_to(root) for root in (one, two) for path in root.rglob("*") if path.is_file()}
     same = [n for n in names if (one / n).is_file() and (two / n).is_file()
             and (one / n).read_bytes() == (two / n).read_bytes()]  # fmt: skip
@@ -143,7 +142,7 @@ def _same_files(one: Path, two: Path) -> str:
 
 
 def machine() -> dict:
-    """What the numbers depend on."""
+    """Description of the machine and versions."""
     import torch  # late: every worker imports this module, and PyTorch takes seconds
 
     from utils.run import environment
@@ -161,10 +160,10 @@ def machine() -> dict:
 
 def main() -> None:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--clips", type=number(int, 32, 1440), default=60, metavar="N", help="clips (default: 60)")
+    parser.add_argument("--clips", type=number(int, 32, 1440), default=60, metavar="N", help="clip count (default: 60)")
     parser.add_argument("--repeats", type=number(int, 1), default=3, metavar="N",
-                        help="repeats, of which the median is reported (default: 3)")  # fmt: skip
-    parser.add_argument("--against", metavar="DIR", help="another checkout of this repository to compare with")
+                        help="repeats; the median is reported (default: 3)")  # fmt: skip
+    parser.add_argument("--against", metavar="DIR", help="compare with this checkout of the repository (default: none)")
     args = parser.parse_args()
     about = machine()
     print(", ".join(f"{name} {value}" for name, value in about.items()))

@@ -1,4 +1,4 @@
-"""Raw files that look like the real downloads, made on the fly: FLV1 video, 16 kHz WAV, mp4 with an AAC track."""
+"""Generated raw files in the formats of the real downloads: FLV1 video, 16 kHz WAV, mp4 with an AAC track."""
 
 from fractions import Fraction
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where results of benchmarks lie, and under which name."""
+"""Paths and names of benchmark results."""
 
 import datetime
 import itertools

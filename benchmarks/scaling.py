@@ -1,12 +1,12 @@
-"""How time and memory grow with clips and with classes: whole runs of train.py on generated data, watched from outside.
+"""Time and memory of whole train.py runs against the number of clips and classes, on generated data.
 
     python -m benchmarks.scaling                                     # 500 to 8,000 clips, files, memory, 2 processes
-    python -m benchmarks.scaling --clips 100,200 --classes 3,6 --epochs 4 --warmup 2     # to see that it works
+    python -m benchmarks.scaling --clips 100,200 --classes 3,6 --epochs 4 --warmup 2     # smoke test
 
-Seconds are the median epoch of a phase, the first epoch left out. `private` is memory that nobody else can use (peak
-over the run, all processes of it together, and the largest of them), `mapped` the share of mapped files, the pack among
-them, that were in memory: the system takes those pages back when it needs them. A line is fitted to each; R2 says how
-straight it is. Needs Linux (/proc/PID/smaps_rollup).
+Seconds are the median epoch of a phase, without the first epoch. `private` is unshared memory: its peak over the run,
+for all processes together and for the largest one. `mapped` is the resident part of mapped files, such as the pack; the
+system can reclaim these pages. A line is fitted to each quantity; R2 measures its linearity. Memory is read from
+outside the runs and needs Linux (/proc/PID/smaps_rollup).
 """
 
 import argparse
@@ -58,10 +58,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--class_clips", type=number(int, 8), default=1000, help="clips of the runs over classes (default: 1000)"
     )
     add_shape_flags(p, SHAPE)
-    p.add_argument("--batch_size", type=number(int, 2), default=64, help="clips per step (default: 64)")
+    p.add_argument("--batch_size", type=number(int, 2), default=64, help="batch size (default: 64)")
     p.add_argument("--epochs", type=number(int, 3), default=11, help="epochs of each run (default: 11)")
-    p.add_argument("--warmup", type=number(int, 2), default=6, help="joint epochs, the first not counted (default: 6)")
-    p.add_argument("--workers", type=number(int, 0), default=2, help="processes that read files (default: 2)")
+    p.add_argument("--warmup", type=number(int, 2), default=6, help="joint epochs, the first is not timed (default: 6)")
+    p.add_argument("--workers", type=number(int, 0), default=2, help="worker processes that read files (default: 2)")
     args = p.parse_args(argv)
     if args.warmup >= args.epochs:
         raise UserError(f"--warmup {args.warmup}: must be less than --epochs {args.epochs}")
@@ -160,7 +160,7 @@ def fit_rows(rows: list[dict], over: str) -> list[dict]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not Path("/proc/self/smaps_rollup").exists():
-        raise UserError("benchmarks.scaling: needs Linux, whose /proc tells what memory a process has")
+        raise UserError("benchmarks.scaling: reads memory from /proc, which only Linux has")
     about = machine(torch.device("cpu"))
     plan = [("clips", way, clips, 6) for way in WAYS for clips in args.clips]
     plan += [("classes", "ram", args.class_clips, classes) for classes in args.classes]

@@ -1,1 +1,1 @@
-"""From raw files to batches on the device. Facts about datasets (classes, frames, audio shapes) live here only."""
+"""Datasets: from raw files to batches on the device. All facts about datasets (classes, frames, shapes) are here."""

@@ -1,7 +1,7 @@
-"""Which frames of a clip are seen, and through which window: drawn for a whole epoch at once, applied batch by batch.
+"""Frame sampling, crops and flips: drawn for a whole epoch at once, applied per batch.
 
-Drawing and applying are apart, so that every data path (files or resident, host or GPU) sees the same crops for the
-same seed, and a resumed epoch the same as an uninterrupted one.
+Drawing and applying are separate, so that all data paths (files or resident, host or GPU) use the same crops for the
+same seed, and a resumed epoch uses the same crops as an uninterrupted one.
 
 Shapes: N clips, T frames picked per clip, M frames in a call, c channels (3 RGB, 2 optical flow), H x W stored pixels,
 S x S fed pixels.
@@ -26,7 +26,7 @@ FIXED = 22  # bits after the point of the weights that PIL resizes 8-bit images 
 
 
 class Views(NamedTuple):
-    """What is seen of each clip: frame numbers (N, T), boxes (N, T, 4: top, left, height, width) and flips (N, T)."""
+    """Views of the clips: frame numbers (N, T), boxes (N, T, 4: top, left, height, width) and flips (N, T)."""
 
     picks: Tensor
     boxes: Tensor
@@ -166,7 +166,7 @@ def pil_resize(image: Tensor, size: int) -> Tensor:
 
 
 def crop_resize_at_once(frames: Tensor, boxes: Tensor, flips: Tensor, size: int, as_pil: bool = False) -> Tensor:
-    """`crop_resize` for a whole batch at once, without reading anything back from the device.
+    """`crop_resize` for a whole batch at once, without synchronising with the device.
 
     The filter is a triangle as wide as the reduction, over the pixels of the box. It is separable, so each axis is one
     matrix product with a weight matrix per frame; a mirror image is a reversed weight matrix. Levels are rounded only
@@ -185,7 +185,7 @@ def crop_resize_at_once(frames: Tensor, boxes: Tensor, flips: Tensor, size: int,
 
 
 def whole_levels(pixels: Tensor, weights: Tensor) -> Tensor:
-    """pixels (..., h, w) in whole levels times weights (..., w, S), rounded to whole levels as PIL rounds.
+    """Integer pixels (..., h, w) times weights (..., w, S), rounded to integers as PIL does.
 
     PIL's arithmetic on 8-bit images: weights are rounded to 22 bits after the point, sums are exact, halves round up.
     Here the weights are split in two parts of 11 bits, so that float32 sums are exact too, up to a 16-fold reduction.

@@ -1,4 +1,4 @@
-"""From flags to clips: one way to build the data, for training, evaluation, reports and benchmarks alike."""
+"""Build the data from the flags, for training, evaluation, reports and benchmarks."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -29,13 +29,13 @@ class Data(NamedTuple):
         return self.folder.classes
 
     def describe(self) -> dict:
-        """What config.json holds of the data."""
+        """Description of the data for config.json."""
         clips = {name: len(part) for name, part in self.clips.items()}
         return {"classes": self.classes, "clips": clips, "missing": len(self.folder.missing),
                 "split": self.folder.split, "modalities": list(self.spec.names)}  # fmt: skip
 
     def input(self) -> dict:
-        """What a checkpoint says of its input, so that clips can be classified where the training folder is not.
+        """Description of the input for checkpoints, to classify clips without the training folder.
 
         The content of a dataset.json, the shape of each array, and the prepare.json of the folder ({}: made by others).
         """
@@ -43,7 +43,7 @@ class Data(NamedTuple):
         return description(self.spec) | {"shapes": shapes, "prepared": read_record(self.folder.root, "prepare.json")}
 
     def lines(self) -> list[str]:
-        """What the user should know of the data before a run."""
+        """Notes about the data, printed before the run."""
         sizes = ", ".join(f"{len(part)} {name}" for name, part in self.clips.items())
         where = {"device": "resident on the GPU", "ram": "resident in memory", "none": "read from files"}[self.cache[0]]
         told = [f"{self.spec.name}: {sizes} clips of {len(self.classes)} classes, {', '.join(self.spec.names)}; "
@@ -63,9 +63,9 @@ class Data(NamedTuple):
 
 
 def build_data(args: Namespace, device: torch.device, only: tuple[str, ...] | None = None) -> Data:
-    """The data that the flags in `args` name, on `device`; with `only`, batches of these parts alone.
+    """Build the data selected by the flags in `args`, on `device`; with `only`, just these parts.
 
-    Raises `UserError` for whatever is wrong with the folder or does not go with the flags; under torchrun on every
+    Raises `UserError` for problems of the folder and for flags that do not fit it; under torchrun on every
     process, in one line.
     """
     with distributed.together():

@@ -1,6 +1,6 @@
-"""Clips as batches on the device: one interface, two paths (resident arrays, or files read by workers).
+"""Batches of clips on the device, from resident arrays or from files read by worker processes.
 
-Both draw the same views for the same generator, so they feed the same images.
+Both data paths draw the same views for the same generator, so they feed the same images.
 
 Shapes: N clips, B clips of a batch on this process, T frames, c channels, S x S pixels, (F, W) spectrogram.
 """
@@ -64,7 +64,7 @@ class ClipBatch(NamedTuple):
 
     @property
     def weight(self) -> float:
-        """What each clip here counts in a sum over processes: 1, or less where several processes hold the same clip."""
+        """Weight of each clip in a sum over processes: 1, or less if several processes have the same clip."""
         return self.share * self.total / len(self.clips)
 
 
@@ -81,7 +81,7 @@ class Job(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """How clips are fed: their `modalities`, images at `image_size` pixels, to `device`.
+    """Settings for feeding clips: their `modalities`, images at `image_size` pixels, to `device`.
 
     `crop_area` and `mirror` as in `draw_views`; `pack_size`, in pixels, is the shorter side frames are kept at (None:
     as stored), on either path alike. With `as_pil` frames are resized and normalised as PIL and torchvision do it, to
@@ -240,7 +240,7 @@ class ResidentClips(Clips):
 
 
 class _Stored:
-    """An array of a pack: on a GPU in one piece, on the host as the memory-mapped shards that it lies in."""
+    """An array of a pack: one tensor on a GPU, memory-mapped shards on the host."""
 
     def __init__(self, array: Rows, store: torch.device):
         shards = [_as_tensor(shard) for shard in array.shards]
@@ -276,7 +276,7 @@ class FileClips(Clips):
         self.jobs: list[Job] = []
         self.loader = DataLoader(
             _JobReader(part, feed, shapes, {name: sizes.numpy() for name, sizes in self.sizes.items()}),
-            sampler=self.jobs,  # filled anew for each epoch, so that the workers live on
+            sampler=self.jobs,  # refilled for each epoch, so that the workers persist
             batch_size=None,
             num_workers=feed.workers,
             persistent_workers=feed.workers > 0,
@@ -301,7 +301,7 @@ class FileClips(Clips):
 
 
 def _ignore_signals(_: int) -> None:
-    """A worker outlives the signals sent to the whole group (Ctrl-C, a scheduler's SIGTERM); its parent ends it."""
+    """Ignore signals sent to the process group (Ctrl-C, a scheduler's SIGTERM); the parent ends its workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -369,11 +369,11 @@ def stored_sizes(part: Part, feed: Feed) -> dict[str, tuple[int, int]]:
 
 
 def step_bytes(batch_size: int, feed: Feed, shapes: dict[str, tuple[int, ...]]) -> float:
-    """About what a run takes on a GPU beside the clips: weights, optimizer and CUDA itself, and the step's activations.
+    """Estimated GPU memory in bytes of a run without the clips: weights, optimizer, CUDA, activations of a step.
 
-    For each pixel or array value that is fed, ResNet-18 keeps 450 bytes for the gradient in float32 (counted in
-    tests/test_clips.py); scoring, at four times the batch, and the crops it is fed take more: 700. That is too much for
-    thinner trunks and for bf16.
+    Per pixel or array value that is fed, ResNet-18 stores 450 bytes for the gradient in float32 (counted in
+    tests/test_clips.py). Scoring, with batches four times as large, and its crops need more: 700 bytes. This is an
+    overestimate for thinner networks and for bf16.
     """
     images = sum(modality.frames for modality in feed.modalities if modality.kind == "frames") * feed.image_size**2
     arrays = {modality.name for modality in feed.modalities if modality.kind == "array"}
@@ -385,7 +385,7 @@ def choose_cache(
 ) -> tuple[str, str]:
     """The data path, and why it. For `auto` the fastest on which `parts` surely fit: GPU, host memory, else files.
 
-    `step` is what training takes on the GPU beside the clips, in bytes. All processes agree on the slowest that any of
+    `step` is the GPU memory of training without the clips, in bytes. All processes agree on the slowest that any of
     them chooses. Raises `UserError` if `device` is asked for and the clips are larger than what the GPU has free.
     """
     cache, device = feed.cache, feed.device
@@ -394,7 +394,7 @@ def choose_cache(
     on_gpu = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if cache == "device" and device.type == "cuda" and needed > on_gpu:
         raise UserError(f"--cache device: the clips take {gigabytes(needed)}, the GPU has {gigabytes(on_gpu)} free; "
-                        "type --cache auto, or a smaller --pack_size")  # fmt: skip
+                        "use --cache auto, or a smaller --pack_size")  # fmt: skip
     if cache != "auto":
         return cache, f"--cache {cache}"
     # One file that all processes map; where there is none and none can be written, each has to hold the clips itself,
@@ -427,5 +427,5 @@ def _send(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _to_device(parts: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
-    """All `parts` in one copy, then apart again."""
+    """Copy all `parts` to the device at once, then split them."""
     return torch.cat(parts).to(device).split([len(part) for part in parts])

@@ -1,4 +1,4 @@
-"""`python -m dataset.demo`: the demo dataset, made by dataset/prepare/demo.py."""
+"""`python -m dataset.demo`: generate the demo dataset (dataset/prepare/demo.py)."""
 
 from dataset.prepare.demo import ensure_demo, main
 from utils.errors import run_main

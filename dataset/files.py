@@ -1,7 +1,7 @@
-"""The files of a part's clips, kept small: a name for each clip instead of a path for each file.
+"""Compact table of the files of a part: one name per clip instead of one path per file.
 
-200,000 clips of ten frames have 2 million paths, over a gigabyte as `Path` objects, but their names repeat from clip to
-clip.
+200,000 clips of ten frames have 2 million paths, more than a gigabyte as `Path` objects, but file names repeat from
+clip to clip.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""A prepared folder, inspected at header level: clips, labels and files of each part."""
+"""A training folder after header-level inspection: clips, labels and files of each part."""
 
 import hashlib
 import shlex

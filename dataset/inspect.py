@@ -1,7 +1,7 @@
-"""Header-level inspection of a training folder: what every training start needs to know, in seconds.
+"""Header-level inspection of a training folder, in seconds, at the start of every training run.
 
-Lists, names, files that exist and are not empty, .npy headers. No file's content is decoded: `dataset.pack.read_frame`
-and `read_array` check what they decode anyway, and the doctor (`python -m dataset.prepare --check`) reads everything.
+Checks lists, names, existence and size of files, and .npy headers. File contents are not decoded here:
+`dataset.pack.read_frame` and `read_array` check what they decode, and `python -m dataset.prepare --check` reads all.
 """
 
 import os
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 
 class Files(NamedTuple):
-    """What one clip has in each modality, one object for all clips that have the same.
+    """Contents of a clip in each modality; clips with equal contents share one object.
 
     `frames` are the names of the frames, in order, `shapes` those of the arrays; `casts` says in words how the file of
     an array differs from row-ordered float32, where it does. `dataset.folder` makes paths of them.
@@ -49,7 +49,7 @@ class Files(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What the header of a .npy file says; `start` is where the numbers begin, in bytes."""
+    """Header of a .npy file; `start` is the offset of the data in bytes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -58,7 +58,7 @@ class Header(NamedTuple):
 
     @property
     def cast(self) -> str:
-        """How the array differs from what is fed, '' for row-ordered float32."""
+        """Difference between the array and what is fed, '' for row-major float32."""
         words = [] if self.dtype == np.dtype("<f4") else [self.dtype.name]
         return ", ".join([*words, "column order"] if self.fortran and len(self.shape) > 1 else words)
 
@@ -91,7 +91,7 @@ class Report(NamedTuple):
 
 
 def frame_fault(data: bytes) -> str:
-    """Why `data` is not a whole JPEG or PNG file, '' if it looks like one. Its pixels are the decoder's to check."""
+    """Reason why `data` is not a complete JPEG or PNG file, '' if it looks valid. Pixels are not decoded."""
     if not data:
         return "empty file"
     if data.startswith(LFS_HEADER):
@@ -152,7 +152,7 @@ def array_header(path: str, headers: Headers) -> Header:
 
 
 class _Fault(ValueError):
-    """What is wrong with an array file, in words for the user."""
+    """Describe the problem of an array file."""
 
 
 def _npy_header(file: BinaryIO) -> Header:
@@ -335,7 +335,7 @@ def _inspect_clips(
 
 
 def _shape_fault(modality: Modality, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    """Why an array of `shape` does not go with the `wanted` one, '' if it does. Sequences may have any length."""
+    """Reason why an array of `shape` does not fit `wanted`, '' if it does. Sequences can have any length."""
     if modality.kind == "sequence":
         if len(shape) != 2:
             return f"array of shape {shape}; a sequence has two dimensions (steps, numbers)"

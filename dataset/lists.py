@@ -1,7 +1,7 @@
-"""The lists of a training folder: stat.csv (class names), train.csv, test.csv, val.csv (clip,label), groups.csv.
+"""Lists of a training folder: stat.csv (class names), train.csv, test.csv, val.csv (clip,label), groups.csv.
 
-They come from people and spreadsheets, so a byte-order mark, quotes and CRLF are accepted; anything that would make
-training wrong (an unknown label, a clip listed twice, an id that leaves the folder) is refused by file and line.
+The lists are often written by spreadsheets, so byte-order marks, quotes and CRLF are accepted. Entries that would make
+training wrong (unknown labels, duplicate clips, ids that leave the folder) raise errors with file and line.
 """
 
 import csv

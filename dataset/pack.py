@@ -1,11 +1,11 @@
-"""The pack: every frame of a part decoded once to uint8, every array and sequence in one array, all memory-mappable.
+"""Pack: memory-mapped files with all frames of a part decoded to uint8, and all its arrays and sequences.
 
-It lies in the training folder as `<root>/.pack/<part>-<key>/`, in shards `<modality>-<number>.npy` of at most `SHARD`
-bytes each. The key is a digest of the sources (clips, and the size and time of each file): a changed source has another
-key, so an outdated pack is never read. The folder is made under a temporary name and renamed when it is whole.
-`<root>/.pack/lock` is held meanwhile, so whatever has a temporary name while nobody holds the lock was abandoned.
+A pack is the folder `<root>/.pack/<part>-<key>/` with shards `<modality>-<number>.npy` of at most `SHARD` bytes each.
+The key is a digest of the sources (clips, file sizes and times), so an outdated pack is never read. The folder
+is built under a temporary name and renamed when it is complete. `<root>/.pack/lock` is held while a pack is built:
+temporary folders are leftovers if nobody holds the lock.
 
-Memory does not grow with the number of clips: a few clips are decoded at a time and appended to the open shard.
+Memory does not grow with the number of clips: a few clips at a time are decoded and appended to the open shard.
 
 Shapes: N clips, K frames or steps in all, H x W stored pixels, c channels (3 RGB, 2 optical flow). `sizes` (modality ->
 (H, W)) names the modalities of frames to pack, `shapes` (modality -> shape of one clip's array) the others.
@@ -39,7 +39,7 @@ from utils.progress import over
 
 KEPT_SECONDS = 24 * 3600  # a pack that no run has opened for so long is deleted when the next one is made
 SHARD = 2 * 10**9  # bytes of a file at most, but for a single row that is larger
-FORMAT = 3  # raise when the layout changes, so that older packs are made again
+FORMAT = 3  # raise when the layout changes, so that older packs are rebuilt
 
 Sizes = dict[str, tuple[int, int]]
 Shapes = dict[str, tuple[int, ...]]
@@ -176,7 +176,7 @@ def _bad_frame(path: Path, reason: str) -> UserError:
 
 
 def _bad_file(path: Path, reason: str, depth: int) -> UserError:
-    """The error for a file that lies `depth` folders below the training folder."""
+    """The error for a file `depth` folders below the training folder."""
     doctor = shlex.join(["python", "-m", "dataset.prepare", "--check", str(path.parents[depth])])
     return UserError(f"{path}: {reason}; {doctor} lists all; replace the file, or delete it and pass --allow_missing")
 
@@ -255,13 +255,13 @@ def open_pack(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -
         arrays = _load(folder, part, sizes, shapes)
         if arrays is None:
             raise UserError(f"{folder}: unreadable right after it was written; delete it and run again")
-    with suppress(OSError):  # marks it as in use; in a read-only folder nobody deletes packs either
+    with suppress(OSError):  # marks it as in use; in a read-only folder packs are not deleted either
         os.utime(folder / "pack.json")
     return Pack(arrays, first, counts)
 
 
 def is_packed(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -> bool:
-    """Whether `open_pack` would find a whole pack and write nothing."""
+    """Whether a complete pack exists, so that `open_pack` would write nothing."""
     return _load(_folder(root, name, part, sizes, shapes), part, sizes, shapes) is not None
 
 

@@ -1,4 +1,4 @@
-"""What is known about each data set, in one place: nobody else writes a class count or a spectrogram shape.
+"""Dataset specifications: the only place for class counts, frame counts and spectrogram shapes.
 
 Sources: the training lists and loaders published with OGM-GE (CVPR 2022) and Data Remixing (ICML 2025).
 """
@@ -17,7 +17,7 @@ RESERVED = ("joint", "multimodal", "loss", "remix", "baseline", "train", "test",
 
 @dataclass(frozen=True)
 class AudioRecipe:
-    """How a waveform becomes a spectrogram of one fixed shape.
+    """Recipe that converts a waveform to a spectrogram of a fixed shape.
 
     `shape` is (rows, columns) of the stored float32 array: (frequency, time) for `logstft` and `logmel`,
     (time, mel) for `fbank`. `rate` is in Hz; None keeps the file's own rate. `channels` says what becomes of several
@@ -35,7 +35,7 @@ class AudioRecipe:
 
     @property
     def fields(self) -> dict:
-        """What dataset.json and prepare.json hold of the recipe; `recipe_of` reads it."""
+        """The recipe as stored in dataset.json and prepare.json; `recipe_of` reads it."""
         if self.samples is None or self.rate is None:
             return {"name": self.name}
         return {"name": self.name, "rate": self.rate, "seconds": self.samples / self.rate, "bands": self.shape[0],
@@ -89,7 +89,7 @@ def recipe_of(value: object) -> AudioRecipe:
 
 @dataclass(frozen=True)
 class Modality:
-    """One modality of a dataset: where its files lie and how they are fed.
+    """A modality of a dataset: the location of its files and how they are fed.
 
     `kind` is one of:
 
@@ -138,7 +138,7 @@ def flow(frames: int, stored_frames: int | None = None) -> Modality:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset: where it lies, its modalities and classes, and how its clips are fed.
+    """A dataset: its location, modalities and classes, and how its clips are fed.
 
     The order of `modalities` is that of every table, column and tie: on a tie the last one is the hardest. `classes` is
     sorted (class index = rank); None means "as stat.csv says". `image_size` is the side in pixels that frames are fed

@@ -1,7 +1,7 @@
-"""Which clip is in which part: splits that share no actor (or other group of clips), and validation parts.
+"""Splits without shared actors (or other groups of clips), and validation parts.
 
-Every split is a function of clip ids, labels and a seed, so two machines make the same one. Chance comes from SHA-256
-and not from NumPy's generators, whose streams may change from one version to the next.
+A split depends only on clip ids, labels and a seed, so it is the same on every machine. Random numbers come from
+SHA-256, because the streams of NumPy's generators can change between versions.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint: a table for people, and beside the checkpoint the same as JSON for programs."""
+"""Evaluate a checkpoint: print a table, and write all metrics as JSON next to the checkpoint."""
 
 import json
 from argparse import Namespace
@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 def evaluate_checkpoint(args: Namespace, device: torch.device, make_model: Callable[..., MultimodalClassifier]) -> None:
-    """What train.py does without `--train`; `make_model` is its own.
+    """Evaluate `--checkpoint`, as train.py does without `--train`; `make_model` is train.py's.
 
     Prints and saves the numbers of the test clips. With `--predictions` all clips' logits and features go to that
     file, and a linear probe is fitted on the features of the training clips. `--clip` is classified instead.
@@ -61,7 +61,7 @@ def table(args: Namespace, data: Data, test: Predictions) -> list[str]:
 
 
 def measured(args: Namespace, data: Data, model: MultimodalClassifier, parts: dict[str, Predictions]) -> dict:
-    """What the JSON file holds: where the numbers come from, and under `heads` those of each head and source.
+    """Contents of the JSON file: origin of the numbers, and under `heads` those of each head and source.
 
     `heads["multimodal"]["head"]` and, for each fed modality, `heads[modality][source]` are as `measure` gives them,
     None where there is none: a head that was not trained, slices of a fusion head without parts, a probe without the

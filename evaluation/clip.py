@@ -1,7 +1,7 @@
-"""Raw clips classified: video and sound files through the preparation that the network's training folder went through.
+"""Classify raw video and audio files, prepared with the settings of the network's training folder.
 
     python train.py --checkpoint runs/NAME/best.pth --clip a.mp4 b.mp4
-    python train.py --checkpoint runs/NAME/best.pth --clip a.flv a.wav     # pictures and sound of one clip
+    python train.py --checkpoint runs/NAME/best.pth --clip a.flv a.wav     # video and audio of one clip
     python train.py --checkpoint runs/NAME/best.pth --clip a.mp4@1.2-3.4   # seconds cut out of a file
 
 Shapes: C classes.
@@ -30,7 +30,7 @@ SHOWN = 5  # classes of each head, the most probable first
 
 
 class Answer(NamedTuple):
-    """What the network says of one clip: the modalities it was given, and each trained head's probabilities (C,)."""
+    """Predictions for one clip: the fed modalities, and the probabilities (C,) of each trained head."""
 
     clip: str
     fed: tuple[str, ...]
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 def classify_clips(args: Namespace, device: torch.device, make_model: Callable[..., MultimodalClassifier]) -> None:
     """Print the classes of the clips of `--clip` by each head. `make_model` is train.py's own."""
     if distributed.world_size() > 1:
-        raise UserError("--clip: start it as one process, by python")
+        raise UserError("--clip: runs in one process; start it with python, not torchrun")
     clips = given_clips(args.clip)
     folder, record = trained_folder(args)
     model = make_model(args, without_clips(folder), device)
@@ -61,7 +61,7 @@ def answers_for(
     """
     fed = tuple(name for name in fed_to(args, folder.spec.names) if name in names)
     if not fed:
-        raise UserError(f"--clip {part.clips[0]}: {' and '.join(names)} alone, and the network was trained by --method "
+        raise UserError(f"--clip {part.clips[0]}: only {' and '.join(names)}, but the network was trained by --method "
                         f"{args.method}")  # fmt: skip
     modalities, device = tuple(folder.spec.modality(name) for name in fed), next(model.parameters()).device
     feed = Feed(modalities, args.image_size, device, "ram", pack_size=args.pack_size)

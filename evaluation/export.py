@@ -1,4 +1,4 @@
-"""A trained network as one file that PyTorch runs without this project (`torch.export`).
+"""Export a trained network with `torch.export` to one file that PyTorch runs without this project.
 
     python -m report.export --checkpoint runs/NAME/best.pth --out model.pt2
 
@@ -19,11 +19,11 @@ from models import MultimodalClassifier
 from utils.errors import UserError
 from utils.files import atomic_path, writing
 
-ABOUT = "about.json"  # in the file, beside the program
+ABOUT = "about.json"  # stored in the file with the program
 
 
 class Heads(nn.Module):
-    """The network as it is exported: plain inputs, the logits of all heads."""
+    """Wrapper for export: plain tensors in, logits of all heads out."""
 
     def __init__(self, network: MultimodalClassifier):
         super().__init__()
@@ -68,7 +68,7 @@ def export_network(network: MultimodalClassifier, inputs: dict[str, Tensor]) -> 
 
 
 def describe(folder: Folder, inputs: dict[str, Tensor], record: dict) -> dict:
-    """What whoever runs the program has to know: classes, the inputs' shapes for one clip, how pixels are scaled."""
+    """Metadata of the program: classes, input shapes for one clip, scaling of pixels."""
     found: dict[str, dict] = {}
     for modality in folder.spec.modalities:
         own: dict = {"shape": list(inputs[modality.name].shape[1:])}

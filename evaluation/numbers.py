@@ -1,4 +1,4 @@
-"""Numbers of one part of the data from logits: a few flat ones for every epoch, all of them for a checkpoint.
+"""Metrics of one part of the data from logits: a few flat numbers per epoch, all metrics for a checkpoint.
 
 Shapes: N clips, C classes.
 """
@@ -34,7 +34,7 @@ def trained_heads(args: Namespace) -> tuple[str, ...]:
 def evaluate(logits: dict[str, Tensor], labels: Tensor, part: str, args: Namespace) -> dict[str, float | None]:
     """Flat numbers of one part ("test" or "val"): accuracies are fractions in [0, 1], None for a head not trained.
 
-    `logits` may hold `slice_<modality>` beside the heads (`models.inference.collect`).
+    `logits` can also contain `slice_<modality>` (`models.inference.collect`).
     """
     trained = trained_heads(args)
     numbers: dict[str, float | None] = {f"{part}_acc": accuracy(logits["joint"], labels)}

@@ -1,4 +1,4 @@
-"""What a network says of every clip: logits and features of all heads and modalities, and the file that holds them.
+"""Predictions for all clips: logits of all heads and features of all modalities, saved to one file.
 
     python train.py --checkpoint runs/NAME/best.pth --predictions out.npz
 
@@ -24,7 +24,7 @@ from utils.files import atomic_path, writing
 
 
 class Predictions(NamedTuple):
-    """The clips of one part in order, labels (N,), and by modality (logits also by "joint") what the network says.
+    """Predictions for one part: clips in order, labels (N,), outputs by modality (logits also by "joint").
 
     `logits`, `slices` and `masked` are (N, C) as in `evaluation.unimodal`, `features` (N, D_m). Modalities that are not
     fed have no entry; `slices` is empty where the joint logits are no sum of one part per modality.
@@ -42,7 +42,7 @@ class Predictions(NamedTuple):
 def predict_part(
     model: MultimodalClassifier, clips: Clips, fed: tuple[str, ...], batch_size: int, name: str
 ) -> Predictions:
-    """One pass over all `clips` in order, in evaluation mode: every process does its share and gets the whole.
+    """One pass over all `clips` in order, in eval mode. Processes share the work; each gets all results.
 
     Raises `UserError` naming the clips if a logit is not finite.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint says of how its network was trained: flags, and the data it takes, which need not be there."""
+"""Training flags and data description stored in a checkpoint. The data themselves are not needed."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -43,9 +43,9 @@ def check_evaluation(args: Namespace) -> None:
     """Raise `UserError` for flags of evaluation that do not go together."""
     for name in ("predictions", "clip"):
         if args.train and getattr(args, name):
-            raise UserError(f"--{name}: of a trained network; use --checkpoint FILE, without --train")
+            raise UserError(f"--{name}: needs a trained network; use --checkpoint FILE, without --train")
     if args.predictions and args.clip:
-        raise UserError("--predictions: of the clips in the training folder, not of --clip; choose one")
+        raise UserError("--predictions: cannot be combined with --clip; choose one")
     if args.predictions:
         refuse_existing(Path(args.predictions))
 
@@ -53,7 +53,7 @@ def check_evaluation(args: Namespace) -> None:
 def refuse_existing(path: Path) -> None:
     """Raise `UserError` for a file of predictions that is there already, or that is none by its name."""
     if path.exists():
-        raise UserError(f"--predictions {path}: is there already; delete it, or choose another name")
+        raise UserError(f"--predictions {path}: already exists; delete it, or choose another name")
     if path.suffix != ".npz":
         raise UserError(f"--predictions {path}: choose a name that ends in .npz")
 

@@ -1,4 +1,4 @@
-"""Unimodal accuracy has four meanings in the field, which differ by many points: all of them, each under its name.
+"""Unimodal accuracy by its four definitions in the literature, which differ by many points.
 
 Shapes: N clips, C classes, D_m features of modality m.
 """

@@ -1,4 +1,4 @@
-"""One way to build the network, for training, reports and benchmarks alike."""
+"""Build the network, for training, reports and benchmarks."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -21,7 +21,7 @@ DEFAULT_ENCODERS = {"vector": "mlp", "sequence": "gru"}
 
 
 class ModalityLike(Protocol):
-    """What is read of a `dataset.specs.Modality`."""
+    """The attributes used of a `dataset.specs.Modality`."""
 
     @property
     def name(self) -> str: ...

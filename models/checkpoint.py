@@ -1,4 +1,4 @@
-"""Weights in and out of checkpoints: under the official code's names, whatever the names inside the network."""
+"""Conversion of weights between the names in the network and the official code's names in checkpoints."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def model_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
-    """Load `weights` of a checkpoint into a network, whatever wrapper saved them.
+    """Load `weights` of a checkpoint into a network; prefixes of wrappers (DDP, compile) are removed.
 
     Raises `UserError` naming what is missing, unknown or of another shape.
     """

@@ -1,6 +1,6 @@
 """The multimodal classifier of Data Remixing: an encoder per modality, a fusion head, and a head per modality.
 
-Here modalities meet in the fusion head alone ("late"); `models.intermediate` has networks in which encoders meet.
+Here modalities are fused only in the fusion head ("late"); `models.intermediate` has networks with earlier fusion.
 
 Shapes: B batch, T frames, F x W spectrogram, S x S pixels, D_m features of modality m (512 for ResNet-18), C classes.
 """
@@ -101,7 +101,7 @@ class MultimodalClassifier(nn.Module):
         return features.unflatten(0, frames).mean(dim=1) if frames else features  # (B, D_m)
 
     def autocast(self, x: Tensor | Sequences) -> AbstractContextManager:
-        """What encoders compute in."""
+        """Precision of the encoders."""
         return torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def forward(
@@ -132,7 +132,7 @@ class MultimodalClassifier(nn.Module):
         return features
 
     def unimodal_logits(self, features: dict[str, Tensor], fed: tuple[str, ...]) -> dict[str, Tensor]:
-        """Unimodal logits (B, C) of the modalities `fed`, none where they would be of no use."""
+        """Unimodal logits (B, C) of the modalities `fed`; empty if they are not needed."""
         if self.unimodal == "heads":
             return {name: self.heads[name](features[name]) for name in self.widths if name in fed}
         return {} if self.training else {name: self.masked(features, name) for name in self.widths if name in fed}

@@ -1,6 +1,6 @@
-"""Encoders: one input in, one feature vector out, by name in `ENCODERS` or as `timm:NAME` (`models.timm_encoders`).
+"""Encoders map an input to a feature vector; by name in `ENCODERS`, or `timm:NAME` (`models.timm_encoders`).
 
-torchvision is imported where it is used: importing it takes as long as importing torch.
+torchvision is imported lazily: importing it takes as long as importing torch.
 
 Shapes: B clips or images, c input channels, H x W pixels, D features (or numbers of a step), L steps of the longest
 sequence of a batch, R steps of all of them.
@@ -60,7 +60,7 @@ def steps_of(lengths: Tensor) -> Tensor:
 
 
 class MeanPool(nn.Module):
-    """Global average pooling in float32 at least, whatever the trunk computes in: (B, D, h, w) -> (B, D)."""
+    """Global average pooling in at least float32, for any input precision: (B, D, h, w) -> (B, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -215,7 +215,7 @@ IMAGE_ENCODERS = tuple(name for name, encoder in ENCODERS.items() if encoder.tak
 
 
 def takes(name: str) -> str | None:
-    """What the encoder `name` takes: "image", "vector" or "sequence"; None for one that does not exist."""
+    """Input kind of the encoder `name`: "image", "vector" or "sequence"; None if it does not exist."""
     if name.startswith(TIMM):
         return "image" if name != TIMM else None
     return ENCODERS[name].takes if name in ENCODERS else None

@@ -1,4 +1,4 @@
-"""Fusion heads: features of all modalities in, joint logits out. docs/fusion.md has formulas and sources.
+"""Fusion heads: map the features of all modalities to joint logits. Formulas and sources: docs/fusion.md.
 
 Shapes: B batch, D_m features of modality m, C classes. `features` maps every modality to (B, D_m), in the dataset's
 order; a modality that is not in `fed` is masked, and its feature is zero. In a mixed batch `mask` (B, M) bool says the
@@ -8,14 +8,14 @@ What masking means. In a homogeneous batch the masked features are zero, and wha
 fed modality, because that is what the batch trains:
 - concat, sum: zeros add nothing but a bias, so zeroing is enough.
 - decision: the mean over all modalities of their unimodal logits. A masked modality adds its head's bias, and the fed
-  one's logits are divided by M all the same. decision_drop takes the mean over the modalities that are fed.
+  one's logits are still divided by M. decision_drop takes the mean over the modalities that are fed.
 - film: audio modulates video as gamma(a) * v + beta(a). At a = 0 that leaves gamma = its bias, which starts near 0 and
   would all but silence the video. A masked audio therefore modulates by the identity: gamma = 1, beta = 0.
   A masked video leaves beta(a): audio alone, through the same output layer.
 - gated: audio opens a gate on the video projection. A masked audio leaves the gate open (1). A masked video leaves its
   projection's bias behind the audio's gate.
 - bigated: each modality gates the other. A masked modality leaves the fed one's gate half open (the sigmoid of a bias
-  near 0), which is about what it is beside an average clip, so zeroing is enough.
+  near 0), which is about its value with an average clip, so zeroing is enough.
 
 The names ending in `_bias1` start a bias at 1 that the fed modality is multiplied by, so that it reaches the output
 layer at the first step already: gamma's in film, those of the gated projections in gated and bigated.

@@ -1,4 +1,4 @@
-"""Evaluation-mode passes over many batches: one `collect` for scoring, evaluation, features and diagnostics.
+"""Inference over many batches in eval mode, for scoring, evaluation, features and diagnostics.
 
 Shapes: N clips, C classes, D_m features of modality m.
 """
@@ -19,7 +19,7 @@ from utils.progress import Progress
 
 
 class ClipsLike(Protocol):
-    """What is used of `dataset.clips.Clips`."""
+    """The attributes used of `dataset.clips.Clips`."""
 
     names: list[str]
 
@@ -59,7 +59,7 @@ def collect(
     full: int = 0,
     slices: bool = False,
 ) -> Collected:
-    """What the network says of a part of N `clips`, each process doing its share and getting the whole.
+    """Predict a part of N `clips`. Processes share the work; each gets all results.
 
     `batches` are `dataset.clips.ClipBatch`es that together hold every clip once. The network is
     used in the mode it is in. Features are left out where not asked for. `bar` is moved by the clips of each batch, and

@@ -1,4 +1,4 @@
-"""Networks whose encoders meet before the fusion head: MMTM and CentralNet (paper, Table 4), for ResNet encoders.
+"""Networks with intermediate fusion: MMTM and CentralNet (paper, Table 4), for ResNet encoders.
 
 MMTM (Joze et al., CVPR 2020). After layer2, layer3 and layer4 the channels of each modality's maps are scaled by gates
 that are computed from all modalities' maps: s_m the mean of the maps over all axes but the channels (B, C_m), e =
@@ -113,7 +113,7 @@ class RunningMean(nn.Module):
 
 
 def mean_of(past: nn.Module) -> Tensor:
-    """The mean (D,) that a `RunningMean` holds; zeros before the first vector."""
+    """The mean (D,) of a `RunningMean`; zeros before the first vector."""
     return past.get_buffer("total") / past.get_buffer("weight").clamp(min=1e-12)
 
 

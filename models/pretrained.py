@@ -1,4 +1,4 @@
-"""Local weights to start from: files of torchvision and timm, and checkpoints of this project (`--pretrained`)."""
+"""Pretrained weights from local files (`--pretrained`): torchvision, timm, and checkpoints of this project."""
 
 from collections import Counter
 from pathlib import Path
@@ -43,9 +43,9 @@ def load_pretrained(model: MultimodalClassifier, text: str, classes: list[str]) 
 
 
 def check_files(text: str, checkpoint: str | None) -> None:
-    """Raise `UserError` for files that are not there, before the data are read, and beside a `checkpoint`."""
+    """Raise `UserError` for missing files, before the data are read, and for a simultaneous `checkpoint`."""
     if checkpoint:
-        raise UserError("--pretrained: --checkpoint gives all weights already; leave one of them out")
+        raise UserError("--pretrained: --checkpoint already loads all weights; omit one of the two flags")
     for path in per_modality(text).values():
         if not Path(path).is_file():
             raise UserError(f"--pretrained {path}: no such file; give a .pth or .safetensors file")
@@ -55,7 +55,7 @@ def _from_run(model: MultimodalClassifier, name: str, weights: dict[str, Tensor]
     """Fill a modality's encoder and, where the classes are the `same`, its head, from a checkpoint of this project."""
     own = _below(weights, official_name(f"encoders.{name}."))
     if not own:
-        raise UserError(f"--pretrained {path}: has no encoder of {name}; name those that it has, as in "
+        raise UserError(f"--pretrained {path}: has no encoder of {name}; give only modalities in the file, as in "
                         f"{next(iter(model.names))}={path}")  # fmt: skip
     told = f"pretrained {name}: {_fill(model.encoders[name], own, path, name)}"
     head, given = model.heads[name], _below(weights, official_name(f"heads.{name}."))
@@ -102,7 +102,7 @@ def _fill(encoder: nn.Module, weights: dict[str, Tensor], path: str, name: str) 
 
 
 def _other_channels(given: Tensor, own: Tensor) -> bool:
-    """Whether two convolutions (D, c, h, w) differ in c alone."""
+    """Whether two convolutions (D, c, h, w) differ only in c."""
     return given.dim() == 4 and given.shape[1] != own.shape[1] and (
         given.shape[0], *given.shape[2:]) == (own.shape[0], *own.shape[2:])  # fmt: skip
 

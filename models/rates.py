@@ -1,4 +1,4 @@
-"""Learning rates of the network's parts: a factor per encoder, 0 to freeze it, and a decay from layer to layer."""
+"""Parameter groups: a learning-rate multiplier per encoder (0 freezes it) and layer-wise decay."""
 
 import re
 
@@ -33,7 +33,7 @@ def parameter_groups(
 
 
 def depths(encoder: nn.Module) -> list[int]:
-    """How many layers each of `encoder.parameters()` is below the heads; 0 for all where it has no layers by name.
+    """Depth below the heads of each of `encoder.parameters()`; 0 for all if the layers have no known names.
 
     Layers are the stem and the four stages of a ResNet, and in a timm model those of its `group_matcher`.
     """

@@ -1,6 +1,6 @@
 """Encoders from timm (PyTorch Image Models), an optional package: `timm:NAME`, any of its image models.
 
-timm is imported where it is used: it is optional, and importing it takes seconds.
+timm is imported lazily: it is optional, and importing it takes seconds.
 
 Shapes: B images, c channels, H x W pixels, D features.
 """

@@ -1,4 +1,4 @@
-"""Step 1, score: how hard is each clip in each modality?
+"""Step 1, score: the difficulty of each clip in each modality.
 
 Shapes: N clips, C classes, M modalities.
 """

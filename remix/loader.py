@@ -1,4 +1,4 @@
-"""Data Remixing in somebody else's loop: one call for an epoch's plan, and a batch sampler that serves it.
+"""Data Remixing for other training loops: one call plans an epoch, and a batch sampler yields its batches.
 
 Shapes: N clips, C classes, M modalities.
 """

@@ -1,1 +1,1 @@
-"""What is made of finished runs: `python -m report` (tables, figures, pictures) and `python -m report.compare`."""
+"""Reports on finished runs: `python -m report` (tables, figures, pictures) and `python -m report.compare`."""

@@ -1,12 +1,12 @@
-"""Compare runs: mean, spread and n under every protocol, differences to the baseline, figures.
+"""Report on finished runs: tables with mean, spread and n, paired differences to the baseline, figures.
 
     python -m report runs/compare                                     # runs, or folders of runs
     python -m report runs/* --results docs/results.md --readme README.md
     python -m report --model runs/NAME                                # pictures of a trained model
     python -m report --clips data/demo                                # contact sheet of a training folder
-    python -m report --people summaryTable.csv --partition runs/NAME/partition.csv      # CREMA-D against people
+    python -m report --people summaryTable.csv --partition runs/NAME/partition.csv      # CREMA-D against human votes
 
-Everything about runs comes from their JSON files.
+Runs are read from their JSON files.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -36,33 +36,35 @@ def compare_people(people: Path, partitions: list[Path], out: Path | None) -> No
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     p = Parser(prog="python -m report", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="*", type=Path, help="runs' folders, or folders of runs")
+    p.add_argument("runs", nargs="*", type=Path, help="run folders, or folders of runs")
     p.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the report (default: report, beside the first run)"
+        "--out", type=Path, metavar="DIR", help="folder of the report (default: report, next to the first run)"
     )
     p.add_argument("--results", type=Path, metavar="FILE", help="also write the report to this file (default: none)")
     p.add_argument("--readme", type=Path, metavar="FILE",
-                   help="put the first table between the results markers of this file (default: none)")  # fmt: skip
+                   help="insert the first table between the results markers of this file (default: none)")  # fmt: skip
     p.add_argument(
-        "--model", type=Path, metavar="RUN", help="pictures of this run's trained model instead (default: none)"
+        "--model", type=Path, metavar="RUN", help="draw pictures of this run's trained model instead (default: none)"
+    )
+    p.add_argument("--data_root", type=Path, metavar="DIR", help="with --model: training folder (default: the run's)")
+    p.add_argument(
+        "--people", type=Path, metavar="FILE", help="CREMA-D's summaryTable.csv of human votes (default: none)"
     )
     p.add_argument(
-        "--data_root", type=Path, metavar="DIR", help="with --model: the data's folder (default: as in the run)"
+        "--partition",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="partition.csv of CREMA-D runs, for --people (default: none)",
     )
     p.add_argument(
-        "--people", type=Path, metavar="FILE", help="CREMA-D's summaryTable.csv, with --partition (default: none)"
-    )
-    p.add_argument(
-        "--partition", type=Path, nargs="+", metavar="FILE", help="partition.csv of CREMA-D runs (default: none)"
-    )
-    p.add_argument(
-        "--clips", type=Path, metavar="DIR", help="contact sheet of this training folder's clips (default: none)"
+        "--clips", type=Path, metavar="DIR", help="draw a contact sheet of this training folder (default: none)"
     )
     p.add_argument("--format", type=format_list, default=("png",), metavar="A,B",
-                   help="formats of the figures, of png, pdf and svg (default: png)")  # fmt: skip
+                   help="figure formats: png, pdf, svg (default: png)")  # fmt: skip
     args = p.parse_args(argv)
     if bool(args.people) != bool(args.partition):
-        raise UserError("--people and --partition go together: the votes, and a run's partition.csv")
+        raise UserError("--people and --partition: only valid together (the votes, and a run's partition.csv)")
     if sum(map(bool, (args.runs, args.model, args.people, args.clips))) != 1:
         raise UserError("give runs or a folder of runs (python -m report runs), or one of --model RUN, --clips DIR and "
                         "--people FILE")  # fmt: skip

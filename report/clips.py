@@ -1,8 +1,8 @@
-"""Contact sheets: what clips look and sound like, frames over time with their spectrogram beneath.
+"""Contact sheets of clips: frames over time with the spectrogram below.
 
     python -m report --clips data/demo
 
-Works on any training folder, whatever its modalities. Shapes: T frames, H x W pixels, F rows (frequencies, features), L
+Works on any training folder with any modalities. Shapes: T frames, H x W pixels, F rows (frequencies, features), L
 steps, D values.
 """
 
@@ -68,7 +68,7 @@ def example(part: Part, modalities: Sequence[Modality], i: int, title: str, rema
 
 
 def note_of(modalities: Sequence[Modality]) -> str:
-    """What a sheet shows of these modalities."""
+    """The rows of a sheet for these modalities."""
     kinds = {modality.kind for modality in modalities}
     words = [f"{FRAMES} frames at most, evenly over the clip"] if "frames" in kinds else []
     words += ["arrays with time to the right"] if kinds - {"frames"} else []

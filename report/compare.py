@@ -1,10 +1,10 @@
-"""Methods x seeds x flags as separate runs of train.py, then one report: a fair comparison in one command.
+"""Compare methods, seeds and flags: one train.py run per combination, then one report.
 
     bash scripts/run_compare.sh                                     # demo: baseline, Remix, each modality; 5 seeds
     bash scripts/run_compare.sh --methods baseline,remix --seeds 0,1 --grid warmup=5,10 --epochs 40
 
-A run's name follows from its flags, so the same command resumes after an interruption: a finished run is reused, an
-unfinished one resumed, and one made with other flags is refused. Besides train.py's methods, `--methods` takes the
+Run names are derived from the flags, so the same command resumes after an interruption: finished runs are reused,
+unfinished runs are resumed, and runs made with other flags are refused. `--methods` takes train.py's methods and the
 names in `report.runs.VARIANTS`.
 """
 
@@ -57,27 +57,27 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     p = Parser(prog="run_compare.sh", description=__doc__,
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("--methods", metavar="A,B",
-                   help=f"of {', '.join((*train.METHODS, *VARIANTS))} and the dataset's modalities, each alone "
-                        "(default: baseline, remix and every modality)")  # fmt: skip
-    p.add_argument("--seeds", default="0,1,2,3,4", metavar="A,B", help="seeds of every method (default: 0,1,2,3,4)")
+                   help=f"methods to compare: {', '.join((*train.METHODS, *VARIANTS))}, or modalities, each trained "
+                        "alone (default: baseline, remix and every modality)")  # fmt: skip
+    p.add_argument("--seeds", default="0,1,2,3,4", metavar="A,B", help="seeds of each method (default: 0,1,2,3,4)")
     p.add_argument("--grid", action="append", default=[], metavar="FLAG=A,B",
-                   help="values of a train.py flag; several axes are combined (default: none)")  # fmt: skip
+                   help="values of a train.py flag; repeated flags form a grid (default: none)")  # fmt: skip
     p.add_argument("--jobs", type=number(int, 1), metavar="N",
-                   help="runs at a time (default: one per visible GPU; on a CPU one per core)")  # fmt: skip
+                   help="concurrent runs (default: one per visible GPU; on a CPU one per core)")  # fmt: skip
     p.add_argument(
         "--log_path", default="runs/compare", metavar="DIR", help="folder of the runs (default: runs/compare)"
     )
     p.add_argument("--out", metavar="DIR", help="folder of the report (default: <log_path>/report)")
     p.add_argument("--format", type=format_list, default=("png",), metavar="A,B",
-                   help="formats of the figures, of png, pdf and svg (default: png)")  # fmt: skip
-    p.epilog = "All other flags go to every run: python train.py --help"
+                   help="figure formats: png, pdf, svg (default: png)")  # fmt: skip
+    p.epilog = "All other flags are passed to every run; see python train.py --help."
     return p.parse_known_args(argv)
 
 
 def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
     """All runs in the order they start: every method of a seed before the next seed.
 
-    An interrupted comparison is then one with fewer seeds. Raises `UserError` for whatever train.py would refuse.
+    An interrupted comparison is then one with fewer seeds. Raises `UserError` for anything that train.py refuses.
     """
     seeds, axes = [_seed(text) for text in _items(args.seeds, "--seeds")], [_axis(text) for text in args.grid]
     for flag in (word.split("=")[0].removeprefix("--") for word in rest if word.startswith("--")):
@@ -107,7 +107,7 @@ def _methods(text: str | None, asked: Namespace) -> list[str]:
 def planned(method: str, seed: int, grid: Sequence[tuple[str, str]], rest: list[str], log_path: str) -> Planned:
     """The run of a method (of train.py, or one of `VARIANTS`) and a seed; its name has the flags of `grid` in it.
 
-    Flags of `grid` that the method does not read are left out. Raises `UserError` for whatever train.py would refuse.
+    Flags of `grid` that the method does not read are left out. Raises `UserError` for anything that train.py refuses.
     """
     base, variant = VARIANTS.get(method, (method, {}))
     grid = [(flag, value) for flag, value in grid if flag not in unread(base)]
@@ -147,7 +147,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
     if not equals or not flag.isidentifier():
         raise UserError(f"--grid {text}: give FLAG=A,B, such as --grid warmup=5,10")
     if flag in OURS or flag == "log_path":
-        raise UserError(f"--grid {flag}: not a flag to vary here; use {OURS.get(flag, 'another command')} instead")
+        raise UserError(f"--grid {flag}: cannot be varied; use {OURS.get(flag, 'another command')} instead")
     return flag, _items(values, f"--grid {flag}")
 
 
@@ -155,7 +155,7 @@ def _axis(text: str) -> tuple[str, list[str]]:
 
 
 def take_stock(run: Planned, log_path: Path) -> str:
-    """What the folder of that name calls for: "done", "resume" or "start".
+    """The action for the folder of that name: "done", "resume" or "start".
 
     Raises `UserError` for a run made with other flags, and for files that are not of a run.
     """
@@ -203,7 +203,7 @@ def defaults_of(config: dict) -> dict:
 
 
 class Worker:
-    """One process of train.py: its log is beside the run's folder, its progress is read from metrics.jsonl."""
+    """One process of train.py. Its log is next to the run folder; its progress is read from metrics.jsonl."""
 
     def __init__(self, run: Planned, action: str, log_path: Path, env: dict):
         self.run, self.folder, self.log = run, log_path / run.name, log_path / f"{run.name}.log"
@@ -231,7 +231,7 @@ class Worker:
             self.process.terminate()
 
     def was_interrupted(self) -> bool:
-        """Whether it was stopped by a signal and can be resumed."""
+        """Whether the run was stopped by a signal and can be resumed."""
         return self.process.returncode == INTERRUPTED
 
     def last_words(self) -> str:

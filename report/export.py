@@ -1,8 +1,8 @@
-"""A trained network as one file that PyTorch runs without this project.
+"""Export a trained network to one file that PyTorch runs without this project.
 
     python -m report.export --checkpoint runs/NAME/best.pth --out model.pt2
 
-docs/evaluation.md says how to run it.
+See docs/evaluation.md for how to run it.
 """
 
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -18,16 +18,16 @@ from utils.errors import UserError, run_main
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     p = Parser(prog="python -m report.export", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights (required)")
+    p.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to export (required)")
     p.add_argument("--out", type=path_name, metavar="FILE", default="model.pt2",
-                   help="file to write (default: model.pt2)")  # fmt: skip
+                   help="output file (default: model.pt2)")  # fmt: skip
     args = p.parse_args(argv)
     if args.checkpoint is None:
-        raise UserError("--checkpoint: name the weights to export, such as runs/NAME/best.pth")
+        raise UserError("--checkpoint: missing; give the weights to export, such as runs/NAME/best.pth")
     if not args.out.endswith(".pt2"):
         raise UserError(f"--out {args.out}: choose a name that ends in .pt2")
     if Path(args.out).exists():
-        raise UserError(f"--out {args.out}: is there already; delete it, or choose another name")
+        raise UserError(f"--out {args.out}: already exists; delete it, or choose another name")
     return args
 
 

@@ -1,7 +1,6 @@
 """Figures of a comparison: learning curves, differences with intervals, partitions, diagnostics.
 
-`forest` draws the rows that it is given, whatever they were measured on; the `plot_` functions read groups of runs.
-`utils.style` says how each label is drawn in all of them.
+`forest` draws any given rows; the `plot_` functions read groups of runs. `utils.style` defines the style of each label.
 """
 
 from collections.abc import Iterable, Sequence
@@ -352,7 +351,7 @@ def plot_shares(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figu
 
 @styled()
 def plot_diagnoses(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figure | None:
-    """What `--diagnose` measured over epochs, mean of a group's seeds; None if no run has it."""
+    """Values of `--diagnose` over epochs, mean of a group's seeds; None if no run has them."""
     shown = {}  # key -> (title, [(group, epochs, means)])
     for key, name in diagnoses(groups[0].modalities).items():
         lines = [(group, *mean_by_epoch(group, f"diagnose/{key}")) for group in groups]

@@ -1,4 +1,4 @@
-"""The trained network of a finished run, with its data: for whatever a report shows beyond the run's files."""
+"""Load the trained network and the data of a finished run, for reports that need more than the run's files."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -22,5 +22,5 @@ def load_run(folder: Path | str, data_root: Path | str | None = None) -> tuple[N
     device = distributed.start(args.device, args.gpu_ids)
     data, classes = build_data(args, device), read_config(Path(folder)).get("data", {}).get("classes")
     if classes not in (None, data.classes):
-        raise UserError(f"{data.folder.root}: other classes than the run's in {folder}; name its data by --data_root")
+        raise UserError(f"{data.folder.root}: classes differ from those of {folder}; pass its data with --data_root")
     return args, data, train.make_model(args, data, device)

@@ -1,13 +1,13 @@
-"""The experiments of the paper, one command each, on any dataset.
+"""Reproduce the experiments of the paper, one command per table or figure, on any dataset.
 
     bash scripts/paper.sh table1                                    # fusion heads, on the demo
     bash scripts/paper.sh table5 --seeds 0,1,2,3,4
     bash scripts/paper.sh all --dataset CREMAD --gpu_ids 0          # other flags go to every run: train.py --help
-    bash scripts/paper.sh all --doc docs/paper.md                   # and the page
+    bash scripts/paper.sh all --doc docs/paper.md                   # also write the page
 
-A command trains what is missing and resumes what was interrupted (as `run_compare.sh` does; tables share their runs),
-then writes the table in the paper's layout beside the paper's published values. Xiaoyu Ma, Hao Chen, Yongjian Deng,
-ICML 2025, arXiv 2506.11550; numbers in percent, CREMA-D and Kinetics-Sounds, mean of three seeds.
+A command trains missing runs and resumes interrupted ones (as `run_compare.sh` does; tables share runs). Then it writes
+the table in the paper's layout, next to the published values: percent, CREMA-D and Kinetics-Sounds, mean of three
+seeds. Xiaoyu Ma, Hao Chen, Yongjian Deng, ICML 2025, arXiv 2506.11550.
 """
 
 import sys
@@ -95,7 +95,7 @@ def fused(head: str) -> tuple[tuple[str, str], ...]:
 
 
 def pair(label: str, flags: tuple[tuple[str, str], ...], plain: tuple, remixed: tuple, quiet: tuple = ()) -> list[Row]:
-    """A setting alone and with Remix."""
+    """A setting without and with Remix."""
     return [
         Row(label, "baseline", flags, "", plain, quiet),
         Row(f"{label} + Remix", "remix", flags, label, remixed, quiet),
@@ -181,11 +181,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     known = (*TABLES, "figure3")
     p = Parser(prog="paper.sh", usage="paper.sh TABLE [TABLE ...] [flags]", description=__doc__,
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
-    p.add_argument("--seeds", metavar="A,B", help="seeds of every row (default: 0,1,2; on the demo 0,1,2,3,4 in some)")
-    p.add_argument("--jobs", type=number(int, 1), metavar="N", help="runs at a time (default: one per core; on GPUs 1)")
+    p.add_argument("--seeds", metavar="A,B", help="seeds (default: 0,1,2; 0,1,2,3,4 for some demo rows)")
+    p.add_argument(
+        "--jobs", type=number(int, 1), metavar="N", help="concurrent runs (default: one per core; on GPUs 1)"
+    )
     p.add_argument("--log_path", default="runs/paper", metavar="DIR", help="folder of the runs (default: runs/paper)")
-    p.add_argument("--doc", type=Path, metavar="FILE", help="page of all tables made (default: LOG_PATH/paper.md)")
-    p.epilog = f"TABLE: {', '.join(known)} or all. All other flags go to every run: python train.py --help"
+    p.add_argument("--doc", type=Path, metavar="FILE", help="page with all tables (default: LOG_PATH/paper.md)")
+    p.epilog = f"TABLE: {', '.join(known)} or all. All other flags are passed to every run; see python train.py --help."
     args, rest = p.parse_known_args(words)
     for word in chosen:
         if word not in (*known, "all"):
@@ -210,7 +212,7 @@ def seeds_of(what: str, args: Namespace, dataset: str) -> list[int]:
 def make_plan(args: Namespace, rest: list[str]) -> dict[str, dict[str, dict[int, Planned]]]:
     """The runs by table, row and seed; tables share runs of the same name.
 
-    Raises `UserError` for whatever train.py would refuse.
+    Raises `UserError` for anything that train.py refuses.
     """
     args.dataset = train.parse_args(["--train", "--method", "baseline", *rest]).dataset
     given = {word.split("=")[0] for word in rest}
@@ -414,7 +416,7 @@ def as_json(result: Result) -> dict:
 
 
 def write_table(key: str, groups: dict[str, Group], args: Namespace, log_path: Path) -> list[str]:
-    """Print one table, write it beside the runs as Markdown and JSON; returns the lines of its section of the page."""
+    """Print one table and save it next to the runs as Markdown and JSON; returns the lines of its section."""
     made, results = TABLES[key], results_of(TABLES[key].rows, groups)
     if not results:
         print(f"{key}: no run has finished")

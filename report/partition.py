@@ -1,4 +1,4 @@
-"""partition.csv: what each clip kept at a run's last scoring, and how difficult it was in each modality."""
+"""partition.csv: the kept modality and the difficulties of each clip at the last scoring of a run."""
 
 import csv
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""CREMA-D against people: is what the model finds hard in a voice or a face hard for people, too?
+"""Compare the model's difficulty on CREMA-D with human votes on voice and face.
 
     python -m report --people summaryTable.csv --partition runs/NAME/partition.csv
 

@@ -1,4 +1,4 @@
-"""Pictures of one trained model: features, heads, classes, the hardest and easiest clips.
+"""Pictures of a trained model: features, heads, classes, the hardest and easiest clips.
 
     python -m report --model runs/NAME
 
@@ -41,7 +41,7 @@ def picture_model(folder: Path, out: Path, data_root: Path | None, formats: Sequ
     """Pictures of a run's trained model to `out`: unimodal, tsne, confusion and, after Remix, classes and clips.
 
     Prints the unimodal accuracies by what they are measured with, a linear probe among them. Needs the data the run was
-    trained on, at `data_root` if it has moved. Raises `UserError` for whatever is missing.
+    trained on, at `data_root` if it has moved. Raises `UserError` for missing files.
     """
     run = read_run(folder)
     if not run.config:

@@ -1,7 +1,7 @@
-"""Runs' folders as data: which are finished, grouped by the flags that matter, averaged over seeds.
+"""Read run folders: find finished runs, group them by the relevant flags, average over seeds.
 
-Reads the JSON files of run folders and nothing else: no model, no clips. A group is one experiment with several
-seeds; a dataset is what several groups were measured on.
+Only the JSON files of the run folders are read: no model, no clips. A group is one experiment with several seeds; a
+dataset is what several groups were measured on.
 """
 
 import json
@@ -46,7 +46,7 @@ PROTOCOLS = {
 
 
 def quantities(modalities: Sequence[str]) -> dict[str, str]:
-    """What the tables show -> its key in metrics.jsonl."""
+    """Table columns -> keys in metrics.jsonl."""
     heads = {"multimodal": "test_acc"} | {name: f"test_acc_{name}" for name in modalities}
     return heads | {"macro F1": "test_f1_macro"}
 
@@ -82,7 +82,7 @@ def unread(method: str) -> set[str]:
 
 
 class Run(NamedTuple):
-    """A run's folder: its config and metrics, one dict per epoch; `problem` says why it is left out, else ""."""
+    """A run folder: config and metrics, one dict per epoch; `problem` is the reason to exclude it, else ""."""
 
     folder: Path
     config: dict
@@ -150,8 +150,8 @@ def find_runs(paths: Iterable[Path | str]) -> list[Run]:
         found = [path] if (path / "config.json").is_file() else sorted(p.parent for p in path.rglob("config.json"))
         folders |= dict.fromkeys(folder for folder in found if ".tmp-" not in str(folder))
     if not folders:
-        raise UserError(f"{', '.join(map(str, paths))}: no run in here (a run has a config.json); "
-                        "make some: bash scripts/run_compare.sh")  # fmt: skip
+        raise UserError(f"{', '.join(map(str, paths))}: contains no run (a folder with a config.json); "
+                        "create some with bash scripts/run_compare.sh")  # fmt: skip
     return [read_run(folder) for folder in folders]
 
 
@@ -301,7 +301,7 @@ def _words(label: str, flags: dict, names: set[str]) -> str:
 
 
 def short(value) -> str:
-    """A flag's value as it is written on the command line."""
+    """The value of a flag as on the command line."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,6 +1,6 @@
-"""Markdown of a comparison: mean, spread and n under every protocol, paired differences to the baseline, settings.
+"""Markdown tables of a comparison: mean, spread and n per protocol, paired differences to the baseline, settings.
 
-A number of a table is a percentage of test clips, except macro F1, which is 100 times the F1.
+Numbers are percentages of test clips, except macro F1, which is 100 times the F1.
 """
 
 import json
@@ -94,7 +94,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def maintable(groups: list[Group]) -> str:
-    """The main table: last epoch, the papers' protocol beside it, and the difference to the baseline."""
+    """The main table: last epoch, the papers' protocol, and the difference to the baseline."""
     shown = list(quantities(groups[0].modalities))
     head = ["method", *shown, "best on test¹", "best on validation", "multimodal – baseline [95 %]", "n", "min/run",
             "epoch / baseline's"]  # fmt: skip
@@ -202,7 +202,7 @@ def unlike_notes(groups: list[Group]) -> list[str]:
 
 
 def notes(groups: list[Group]) -> str:
-    """What a reader needs to know to read the table correctly."""
+    """Notes for reading the table."""
     lines = [
         "Test accuracy in percent (macro F1 x 100) after the last epoch: mean ± sample standard deviation over n "
         "seeds. ¹ The papers' protocol: the best epoch is chosen on the test set itself, which flatters every method."

@@ -1,4 +1,4 @@
-"""The unimodal accuracies of a trained model, each under what it was measured with: a bar for each."""
+"""Bar chart of the unimodal accuracies of a trained model, one bar per definition."""
 
 import numpy as np
 from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The files of a comparison: report.md, report.csv, report.json, figures, and the table in README.md."""
+"""Write the files of a comparison: report.md, report.csv, report.json, figures, and the table in README.md."""
 
 import csv
 import re

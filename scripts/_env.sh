@@ -1,17 +1,17 @@
-# Sourced by every script here: go to the repository root and set $PYTHON to an interpreter that has the packages.
+# Environment setup, sourced by every script: changes to the repository root and sets $PYTHON to a suitable interpreter.
 #
-# The current python3 is used if it has them, and is never changed. Otherwise .venv is made once, finished after an
-# interruption, and brought up to date when a requirements file changes. ENV_FILES names the requirements files.
-# Written for bash 3.2 (macOS) as well.
+# The current python3 is used, unmodified, if it has the required packages. Otherwise the script creates .venv, completes
+# it after an interruption, and updates it when a requirements file changes. ENV_FILES lists the requirements files.
+# Compatible with bash 3.2 (macOS).
 set -euo pipefail
 TYPED_IN=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ENV_FILES=${ENV_FILES:-requirements.txt}
-ENV_GB=6 # what .venv takes with the CUDA build of torch
+ENV_GB=6 # size of .venv with the CUDA build of torch
 
-# Prints the first thing Python lacks of the requirements files in its arguments. It reads names and versions only:
-# importing torch would cost seconds at every start. Only lower bounds count (`==` too is one): a newer set of packages
-# that somebody installed on purpose is theirs to judge.
+# Prints the first requirement that is not met by the interpreter. Only names and versions are read, because importing
+# torch would take seconds at every start. Only lower bounds are checked (`==` counts as one): newer packages are the
+# user's own choice.
 ENV_CHECK='
 import re, sys
 from importlib import metadata, util
@@ -47,7 +47,7 @@ for path in sys.argv[1:]:
                 sys.exit()
 '
 
-# env_paths FLAG...: sets ARGS to the words given, files and folders counting from where they were typed.
+# env_paths FLAG...: sets ARGS to the arguments, with relative paths resolved against the caller's working directory.
 env_paths() {
     ARGS=()
     while [ $# -gt 0 ]; do
@@ -79,14 +79,14 @@ env_stop() {
     exit 2
 }
 
-# env_lacks PYTHON [FILE...]: what it lacks, in a few words; nothing if it has everything
+# env_lacks PYTHON [FILE...]: prints the first missing requirement, or nothing if all are met
 env_lacks() {
     local python=$1
     shift
     "$python" -c "$ENV_CHECK" "$@" 2>/dev/null </dev/null || echo "an interpreter that starts"
 }
 
-# The first `NAME` on PATH for each NAME given, .venv's own aside: .venv may be active, and half-made.
+# Prints each NAME found on PATH, except in .venv, which can be active and incomplete.
 env_on_path() {
     local name found
     for name in "$@"; do
@@ -98,7 +98,7 @@ env_on_path() {
 
 env_sum() { cksum <"$1"; }
 
-# The markers are written last: a .venv without them is not taken for a whole one, whatever it holds.
+# The markers are written last, so a .venv without them is incomplete.
 env_whole() {
     local file
     for file in $ENV_FILES; do
@@ -116,15 +116,15 @@ env_make_interpreter() {
     free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024 / 1024) }')
     [ "$(uname -s)" != Linux ] || [ "${free:-$ENV_GB}" -ge "$ENV_GB" ] ||
         env_stop ".venv: needs about $ENV_GB GB, the disk has $free GB left; free some and run this again"
-    find .venv -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} + # remains of a broken one
+    find .venv -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} + # leftovers of a broken environment
     "$base" -m venv .venv ||
         env_stop ".venv: '$base -m venv .venv' failed (see above); on Debian or Ubuntu: sudo apt install python3-venv"
 }
 
 env_install() {
-    local log=.venv/.install.log file lack flags=() status=0 again="run this again, it goes on where it stopped"
+    local log=.venv/.install.log file lack flags=() status=0 again="run this again to continue where it stopped"
     for file in $ENV_FILES; do flags+=(-r "$file"); done
-    # pip's errors go to the terminal and to a log, its progress bars to the terminal alone
+    # pip's errors go to the terminal and to a log, its progress bars to the terminal only
     { .venv/bin/python -m pip install --disable-pip-version-check "${flags[@]}" 2>&1 >&3 | tee "$log" >&2; } 3>&1 ||
         status=$?
     if [ "$status" -ne 0 ]; then
@@ -138,7 +138,7 @@ env_install() {
         env_stop ".venv: pip failed (see above); $again"
     fi
     lack=$(env_lacks .venv/bin/python $ENV_FILES)
-    [ -z "$lack" ] || env_stop ".venv: still lacks $lack after installation; delete .venv and run this again"
+    [ -z "$lack" ] || env_stop ".venv: $lack is missing after installation; delete .venv and run this again"
     for file in $ENV_FILES; do
         env_sum "$file" >".venv/.tmp-marker" && mv ".venv/.tmp-marker" ".venv/.installed-$file"
     done
@@ -146,18 +146,18 @@ env_install() {
 
 env_make() {
     local lack
-    mkdir -p .venv 2>/dev/null || env_stop ".venv: cannot be made in $PWD; is it writable, and is .venv no file?"
-    if command -v flock >/dev/null; then # macOS has none: there, do not start two scripts at once the first time
+    mkdir -p .venv 2>/dev/null || env_stop ".venv: cannot be created in $PWD; check permissions, and that it is no file"
+    if command -v flock >/dev/null; then # macOS has no flock: do not start two scripts at once the first time
         exec 9>.venv/.lock
-        flock -n 9 || { env_say "another script is making .venv, waiting for it" && flock 9; }
+        flock -n 9 || { env_say "another script is creating .venv, waiting for it" && flock 9; }
     fi
     if ! env_whole; then
         lack=$(env_lacks .venv/bin/python)
         if [ -n "$lack" ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-            env_say "making .venv for $ENV_FILES: about $ENV_GB GB, a few minutes, once"
+            env_say "creating .venv for $ENV_FILES: about $ENV_GB GB, a few minutes, once"
             env_make_interpreter
         else
-            env_say ".venv is unfinished or $ENV_FILES changed: installing what is missing (up to $ENV_GB GB, minutes)"
+            env_say ".venv is incomplete or $ENV_FILES changed: installing missing packages (up to $ENV_GB GB, minutes)"
         fi
         env_install
         env_say ".venv is ready"

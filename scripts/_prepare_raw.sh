@@ -1,4 +1,4 @@
-# Sourced by prepare_cremad.sh and prepare_ks.sh with DATASET set and their arguments: RAW [OUT] [flags]
+# Common part of prepare_cremad.sh and prepare_ks.sh, which set DATASET. Arguments: RAW [OUT] [flags]
 set -euo pipefail
 [ $# -ge 1 ] || {
     echo "error: usage: bash scripts/$(basename "$0") RAW [OUT] [flags]" >&2
@@ -9,7 +9,7 @@ case $1 in -h | --help)
     exec "$PYTHON" -m dataset.prepare --help
     ;;
 esac
-here=$PWD # _env.sh changes the directory; paths count from where they were typed
+here=$PWD # _env.sh changes the directory; relative paths refer to the caller's
 full() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
 raw=$(full "$1") out=data/$DATASET
 shift

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# The experiments of the paper (Ma, Chen, Deng, ICML 2025), one command each: train the missing runs, then write the
-# table in the paper's layout, beside the paper's values.
+# Experiments of the paper (Ma, Chen, Deng, ICML 2025), one command per table or figure. Trains missing runs, then writes
+# the table in the paper's layout, next to the published values.
 #   bash scripts/paper.sh table1                                  # fusion heads: 40 runs of the demo
-#   bash scripts/paper.sh table5 figure3                          # ablations, and why it works
-#   bash scripts/paper.sh all --dataset CREMAD --gpu_ids 0      # every table; other flags: train.py --help
-# The same command resumes after an interruption. docs/paper.md is this command's output on the demo and says how long
-# it took.
+#   bash scripts/paper.sh table5 figure3                          # ablations and analysis
+#   bash scripts/paper.sh all --dataset CREMAD --gpu_ids 0        # all tables; other flags: train.py --help
+# Run the same command again to resume after an interruption. docs/paper.md is its output on the demo, with run times.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 env_paths "$@"
 exec "$PYTHON" -m report.paper ${ARGS[@]+"${ARGS[@]}"}

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Raw clips to a training folder: own clips by a table or a folder per class, or a published dataset.
+# Prepare a training folder from raw clips: your own (a table, or a folder per class) or a published dataset.
 #
 #   bash scripts/prepare.sh --table clips.csv --raw RAW --out OUT       # columns file,label; clip,start,end,part,group
 #   bash scripts/prepare.sh --raw RAW --out OUT                         # a folder per class: RAW/<class>/*.mp4
 #   bash scripts/prepare.sh --dataset GRID --raw RAW --role digit --out OUT
-#   python train.py --train --dataset folder --data_root OUT            # then train; nothing else is needed
-# All flags: --help. Interrupt it whenever you like and start it again. docs/own-data.md and data/README.md say more.
+#   python train.py --train --dataset folder --data_root OUT            # then train
+# All flags: --help. It can be interrupted at any time; run the same command again to resume. See docs/own-data.md and
+# data/README.md.
 set -euo pipefail
-here=$PWD # _env.sh changes the directory; paths count from where they were typed
+here=$PWD # _env.sh changes the directory; relative paths refer to the caller's
 full() { case $1 in /* | "") echo "$1" ;; *) echo "$here/$1" ;; esac; }
 words=()
 while [ $# -gt 0 ]; do

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# CREMA-D from its raw download to a training folder: bash scripts/prepare_cremad.sh RAW [OUT] [flags]
+# Prepare CREMA-D from its raw download: bash scripts/prepare_cremad.sh RAW [OUT] [flags]
 #
-# RAW   a clone of CREMA-D with git-lfs files pulled (VideoFlash/*.flv, AudioWAV/*.wav), or what OGM-GE's scripts left
-# OUT   the training folder to make (default data/CREMAD); flags: --split actor, --split_dir DIR, --workers N, ...
-# Interrupt it whenever you like and start it again. data/README.md says where to get RAW and how long it takes.
+# RAW   a clone of CREMA-D with git-lfs files pulled (VideoFlash/*.flv, AudioWAV/*.wav), or the output of OGM-GE's scripts
+# OUT   the training folder to create (default: data/CREMAD); flags: --split actor, --split_dir DIR, --workers N, ...
+# It can be interrupted at any time; run the same command again to resume. data/README.md: download, duration.
 DATASET=CREMAD
 source "$(dirname "$0")/_prepare_raw.sh"

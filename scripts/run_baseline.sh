@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The joint baseline Data Remixing is compared with: same network, same losses, both modalities in every batch.
-#   bash scripts/run_baseline.sh                                # the demo, data and environment included
+# Train the joint baseline: the same network and losses as Remix, with all modalities in every batch.
+#   bash scripts/run_baseline.sh                                # on the demo; creates data and environment
 #   bash scripts/run_baseline.sh --dataset CREMAD --gpu_ids 0   # any flag of train.py
-# The demo reproduces the baseline row of README.md's result table, which gives minutes, hardware and accuracy to
-# expect: sized for 2 CPU cores and under 4 GB of memory, faster on a GPU.
+# On the demo it reproduces the baseline row of README.md's result table, which states time, hardware and accuracy. It
+# needs 2 CPU cores and less than 4 GB of memory; a GPU is faster.
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 env_paths "$@"
 exec "$PYTHON" train.py --train --method baseline ${ARGS[@]+"${ARGS[@]}"}

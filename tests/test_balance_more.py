@@ -120,7 +120,7 @@ def test_what_needs_both_modalities_is_off_in_homogeneous_batches(name, clips, p
 
 @pytest.mark.parametrize(("flags", "message"), [
     ("lfm:weight=2", "lfm:weight=2: fitted, learned, or the weight of the alignment, from 0 to 1"),
-    ("lfm:weight=learned --val_fraction 0", "lfm: measures on a validation part, never on test"),
+    ("lfm:weight=learned --val_fraction 0", "lfm: needs a validation part"),
     ("lfm,gblend", "gblend,lfm: both replace the loss weights"),
     ("umt:teachers=runs/audio", "umt: teachers=runs/audio: put {} in place of the modality's name"),
     ("umt:teachers=none_{}", r"umt: teachers=none_{}: none_audio does not exist; train it with --method audio"),
@@ -625,7 +625,7 @@ def test_each_phase_has_a_fresh_optimizer(optimizer, clips):
 def test_one_head_needs_features_of_one_width():
     net = network(encoder="resnet18_thin", three=True)
     net.widths["text"] = 64
-    with pytest.raises(UserError, match=r"reconboost: one head is shared .* audio 128, video 128, text 64"):
+    with pytest.raises(UserError, match=r"reconboost: its shared head needs .* audio 128, video 128, text 64"):
         METHODS["reconboost"].replace_heads(net, Namespace())
 
 

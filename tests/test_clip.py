@@ -142,8 +142,8 @@ def test_mistakes_are_one_line(trained, films, tmp_path):
         ([text], "no readable video or sound"),
         ([f"{films}/f0.mp4@2-1"], "ends before it starts"),
         ([f"{films}/f0.mp4@7-9"], "before the clip's start at 7 s"),
-        ([films / "f0.mp4", films / "f0.mp4"], "a second file of the clip f0"),
-        ([sound, sound], "a second file of the clip s"),
+        ([films / "f0.mp4", films / "f0.mp4"], "second file of the clip f0"),
+        ([sound, sound], "second file of the clip s"),
     ):
         with pytest.raises(UserError, match=said) as error:
             train.main(["--checkpoint", str(trained), "--clip", *map(str, clips), "--device", "cpu"])

@@ -394,7 +394,7 @@ def test_a_failure_while_remaking_keeps_the_old_data(tmp_path, monkeypatch):
 def test_a_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(UserError, match=r"photos: holds something that is not whole demo data.*delete it, or name"):
+    with pytest.raises(UserError, match=r"photos: contains files that are not complete demo data.*choose another"):
         ensure_demo(tmp_path / "photos", settings=TINY, quiet=True)
     assert contents(tmp_path / "photos") == {"cat.jpg": b"cat"}
 

@@ -239,7 +239,7 @@ def test_predictions_are_of_the_parts_the_network_was_trained_with(predicted, tr
 
 
 def test_a_file_of_predictions_is_never_replaced(predicted, trained, runs):
-    with pytest.raises(UserError, match=r"--predictions .*out.npz: is there already; delete it, or choose another"):
+    with pytest.raises(UserError, match=r"--predictions .*out.npz: already exists; delete it, or choose another"):
         train.main(["--checkpoint", str(trained), "--predictions", str(runs / "out.npz")])
 
 
@@ -296,8 +296,8 @@ def test_only_files_of_an_evaluation_are_replaced(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("flags", "said"), [
-    (["--train", "--predictions", "x.npz"], "--predictions: of a trained network"),
-    (["--train", "--clip", "x.mp4"], "--clip: of a trained network"),
+    (["--train", "--predictions", "x.npz"], "--predictions: needs a trained network"),
+    (["--train", "--clip", "x.mp4"], "--clip: needs a trained network"),
     (["--checkpoint", "CHECKPOINT", "--predictions", "x.npz", "--clip", "x.mp4"], "choose one"),
     (["--checkpoint", "CHECKPOINT", "--predictions", "x.csv"], "ends in .npz"),
     (["--predictions", "x.npz"], "nothing to do: .*--checkpoint"),

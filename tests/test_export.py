@@ -64,7 +64,7 @@ def test_an_exported_network_says_what_the_trained_one_says(trained, tmp_path, c
     for size in (1, 15):
         plan = [train.remix.Batch(torch.arange(size), BOTH)]
         check_logits(program, model, next(built.clips["test"].epoch(plan)).inputs)
-    with pytest.raises(UserError, match=r"model.pt2: is there already"):
+    with pytest.raises(UserError, match=r"model.pt2: already exists"):
         export.main(["--checkpoint", str(trained), "--out", str(out)])
 
 
@@ -108,7 +108,7 @@ def test_what_cannot_be_exported():
     folder = Folder(Path("x"), spec, ["a"], {}, {"audio": (1024, 128), "text": (5, 4)}, [], {}, None)
     with pytest.raises(UserError, match="text: sequences of any length cannot be exported"):
         example_inputs(folder, 32)
-    for words, said in ((["--out", "x.pt2"], "--checkpoint: name the weights"),
+    for words, said in ((["--out", "x.pt2"], "--checkpoint: missing"),
                         (["--checkpoint", "x.pth", "--out", "x.bin"], "ends in .pt2"),
                         (["--checkpoint", "nowhere.pth"], "nowhere.pth: no such checkpoint")):  # fmt: skip
         with pytest.raises(UserError, match=said):

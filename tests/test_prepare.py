@@ -210,7 +210,7 @@ def test_the_actor_split_needs_no_lists(tmp_path, capsys):
     folder = load_folder(tmp_path / "out", get_spec("CREMAD"))
     assert folder.split["name"] == "actor" and folder.split["complete"] is False
     assert [len(folder.parts[part].clips) for part in ("train", "test")] == [9, 3]
-    with pytest.raises(UserError, match="leave --split_dir out"):
+    with pytest.raises(UserError, match="--split_dir: not used by --split actor"):
         main([*flags, "--split", "actor", "--split_dir", str(tmp_path)])
 
 
@@ -372,7 +372,7 @@ def test_leftovers_of_a_kill_are_removed_and_cut_records_not_trusted(tmp_path):
 
 def test_two_runs_in_one_folder(tmp_path):
     names = make_cremad(tmp_path / "raw", 1)
-    with engine._locked(tmp_path / "out"), pytest.raises(UserError, match="another preparation is at work"):
+    with engine._locked(tmp_path / "out"), pytest.raises(UserError, match="another preparation is running"):
         prepare_clips(clips_of(tmp_path / "raw", names), tmp_path / "out", options(LOGSTFT), quiet=True)
 
 
@@ -527,8 +527,8 @@ def test_options_decide_what_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("clip", "changes", "words"),
     [
-        (Clip("a", Path("a.mp4"), None, 2.0, 1.0), {}, "must end after it starts"),
-        (Clip("a", Path("a.mp4"), None, -1.0), {}, "must end after it starts"),
+        (Clip("a", Path("a.mp4"), None, 2.0, 1.0), {}, "the end must be after the start"),
+        (Clip("a", Path("a.mp4"), None, -1.0), {}, "the end must be after the start"),
         (Clip("a", None, None), {}, "neither frames nor sound"),
         (Clip("a", Path("a.mp4"), None), {"fps": 0}, "fps 0"),
         (Clip("a", Path("a.mp4"), None), {"fps": float("nan")}, "fps nan"),
@@ -569,13 +569,13 @@ def test_lists_are_whole_or_refused(tmp_path):
         (["--dataset", "CREMAD", "--raw", "{raw}", "--out", "{raw}"], "is the raw folder itself"),
         (["--dataset", "CREMAD", "--raw", "{raw}", "--out", "{raw}/o", "--split", "actor"], "no file named like"),
         (["--dataset", "CREMAD", "--raw", "{raw}", "--out", "{raw}/o", "--split_dir", "{lists}"], "wrong folder?"),
-        (["--dataset", "KineticSound", "--raw", "{raw}", "--split", "actor"], "no actors"),
+        (["--dataset", "KineticSound", "--raw", "{raw}", "--split", "actor"], "contain no actor"),
         (["--dataset", "CREMAD", "--raw", ".", "--workers", "0"], "--workers"),
         (["--dataset", "CREMAD", "--raw", ".", "--audio_recipe", "mfcc"], "logstft"),
         (["--check", "nowhere"], "no such folder"),
         (["--check", "{raw}"], "neither a training folder"),
-        (["--check", ".", "--out", "x"], "--check goes without"),
-        (["--dataset", "CREMAD", "--raw", ".", "--json"], "--json goes with --check"),
+        (["--check", ".", "--out", "x"], "--check: only reads a folder"),
+        (["--dataset", "CREMAD", "--raw", ".", "--json"], "--json: only valid with --check"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, flags, words):

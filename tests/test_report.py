@@ -113,7 +113,7 @@ def test_csv_and_json_hold_what_numpy_says(tmp_path: Path, figures) -> None:
 
 
 def test_no_run_says_what_to_type(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no run in here.*run_compare\.sh"):
+    with pytest.raises(UserError, match=r"contains no run.*run_compare\.sh"):
         make_report(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         make_report(tmp_path / "absent")

@@ -179,7 +179,7 @@ def test_an_interrupted_installation_is_finished(machine):
     assert broken.stderr.splitlines()[-1].startswith("error: .venv: pip failed")
     mended = machine.run()
     assert mended.stdout == machine.own
-    assert "unfinished" in mended.stderr
+    assert "incomplete" in mended.stderr
     assert machine.calls() == ["venv", "pip", "pip"]
 
 

@@ -83,8 +83,8 @@ def test_clip_ids_come_from_files_and_times(tmp_path):
     ("file,label\na.mp4,x\na.mp4,y\n", "line 3: clip a is also in line 2"),
     ("file,label,clip\na.mp4,x,b/a\n", "line 2: clip id 'b/a' holds a slash"),
     ("file,label\n.hidden,x\n", "line 2: clip id '.hidden' starts with a dot"),
-    ("file,label,start\na.mp4,x,one\n", "line 2: start 'one' is no number of seconds"),
-    ("file,label,start\na.mp4,x,-1\n", "line 2: start '-1'; seconds from 0"),
+    ("file,label,start\na.mp4,x,one\n", "line 2: start 'one' is not a number of seconds"),
+    ("file,label,start\na.mp4,x,-1\n", "line 2: start '-1' must be 0 seconds or more"),
     ("file,label,start\na.mp4,x,nan\n", "line 2: start 'nan'"),
     ("file,label,start,end\na.mp4,x,2,2\n", "line 2: end 2 is not after start 2"),
     ("file,label,end\na.mp4,x,0\n", "line 2: end 0 is not after start 0"),
@@ -149,7 +149,7 @@ def test_folders_of_parts(tmp_path):
 @pytest.mark.parametrize(("names", "words"), [
     (["cat/a.txt"], "no videos or sounds in folders of classes"),
     (["a.mp4", "b.mp4"], "no videos or sounds in folders of classes"),
-    (["cat/a.mp4"], "a folder for each class is needed"),
+    (["cat/a.mp4"], "at least two classes are needed"),
     (["train/a.mp4", "test/cat/a.mp4"], "not in a folder of a class"),
     (["cat/a.mp4", "cat/a.avi", "dog/b.mp4"], "clip cat_a is also in"),
 ])  # fmt: skip
@@ -202,8 +202,8 @@ def test_given_parts_are_kept():
 
 
 @pytest.mark.parametrize(("rows", "words"), [
-    (made_up(10, 1), "one label, 'class 0'"),
-    (made_up(5, 5), "one clip for each of 5 labels"),
+    (made_up(10, 1), "clips have the label 'class 0'"),
+    (made_up(5, 5), "each of 5 labels has one clip"),
     (made_up(20, 2, groups=1), "1 group, g0"),
     ([row._replace(part="train") for row in made_up(4, 2)], "no clip in part test"),
 ])  # fmt: skip
@@ -235,16 +235,16 @@ def test_recipes_with_parameters():
     (["--arrays", "text"], "is not NAME=DIR"),
     (["--arrays", "train=x"], "is not NAME=DIR"),
     (["--arrays", "text=nowhere"], "--arrays text=nowhere: no such folder"),
-    (["--arrays", "audio={raw}"], "there is a modality audio already"),
+    (["--arrays", "audio={raw}"], "the modality audio already exists"),
     (["--fps", "0"], "--fps"),
     (["--frames", "-1"], "--frames"),
-    (["--frames", "0", "--flow"], "--flow goes beside frames"),
+    (["--frames", "0", "--flow"], "--flow: needs frames"),
     (["--frames", "0"], "modalities: audio; two or more are needed"),
     (["--audio_recipe", "none"], "modalities: video; two or more"),
     (["--test_fraction", "0.6", "--val_fraction", "0.5"], "no clips to train on"),
-    (["--role", "digit"], "--role goes with GRID only"),
-    (["--split", "actor"], "--split goes with CREMAD, KineticSound, UCF101 only"),
-    (["--dataset", "GRID"], "takes its clips from --raw DIR and no --table"),
+    (["--role", "digit"], "--role: only valid with GRID"),
+    (["--split", "actor"], "--split: only valid with CREMAD, KineticSound, UCF101"),
+    (["--dataset", "GRID"], "needs --raw DIR, without --table"),
     (["--raw", "nowhere"], "no such folder"),
     (["--raw", "{empty}"], "none of the 2 files is there (such as a.mp4)"),
 ])  # fmt: skip
@@ -261,12 +261,12 @@ def test_mistakes_in_flags_are_one_line(tmp_path, flags, words):
 
 def test_a_fraction_beside_given_parts_is_refused(tmp_path):
     touch(tmp_path / "raw", "train/a/1.mp4", "train/b/2.mp4", "test/a/3.mp4", "test/b/4.mp4")
-    with pytest.raises(UserError, match="--val_fraction: the clips name their parts already"):
+    with pytest.raises(UserError, match="--val_fraction: the clips already have parts"):
         main(["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "out"), "--val_fraction", "0.2"])
 
 
 def test_own_clips_need_an_out(tmp_path):
-    with pytest.raises(UserError, match="--out DIR is needed"):
+    with pytest.raises(UserError, match="--out: missing"):
         main(["--raw", str(tmp_path)])
 
 

@@ -337,7 +337,7 @@ def test_a_checkpoint_is_evaluated_as_it_was_trained(data, tmp_path, capsys):
             with pytest.raises(UserError, match=rf"--{name} {value}: .*trained with --{name} .*; leave the flag out"):
                 train.main(["--checkpoint", str(folder / "last.pth"), f"--{name}", value])
     other = make_folder(tmp_path / "other", classes=("x", "y", "z"))
-    with pytest.raises(UserError, match=r"its classes \(x, y, z\) are not those of .*last.pth \(a, b, c\)"):
+    with pytest.raises(UserError, match=r"classes \(x, y, z\) differ from those of .*last.pth \(a, b, c\)"):
         train.main(["--checkpoint", str(folder / "last.pth"), "--data_root", str(other)])
 
 
@@ -393,7 +393,7 @@ def test_a_run_is_not_made_shorter_by_resuming_it(data, tmp_path):
     flags = ("--method", "audio", "--epochs")
     folder = run(data, tmp_path, "r", *flags, "2")
     before = (folder / "summary.json").read_bytes()
-    with pytest.raises(UserError, match=r"--epochs 1: the run has done 2; use --epochs 2 or more"):
+    with pytest.raises(UserError, match=r"--epochs 1: the run has finished 2; use --epochs 2 or more"):
         run(data, tmp_path, "r", *flags, "1", "--resume")
     assert (folder / "summary.json").read_bytes() == before
 
@@ -589,7 +589,7 @@ def test_the_actor_split_needs_no_new_preparation(tmp_path, monkeypatch):
     (data / "split.json").write_text(json.dumps({"name": "actor"}))
     with pytest.raises(UserError, match=r"--split official: .*has the actor split"):
         load_parts(train.parse_args([*words, "--split", "official"]))
-    with pytest.raises(UserError, match=r"--split actor: the clip ids of demo name no actors"):
+    with pytest.raises(UserError, match=r"--split actor: the clip ids of demo contain no actor"):
         train.parse_args(["--train", "--split", "actor"])
 
 

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of the method: errors, files, seeds, metrics, logs, checkpoints, pictures."""
+"""Method-independent helpers: errors, files, seeds, metrics, logs, checkpoints, plots."""

@@ -1,4 +1,4 @@
-"""Arithmetic and compilation: how the same network is computed faster."""
+"""Precision, compilation and huge pages: faster computation of the same network."""
 
 import os
 import shutil
@@ -47,7 +47,7 @@ def set_precision(precision: str, device: torch.device) -> None:
         return
     if precision == "bf16" and torch.cuda.get_device_capability(device)[0] < 8:
         name = torch.cuda.get_device_name(device)
-        raise UserError(f"--precision bf16: {name} does not compute in bfloat16; type --precision fp32")
+        raise UserError(f"--precision bf16: {name} does not support bfloat16; use --precision fp32")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.deterministic = precision == "official"
     torch.set_float32_matmul_precision("highest" if precision in ("fp32", "official") else "high")
@@ -82,7 +82,7 @@ def try_to_compile(device: torch.device) -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if device.type == "cpu" and shutil.which(compiler.split()[0]) is None:
         raise UserError(f"--compile: no C++ compiler ({compiler}) found; install one (Debian, Ubuntu: sudo apt install "
-                        "g++), name one by CXX=, or leave the flag out")  # fmt: skip
+                        "g++), set CXX, or leave the flag out")  # fmt: skip
     try:
         torch.compile(lambda x: x.cos() + 1)(torch.ones(64, device=device))
     except Exception as error:  # a compiler fails in more ways than can be listed; all of them mean the same here
@@ -91,9 +91,9 @@ def try_to_compile(device: torch.device) -> None:
 
 
 def compiled(full: bool) -> AbstractContextManager:
-    """Whether compiled modules run as such: only for full batches.
+    """Use compiled modules only for full batches.
 
-    The last batch of a modality has another size in every epoch, for which compiling anew would cost more than it
+    The last batch of a modality has another size in every epoch, for which recompiling would cost more than it
     saves, and code for any size would be slower for all.
     """
     if full or "torch._dynamo" not in sys.modules:  # importing it takes seconds; without it nothing was ever compiled

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code, the official repository's included."""
+"""Checkpoint files: atomic writes, and safe reading (`weights_only`), including those of the official code."""
 
 import argparse
 import zipfile
@@ -16,7 +16,7 @@ from utils.files import atomic_path, writing
 def save_checkpoint(path: Path, state: dict, sync: bool = True) -> None:
     """Write `state` (tensors, numbers, strings, dicts, lists) to `path` atomically, flushed to disk with `sync`.
 
-    Raises `UserError` naming the disk where there is no room; `path` is then what it was before.
+    Raises `UserError` that names the disk if it is full; `path` is then unchanged.
     """
     # Through a file of ours: PyTorch's own does not say why a write failed.
     with writing(path, "continue with --resume"), atomic_path(path, sync) as temporary, open(temporary, "wb") as file:
@@ -35,7 +35,7 @@ def load_checkpoint(path: Path | str, mapped: bool = False) -> dict:
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict]:
-    """The weights in a file, and what else a checkpoint of this project says of them (`classes`, `config`).
+    """The weights in a file, and the metadata of a checkpoint of this project (`classes`, `config`).
 
     A state dict, bare or inside a checkpoint as timm, torchvision or this project write them, or a .safetensors file
     (read where the package is installed). Raises `UserError` for what is missing or holds no weights.
@@ -65,7 +65,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path, mapped: bool, advice: str = "give a .pth file, such as runs/NAME/best.pth") -> Any:
-    """What a file of `torch.save` holds, on the CPU. Raises `UserError`."""
+    """Load a file of `torch.save` on the CPU. Raises `UserError`."""
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; {advice}")
     _refuse_bomb(path)

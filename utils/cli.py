@@ -1,4 +1,4 @@
-"""Flags: types with a range, abbreviations, and mistakes as one line."""
+"""Command-line parsing: types with ranges, abbreviations, one-line errors."""
 
 import argparse
 import difflib
@@ -135,7 +135,7 @@ def each(parse: Parse) -> Parse:
 
 
 def factors(value: float | str, names: Sequence[str]) -> dict[str, float]:
-    """What a flag of the type `each(number(float, ...))` says of each modality; 1 for those it does not name."""
+    """Values per modality of a flag of the type `each(number(float, ...))`; 1 for modalities it does not name."""
     given = per_modality(str(value))
     return {name: float(given.get(name, given.get("", 1.0))) for name in names}
 

@@ -1,4 +1,4 @@
-"""The former name of `python -m report.compare`."""
+"""Alias of `python -m report.compare`, for old commands."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""What people read while a run goes on and when it ends. Plain numbers in, lines out."""
+"""Console output of a run: formats plain numbers as lines and tables."""
 
 import os
 import time
@@ -73,7 +73,7 @@ def slice_lines(numbers: dict, names: Sequence[str]) -> list[str]:
 
 
 def start_lines(args: Namespace, usual: dict, device: torch.device, folder: Path, first: int) -> list[str]:
-    """What a run starts with: what the preset changes from `usual`, and a line of device, precision, threads, seed."""
+    """First lines of a run: changes of the preset from `usual`; device, precision, threads and seed."""
     filled = args.from_preset
     changed = [f"{name} {filled[name]}" for name, value in usual.items() if filled.get(name, value) != value]
     lines = [f"preset {args.preset}: {', '.join(changed)}"] if changed else []

@@ -1,4 +1,4 @@
-"""One process or many (torchrun): who am I, how many are we, gather what each computed."""
+"""Devices and processes: start one process or several (torchrun), ranks, gathering of results."""
 
 import os
 import sys
@@ -92,7 +92,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes: rank 0 does, alone."""
+    """Whether this process is rank 0, the only one that writes."""
     return rank() == 0
 
 
@@ -203,5 +203,5 @@ def is_first_here() -> bool:
 
 
 def local_processes() -> int:
-    """How many processes of the group run on this machine."""
+    """Number of processes of the group on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1

@@ -1,4 +1,4 @@
-"""A user's mistake is one line that says what to type, never a stack trace; an interruption says how to go on."""
+"""Errors for users: one line that says what to do instead of a stack trace, and how to resume after an interruption."""
 
 import os
 import sys
@@ -8,22 +8,22 @@ INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same again 
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line: the file or flag, what was wrong, what to type."""
+    """A mistake that the user can fix. The message is one line: the file or flag, what is wrong, what to do."""
 
 
 class Told(UserError):
-    """A mistake that another process tells the user of."""
+    """A mistake that another process reports."""
 
 
 class Interrupted(Exception):
-    """Stopped by SIGTERM or Ctrl-C with everything saved. The message is one line with the command that goes on."""
+    """Stopped by SIGTERM or Ctrl-C with everything saved. The message is one line with the command that resumes."""
 
 
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: status 2 and `error: ...` after a `UserError`, 75 after `Interrupted`.
 
-    Ctrl-C where nothing was to be saved is status 130. A file that the system refuses (no permission, no room), memory
-    that it does not have and a reading process that was killed are one line and status 2 as well.
+    Ctrl-C with nothing to save gives status 130. File errors (no permission, disk full), a lack of memory and a killed
+    worker process also give one line and status 2.
     """
     try:
         status = main()
@@ -52,7 +52,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         status = 2
     except OSError as error:
         if error.filename is None or error.strerror is None:
-            raise  # not about a file: a stack trace says more
+            raise  # not about a file: show the stack trace
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         status = 2
     except MemoryError as error:

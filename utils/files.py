@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, locks, and what is said when the system refuses a file."""
+"""Atomic files and folders, locks, and error messages for failed writes."""
 
 import errno
 import os
@@ -19,10 +19,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def writing(path: Path | str, go_on: str = "run the same command again") -> Iterator[None]:
-    """Turn an `OSError` of the block, which writes `path`, into a `UserError` that names file, disk and free room.
+    """Convert an `OSError` while writing `path` into a `UserError` that names the file, the disk and its free space.
 
-    `go_on` is what to do once there is room. PyTorch reports a full disk as a `RuntimeError` whose context is the
-    `OSError`; that is seen through.
+    `go_on` says how to continue once there is space. PyTorch reports a full disk as a `RuntimeError` with the `OSError`
+    as its context; this is handled as well.
     """
     try:
         yield
@@ -53,17 +53,17 @@ def _refusal(path: Path, error: OSError, go_on: str) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left unfinished in `folder`; no other process may be writing there."""
+    """Delete the temporary files of a killed process in `folder`. No other process may be writing there."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path` (same suffix) that replaces it, flushed to disk, when the block ends well.
+    """Yield a temporary path next to `path` (same suffix). It is flushed and replaces `path` if the block succeeds.
 
-    After an exception or a kill, `path` is what it was before; a leftover starts with `.tmp-`. `sync=False` leaves
-    the flush to the system: for thousands of small files whose reader checks them anyway.
+    After an exception or a kill, `path` is unchanged; leftovers start with `.tmp-`. `sync=False` leaves the flush to
+    the system: for thousands of small files whose reader checks them anyway.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,11 +83,11 @@ def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path` that takes its place when the block ends well.
+    """Yield an empty temporary folder next to `path`. It replaces `path` if the block succeeds.
 
-    After an exception or a kill, `path` is what it was before or absent, never half new. A folder that is already
-    there is replaced. The temporary names depend on `path` alone, so the next call removes what a killed one left; the
-    caller makes sure, with `locked`, that no other process makes the same folder.
+    After an exception or a kill, `path` is unchanged or absent, never incomplete. An existing folder is replaced. The
+    temporary names depend only on `path`, so the next call removes the leftovers of a killed one. The caller must
+    ensure, with `locked`, that no other process makes the same folder.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

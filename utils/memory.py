@@ -1,4 +1,4 @@
-"""How much of the machine's memory and how many of its cores may be taken, and how many bytes look like to people."""
+"""Available memory and CPU cores, with container and job limits, and formatting of byte counts."""
 
 import os
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def available_ram() -> int:
 
 
 def _left_in_containers() -> Iterator[int]:
-    """What each control group that this process is in has left. Cached files count as free: the kernel drops them."""
+    """Free memory of each control group of this process. Cached files count as free: the kernel drops them."""
     for folder in _control_groups():
         for limit, used in LIMIT_FILES:
             try:

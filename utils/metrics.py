@@ -1,6 +1,6 @@
-"""Numbers from logits, and the sums of a training epoch. Shapes: N clips, B clips of a batch, C classes.
+"""Metrics from logits, and running sums of a training epoch. Shapes: N clips, B clips of a batch, C classes.
 
-scikit-learn is imported where it is used: importing it takes seconds that most commands need not spend.
+scikit-learn is imported lazily, because importing it takes seconds and most commands do not need it.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""partitions.npz: every scoring of a run, from which its partitions can be followed over the epochs.
+"""partitions.npz: all scorings of a run, to follow its partitions over the epochs.
 
 Shapes: E scorings, N training clips, M modalities.
 """
@@ -34,7 +34,7 @@ class Partitions:
             with np.load(self.path, allow_pickle=False) as found:
                 epochs, kl, keep = (found[name] for name in ("epochs", "kl", "keep"))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return  # of a run of an earlier version, or spoiled: what follows is kept all the same
+            return  # from an earlier version, or damaged: later scorings are still saved
         rows = np.flatnonzero(epochs < before).tolist()
         self.epochs, self.kl, self.keep = epochs[rows].tolist(), list(kl[rows]), list(keep[rows])
 

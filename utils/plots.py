@@ -1,4 +1,4 @@
-"""The two figures of one run: its curves and its confusion matrices."""
+"""Figures of a run: learning curves and confusion matrices."""
 
 from collections.abc import Sequence
 

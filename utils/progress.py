@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log file. Imports no PyTorch."""
+"""Progress of long operations: a bar on a terminal, occasional lines in a log file. Does not import PyTorch."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ FIRST, LONGEST = 60.0, 600.0  # seconds until a log file's first line, and at mo
 
 
 class Progress:
-    """How many of `total` items are done, shown on standard error. A context manager.
+    """Context manager that shows on standard error how many of `total` items are done.
 
     On a terminal it is a tqdm bar. A bar would fill a log file or a pipe, so there it writes whole lines: one after a
     minute, then one whenever the time has grown by a quarter (by ten minutes at most).
@@ -71,7 +71,7 @@ class Progress:
             print(text, flush=True)
 
     def line(self, elapsed: float) -> str:
-        """What a log file shows after `elapsed` seconds."""
+        """The line in a log file after `elapsed` seconds."""
         rate = (self.done - self.first) / elapsed
         text = f"{self.name}: {self.done}/{self.total} {self.unit}s ({100 * self.done // max(1, self.total)} %)"
         if self.done > self.first:

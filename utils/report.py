@@ -1,4 +1,4 @@
-"""The former name of `python -m report`."""
+"""Alias of `python -m report`, for old commands."""
 
 import runpy
 

@@ -1,7 +1,7 @@
 """A run: its folder, its records, its checkpoints, and how it stops.
 
-config.json says what was asked, metrics.jsonl what happened in each epoch, summary.json what came out; beside them lie
-partition.csv, the TensorBoard events, pictures, best.pth and last.pth. Only the first process writes.
+config.json contains the flags, metrics.jsonl one line per epoch, summary.json the results. The folder also contains
+partition.csv, the TensorBoard events, figures, best.pth and last.pth. Only rank 0 writes.
 """
 
 import csv
@@ -58,7 +58,7 @@ def board_tag(key: str) -> str:
 
 
 def describe_run(board: "SummaryWriter", config: dict) -> None:
-    """Charts of all heads together (Custom Scalars), and flags beside the test accuracies (HParams).
+    """Charts with all heads (Custom Scalars), and flags with the test accuracies (HParams).
 
     Those flags are the given ones and a few that always tell runs apart. HParams reads its metrics from the scalars of
     the same tags, so a run in progress is listed too.
@@ -206,7 +206,7 @@ class Run:
         save_checkpoint(self.last, about | state | {"rng": rng_state(), "format": FORMAT})
 
     def state(self) -> dict | None:
-        """What last.pth holds, and the random generators put back; None where there is none.
+        """Load last.pth and restore the random generators; None if there is no file.
 
         Raises `UserError` for a run of an earlier version, which can be evaluated but not resumed.
         """
@@ -321,7 +321,7 @@ def read_config(folder: Path) -> dict:
 
 
 def modern(config: dict) -> dict:
-    """A run's config with flags under their present names, whatever version wrote it."""
+    """A run's config with the current names of all flags, for any version that wrote it."""
     former = {"batch_order": "reassemble"}
     if config.get("model") in ("resnet18", "resnet18_thin"):  # --model was the encoder before there were architectures
         former["model"] = "encoder"
@@ -365,7 +365,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def environment(device: torch.device, processes: int) -> dict:
-    """What a run ran on: versions, the commit of this code (None outside git), hardware and command."""
+    """Environment of a run: versions, the commit of this code (None outside git), hardware and command."""
     return {
         "versions": {"python": platform.python_version()} | installed(PACKAGES),
         "git_commit": git_commit(),

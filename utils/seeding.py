@@ -1,4 +1,4 @@
-"""Randomness that depends on nothing but (seed, epoch, purpose): an epoch repeats the same whatever came before it."""
+"""Random numbers that depend only on (seed, epoch, purpose), so that an epoch can be repeated exactly."""
 
 import random
 import zlib

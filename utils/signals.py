@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a question asked between steps, so that a run ends with a message and the command to resume."""
+"""SIGTERM and Ctrl-C, checked between steps, so that a run stops with a message and the command to resume."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ class Signals:
         self.calls, self.before = 0, {}
 
     def listen(self) -> None:
-        if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread can set handlers
             self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def restore(self) -> None:

@@ -1,9 +1,9 @@
-"""One look for every figure: font, sizes, fixed colours, epochs counted from 1, direct labels, file formats.
+"""Common style of all figures: font, sizes, fixed colours, epochs counted from 1, direct labels, file formats.
 
-A figure is made under `styled()` and written by `save`. Colours are from two palettes made for colour-blind readers:
+Figures are made under `styled()` and written by `save`. Colours are from two palettes for colour-blind readers:
 Okabe and Ito, "Color Universal Design" (2008), for the heads and the paper's methods; "muted" of Paul Tol, "Colour
-Schemes" (SRON/EPS/TN/09-002, 2021), for balance methods. Line styles, markers and direct labels say it again, so that
-no method is known by its colour alone.
+Schemes" (SRON/EPS/TN/09-002, 2021), for balance methods. Line styles, markers and direct labels are redundant, so that
+no method is identified by its colour alone.
 """
 
 import itertools
@@ -55,7 +55,7 @@ BALANCE_METHODS = ("ogm_ge", "agm", "pmr", "mmpareto", "gblend", "opm", "mmcosin
 
 
 class Look(NamedTuple):
-    """How a method is drawn: colour, line style, marker."""
+    """Style of a method: colour, line style, marker."""
 
     colour: str
     line: str
@@ -68,7 +68,7 @@ def modality_colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def looks(labels: Iterable[str], modalities: Sequence[str] = ()) -> dict[str, Look]:
-    """How each label of a comparison is drawn; it does not depend on the order of `labels`.
+    """Style of each label of a comparison, independent of the order of `labels`.
 
     A label is `method[ + balance method ...][, flag value ...]`, as in the rows of a report. Method and balance method
     have one look in every figure: known ones from the tables above, others from a checksum of their name. Labels that
@@ -160,7 +160,7 @@ def epoch_axis(axis: Axes, epochs: Sequence[int]) -> None:
 
 
 def mark_warmup(axis: Axes, first: int, text: bool = True) -> None:
-    """A dashed line before `first`, the first epoch of Remix counted from 1, and words beside it where there is room.
+    """A dashed line before `first`, the first epoch of Remix counted from 1, with a label next to it if there is space.
 
     To be called after `epoch_axis`.
     """

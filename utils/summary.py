@@ -1,4 +1,4 @@
-"""What is written and printed when a run ends."""
+"""Files and output at the end of a run."""
 
 import shlex
 from argparse import Namespace

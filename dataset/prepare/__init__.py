@@ -1,4 +1,4 @@
-"""Offline preparation: raw downloads to a training folder, the doctor, the demo. Training imports nothing of it.
+"""Offline preparation of training folders, their check, and the demo. Training does not import this package.
 
-python -m dataset.prepare --help says how to use it.
+See python -m dataset.prepare --help.
 """

@@ -1,12 +1,12 @@
-"""Raw clips to a verified training folder, and the doctor.
+"""Prepare a training folder from raw clips, or check one.
 
-    python -m dataset.prepare --table clips.csv --raw RAW --out OUT    # own clips: file,label and optional columns
+    python -m dataset.prepare --table clips.csv --raw RAW --out OUT    # your clips: file,label and optional columns
     python -m dataset.prepare --raw RAW --out OUT                      # a folder per class: RAW/<class>/*.mp4
     python -m dataset.prepare --dataset NAME --raw RAW --out OUT       # a published dataset
     python -m dataset.prepare --check DIR [--dataset NAME] [--json]
 
-It may be interrupted at any moment; the same command continues and makes no finished clip twice. Exit status: 0 when
-the folder is valid, 1 when clips are missing or broken, 2 for a mistake in the command.
+It can be interrupted at any time; the same command resumes and does not repeat finished clips. Exit status: 0 if the
+folder is valid, 1 if clips are missing or broken, 2 for a mistake in the command.
 """
 
 from dataset.prepare.check import check
@@ -28,55 +28,53 @@ TEST_FRACTION = 0.2
 def parse_args(argv: list[str] | None = None):
     """The flags. Raises `UserError` for a mistake."""
     parser = Parser(
-        prog="python -m dataset.prepare", description="Raw clips to a verified training folder, and the doctor."
+        prog="python -m dataset.prepare", description="Prepare a training folder from raw clips, or check one."
     )
     known = ", ".join(ENTRIES)
     parser.add_argument(
-        "--dataset", metavar="NAME", help=f"published dataset: {known}; --check takes {', '.join(SPECS)}"
+        "--dataset", metavar="NAME", help=f"published dataset: {known}; with --check: {', '.join(SPECS)}"
     )
     job = parser.add_argument_group("prepare")
     columns = "file,label[,clip,audio,start,end,part,group]"
     job.add_argument(
-        "--table", type=path_name, metavar="FILE", help=f"own clips as CSV: {columns} (default: a folder per class)"
+        "--table", type=path_name, metavar="FILE", help=f"CSV table of clips: {columns} (default: a folder per class)"
     )
-    job.add_argument("--raw", type=path_name, metavar="DIR", help="the raw clips (default: the table's folder)")
-    job.add_argument(
-        "--out", type=path_name, metavar="DIR", help="the training folder to make (default: data/<dataset>)"
-    )
-    job.add_argument("--workers", type=number(int, 1, 1024), help="processes (default: one per core)")
-    made = parser.add_argument_group("what is made of a clip (default: the dataset's; for own clips as given here)")
+    job.add_argument("--raw", type=path_name, metavar="DIR", help="folder of raw clips (default: the table's folder)")
+    job.add_argument("--out", type=path_name, metavar="DIR", help="training folder to create (default: data/<dataset>)")
+    job.add_argument("--workers", type=number(int, 1, 1024), help="worker processes (default: one per core)")
+    made = parser.add_argument_group("modalities (defaults for your own clips; published datasets have their own)")
     made.add_argument("--fps", type=number(float, 0, 240, True), help="frames kept per second (default: 1)")
     made.add_argument("--frames", type=number(int, 0, 1000), help="frames fed per clip, 0 for no video (default: 2)")
-    made.add_argument("--size", type=number(int, 8, 4096), help="shorter side of stored frames (default: as they are)")
-    made.add_argument("--crop", type=box, metavar="X,Y,W,H", help="part of the picture that is kept (default: all)")
+    made.add_argument("--size", type=number(int, 8, 4096), help="shorter side of stored frames (default: unchanged)")
+    made.add_argument("--crop", type=box, metavar="X,Y,W,H", help="crop of the source picture, pixels (default: all)")
     made.add_argument("--flow", action="store_true", help="add optical flow as a modality (default: off)")
     made.add_argument("--audio_recipe", type=recipe_flag, metavar="RECIPE",
-                      help="logstft, fbank, none, or logmel:rate=16000:seconds=1:bands=64 (default: logmel, as long as "
-                           "the longest clip, 10 s at most)")  # fmt: skip
+                      help="spectrogram: logstft, fbank, none, or logmel:rate=16000:seconds=1:bands=64 (default: "
+                           "logmel, as long as the longest clip, 10 s at most)")  # fmt: skip
     made.add_argument("--arrays", type=arrays_flag, action="append", metavar="NAME=DIR",
-                      help="add DIR/<clip>.npy as a modality; may be given again (default: none)")  # fmt: skip
-    made.add_argument("--no_mirror", action="store_true", help="never mirror frames in training (default: mirror)")
+                      help="add DIR/<clip>.npy as a modality; can be repeated (default: none)")  # fmt: skip
+    made.add_argument("--no_mirror", action="store_true", help="do not mirror frames in training (default: mirror)")
     split = parser.add_argument_group("parts")
     split.add_argument("--test_fraction", type=number(float, 0, 0.9, True), metavar="F",
-                       help="share of the test part where no parts are given (default: 0.2)")  # fmt: skip
+                       help="fraction of clips in test, if the clips have no parts (default: 0.2)")  # fmt: skip
     split.add_argument("--val_fraction", type=number(float, 0, 0.9), metavar="F",
-                       help="share of a validation part likewise (default: 0)")  # fmt: skip
+                       help="fraction of clips in validation, if the clips have no parts (default: 0)")  # fmt: skip
     split.add_argument("--split", choices=("official", "actor", "1", "2", "3"),
                        help="CREMAD: official or actor; UCF101: 1, 2 or 3 (default: official, 1)")  # fmt: skip
     split.add_argument("--split_dir", type=path_name, metavar="DIR", help="folder of the published lists (default: "
                        "download them for CREMAD and KineticSound, else the raw folder)")  # fmt: skip
-    split.add_argument("--split_url", metavar="URL", help="where the lists are downloaded from")
-    split.add_argument("--role", choices=ROLES, help="GRID: which word of the sentence")
-    split.add_argument("--annotations", type=path_name, action="append", metavar="FILE",
-                       help="KineticSound: annotations of Kinetics-400, for class names; may be repeated")  # fmt: skip
+    split.add_argument("--split_url", metavar="URL", help="download the lists from here (default: OGM-GE's repository)")
+    split.add_argument("--role", choices=ROLES, help="GRID: word of the sentence to classify (required for GRID)")
+    split.add_argument("--annotations", type=path_name, action="append", metavar="FILE", help="KineticSound: Kinetics "
+                       "annotation files, for class names; can be repeated (default: none)")  # fmt: skip
     doctor = parser.add_argument_group("check")
-    doctor.add_argument("--check", metavar="DIR", help="report what is wrong with a training or raw folder")
-    doctor.add_argument("--json", action="store_true", help="the report as JSON on standard output")
+    doctor.add_argument("--check", metavar="DIR", help="report all problems of a training or raw folder (default: off)")
+    doctor.add_argument("--json", action="store_true", help="with --check: print the report as JSON (default: off)")
     args = parser.parse_args(argv)
     if args.check is not None and any(value is not None for value in (args.raw, args.out, args.table)):
-        raise UserError("--check goes without --raw, --out and --table: it only looks")
+        raise UserError("--check: only reads a folder; omit --raw, --out and --table")
     if args.json and args.check is None:
-        raise UserError("--json goes with --check")
+        raise UserError("--json: only valid with --check")
     if args.check is None:
         _check_job(args)
         _fill_in(args)
@@ -86,25 +84,25 @@ def parse_args(argv: list[str] | None = None):
 def _check_job(args) -> None:
     """Refuse flags that do not go together."""
     if args.raw is None and args.table is None:
-        raise UserError("nothing to do: give --table FILE or --raw DIR to prepare own clips, --dataset NAME --raw DIR "
+        raise UserError("nothing to do: give --table FILE or --raw DIR to prepare your clips, --dataset NAME --raw DIR "
                         "for a published dataset, or --check DIR; all flags: --help")  # fmt: skip
     if args.dataset is not None:
         if args.dataset == "demo":
             raise UserError("--dataset demo: nothing to prepare from raw clips; bash scripts/prepare_demo.sh makes it")
         if args.dataset not in ENTRIES:
             raise UserError(
-                f"--dataset {args.dataset}: unknown; allowed: {', '.join(ENTRIES)}; own clips go without it"
+                f"--dataset {args.dataset}: unknown; allowed: {', '.join(ENTRIES)}; omit it for your own clips"
             )
         if args.raw is None or args.table is not None:
-            raise UserError(f"--dataset {args.dataset} takes its clips from --raw DIR and no --table")
+            raise UserError(f"--dataset {args.dataset}: needs --raw DIR, without --table (for your own clips only)")
     elif args.out is None:
-        raise UserError("--out DIR is needed: the training folder to make")
+        raise UserError("--out: missing; give the training folder to create")
     allowed = OWN if args.dataset is None else ENTRIES[args.dataset].flags
     for name in SPECIAL:
         if getattr(args, name) is not None and name not in allowed:
             takers = [entry for entry, found in ENTRIES.items() if name in found.flags]
             takers += ["own clips"] if name in OWN else []
-            raise UserError(f"--{name} goes with {', '.join(takers)} only")
+            raise UserError(f"--{name}: only valid with {', '.join(takers)}")
 
 
 def _fill_in(args) -> None:

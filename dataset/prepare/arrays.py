@@ -1,4 +1,4 @@
-"""Modalities that come as numbers (text features, embeddings, sensor data): a .npy for each clip, copied as float32."""
+"""Array modalities (text features, embeddings, sensor data): one .npy file per clip, copied as float32."""
 
 import io
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def array_files(name: str, folder: Path | str, clips: list[str]) -> dict[str, So
         raise UserError(f"--arrays {name}={folder}: no such folder; give a folder of <clip>.npy")
     files: dict[str, Source] = {clip: folder / f"{clip}.npy" for clip in clips}
     if not any((folder / f"{clip}.npy").exists() for clip in clips):
-        raise UserError(f"--arrays {name}={folder}: none of the {len(clips):,} clips is there (such as {clips[0]}.npy)")
+        raise UserError(f"--arrays {name}={folder}: has none of the {len(clips):,} clips; expected {clips[0]}.npy, ...")
     return files
 
 

@@ -1,8 +1,8 @@
-"""Sound files to waveforms, waveforms to spectrograms of one fixed shape.
+"""Audio files to waveforms, and waveforms to spectrograms of a fixed shape.
 
-Recipes compute in float64 and store float32: the logarithm of an almost silent band magnifies the rounding of float32
-to more than 1e-4, and two machines would then make two datasets. librosa and PyAV are imported only where they are
-needed: `fbank` and `logmel` of a 16-bit WAV file work without both.
+Recipes compute in float64 and store float32: the logarithm of an almost silent band amplifies float32 rounding errors
+to more than 1e-4, so two machines would produce different datasets. librosa and PyAV are imported lazily: `fbank` and
+`logmel` of a 16-bit WAV file need neither.
 """
 
 import functools
@@ -56,7 +56,7 @@ def load_wave(
 
 
 def _read_pcm16(path: Path, start: float | None = None, end: float | None = None) -> tuple[np.ndarray, int] | None:
-    """(wave (n, channels), rate) of a 16-bit WAV with Python alone, None for every other file, whatever its name."""
+    """(wave (n, channels), rate) of a 16-bit WAV, in plain Python; None for any other file, whatever its suffix."""
     import wave
 
     try:
@@ -87,7 +87,7 @@ def _read_track(path: Path, start: float | None, end: float | None) -> tuple[np.
             if cut is None:
                 _check_rate(path, rate)
                 cut = _Cut(path, rate, start, end)
-                position = round(time * rate) if start or end else 0  # where the first sample lies in the file
+                position = round(time * rate) if start or end else 0  # index of the first sample in the file
             if position >= cut.last:
                 break
             kept = chunk[max(0, cut.first - position) : cut.last - position]

@@ -1,4 +1,4 @@
-"""The doctor behind `python -m dataset.prepare --check`: everything in a folder is read, and every fault is named."""
+"""`python -m dataset.prepare --check`: read all files of a folder and report every problem."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +62,7 @@ def _inspect_content(report: Report, spec: DatasetSpec, clip: str, part: str) ->
 
 
 def _decoding_fault(path: str) -> str:
-    """Why the frame is not a whole JPEG or PNG file, '' if Pillow decodes it.
+    """Reason why the frame is not a valid JPEG or PNG file, '' if Pillow decodes it.
 
     OpenCV would fill what is missing with grey.
     """

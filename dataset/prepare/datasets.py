@@ -1,7 +1,7 @@
-"""What is prepared: a table of one's own, a folder per class, or a published dataset. Each becomes a `Job`.
+"""Sources of preparation: a user's table, a folder per class, or a published dataset. Each becomes a `Job`.
 
-Every entry of `ENTRIES` finds the clips of its raw download, reads or makes the split, and names the modalities; the
-work itself (`dataset.prepare.make`) is the same for all.
+An entry of `ENTRIES` finds the clips of the raw download, reads or creates the split, and lists the modalities. The
+rest of the work (`dataset.prepare.make`) is the same for all.
 """
 
 import math
@@ -34,7 +34,7 @@ IMAGE_SIDE = 224  # pixels that frames are fed at, unless they are stored smalle
 
 
 class Job(NamedTuple):
-    """All that `make` needs: what the folder will be, how it is split, and from what it is made.
+    """Input of `make`: the spec of the folder, its split, and its sources.
 
     `clips` are decoded by the engine with `options`; `arrays` maps a modality to the source of each clip's array.
     `faults` are clips known to be unusable before any file is opened, `notes` lines for the user.
@@ -51,7 +51,7 @@ class Job(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """What an entry does where the user says nothing. `fields` are those of the spec, such as `model`."""
+    """Defaults of an entry. `fields` are fields of the spec, such as `model`."""
 
     fps: float | None = 1.0  # None: as OGM-GE's scripts, every floor(frames per second)-th
     frames: int = 2
@@ -88,7 +88,7 @@ def modalities_of(args, defaults: Defaults, seconds: Callable[[], float]) -> tup
     size, crop = args.size or defaults.size, args.crop or defaults.crop
     with_flow = (args.flow or defaults.flow) and frames > 0
     if args.flow and not frames:
-        raise UserError("--flow goes beside frames; leave --frames 0 out")
+        raise UserError("--flow: needs frames; omit --frames 0")
     modalities = [audio(recipe)] if recipe is not None else []
     modalities += [video(frames, defaults.stored_frames)] if frames else []
     modalities += [flow(frames, defaults.stored_frames)] if with_flow else []
@@ -108,7 +108,7 @@ def with_arrays(args, spec: DatasetSpec, clips: list[str]) -> tuple[DatasetSpec,
     arrays: dict[str, dict[str, Source]] = {}
     for name, folder, kind in args.arrays or ():
         if name in spec.names or name in {modality.folder for modality in spec.modalities}:
-            raise UserError(f"--arrays {name}={folder}: there is a modality {name} already; choose another name")
+            raise UserError(f"--arrays {name}={folder}: the modality {name} already exists; choose another name")
         arrays[name] = array_files(name, folder, clips)
         spec = replace(spec, modalities=(*spec.modalities, Modality(name, kind or kind_of(arrays[name]), name)))
     if len(spec.modalities) < 2:
@@ -118,7 +118,7 @@ def with_arrays(args, spec: DatasetSpec, clips: list[str]) -> tuple[DatasetSpec,
 
 
 def fitting_seconds(clips: Sequence[Clip]) -> float:
-    """How many seconds of sound a spectrogram of these clips covers: the longest clip's, 10 at most.
+    """Duration of the spectrograms in seconds: that of the longest clip, 10 at most.
 
     Known where every clip is cut; else the first 20 files are looked at. Rounded up to a tenth of a second.
     """
@@ -133,7 +133,7 @@ def fitting_seconds(clips: Sequence[Clip]) -> float:
 def _own_job(args, name: str, rows: list[Row], raw: Path, defaults: Defaults, record: dict, notes: list[str]) -> Job:
     """A job of rows with files, split as they say or by seed."""
     if args.given_fractions and any(row.part for row in rows):
-        raise UserError(f"{args.given_fractions[0]}: the clips name their parts already; leave the flag out")
+        raise UserError(f"{args.given_fractions[0]}: the clips already have parts; omit the flag")
 
     def clips_of(sound: bool, frames: bool) -> list[Clip]:
         return find_sources(rows, raw, sound, frames)
@@ -154,7 +154,7 @@ def own_job(args, out: Path) -> Job:
     if args.table is not None:
         rows, source = read_table(args.table), Path(args.table).name
         if not raw.is_dir():
-            raise UserError(f"--raw {raw}: no such folder; give the folder that the table's files lie in")
+            raise UserError(f"--raw {raw}: no such folder; give the folder that contains the table's files")
     else:
         rows, left_out = class_folders(raw, out)
         source = "a folder per class"
@@ -164,7 +164,7 @@ def own_job(args, out: Path) -> Job:
     defaults = Defaults()
     if only_sounds(rows):
         if args.frames or args.flow:
-            raise UserError(f"--{'frames' if args.frames else 'flow'}: all {len(rows):,} files are sounds")
+            raise UserError(f"--{'frames' if args.frames else 'flow'}: all {len(rows):,} files are audio; omit it")
         defaults = defaults._replace(frames=0)
     return _own_job(args, "folder", rows, raw, defaults, {"source": source}, notes)
 
@@ -190,7 +190,7 @@ def _counted(name: str, found: dict[str, int], published: dict[str, int]) -> lis
 
 
 def _by_name(videos: dict[str, Path], root: Path, name: str) -> Path:
-    """The video of that name; a path that does not exist stands for one that is missing."""
+    """The video with this name; a path that does not exist if the video is missing."""
     return videos.get(name, root / f"{name}.mp4")
 
 
@@ -234,7 +234,7 @@ def cremad(args, raw: Path, out: Path) -> Job:
     index = index_raw(raw, leave_out=out)
     if args.split == "actor":
         if args.split_dir is not None:
-            raise UserError("--split actor takes no lists: it comes from the clip ids; leave --split_dir out")
+            raise UserError("--split_dir: not used by --split actor, which takes actors from the clip ids; omit it")
         split = actor_split(cremad_rows(index, SPECS["CREMAD"]), SPECS["CREMAD"])
     else:
         split = published_split("CREMAD", args.split_dir, out / ".prepare" / "lists", args.split_url)
@@ -244,7 +244,7 @@ def cremad(args, raw: Path, out: Path) -> Job:
 def kinetics_sounds(args, raw: Path, out: Path) -> Job:
     """Kinetics-Sounds: 17,396 clips, 31 classes; names from Kinetics-400's annotations where they are given."""
     if args.split == "actor":
-        raise UserError("--split actor: the clip ids of KineticSound name no actors; use --split official")
+        raise UserError("--split actor: the clip ids of KineticSound contain no actor; use --split official")
     index = index_raw(raw, leave_out=out)
     split = published_split("KineticSound", args.split_dir, out / ".prepare" / "lists", args.split_url)
     if args.annotations:
@@ -320,7 +320,7 @@ def vggsound(args, raw: Path, out: Path) -> Job:
         except UserError as error:
             raise UserError(f"{path}, line {line}: {error}") from None
         if name in clips:
-            raise UserError(f"{path}, line {line}: clip {name} is there twice; delete one line")
+            raise UserError(f"{path}, line {line}: clip {name} is listed twice; delete one line")
         cut = index.videos.get(name) or index.videos.get(f"{name}_{start + VGGSOUND_SECONDS:06d}")
         if cut is None and video_id in index.videos:
             whole = index.videos[video_id]

@@ -1,7 +1,7 @@
-"""One decoder for frames and sound: PyAV, which brings its own FFmpeg.
+"""Decoder for frames and audio: PyAV, which includes its own FFmpeg.
 
-Streams are found by their kind, not by their number: real CREMA-D files begin with a data stream. Times are in seconds
-from the beginning of the file, as `ffmpeg -ss` counts them. PyAV is imported only where a file is opened.
+Streams are selected by type, not by index: real CREMA-D files begin with a data stream. Times are in seconds from the
+start of the file, as in `ffmpeg -ss`. PyAV is imported only when a file is opened.
 """
 
 import math
@@ -43,7 +43,7 @@ def opened(path: Path | str, what: str) -> Iterator:
 
 
 def short(error: BaseException) -> str:
-    """What went wrong in a few words, without the path: the line names it already."""
+    """Short description of an error, without the path, which the message already contains."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:120]
 
@@ -65,13 +65,13 @@ def find_stream(container, path: Path | str, kind: str):
 
 
 class Tally:
-    """How the decoding of a stream goes: whole frames, damaged packets and frames, frames that were not needed."""
+    """Counts of a stream's decoding: good frames, damaged packets and frames, skipped frames."""
 
     def __init__(self, path: Path | str):
         self.path, self.good, self.bad, self.left, self.why = path, 0, 0, 0, "damaged"
 
     def check(self) -> None:
-        """Raise `UserError` where more is damaged than not: encrypted, or another codec than the header says."""
+        """Raise `UserError` if most of the stream is damaged: encrypted, or a codec other than in the header."""
         if self.bad > self.good:
             count = f"{self.bad} of {self.bad + self.good} packets"
             raise UserError(f"{self.path}: {count} cannot be decoded ({self.why}); get the file again")

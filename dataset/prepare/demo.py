@@ -1,14 +1,14 @@
-"""The demo dataset: real handwritten digits on video, the same digit's keypad tone (or a recording of it) as sound.
+"""The demo dataset: videos of handwritten digits, with the digit's keypad tone (or a recording of it) as audio.
 
     python -m dataset.demo                                  # keypad tones   -> data/demo
     python -m dataset.demo --speech DIR                     # spoken digits  -> data/demo_speech
 
-Pictures are scikit-learn's 1,797 scans of 8 x 8 pixels, drifting over clutter behind an occluding square; sounds are
-DTMF tones in noise, taken down by answering machines that each run and hum in their own way. The machines of the test
-clips are others than those of the training clips, as the speakers of a speaker-independent test are. So the sound is
-quick to learn but much of it holds for known machines only, the picture slow to learn but informative: that is the
-imbalance Data Remixing is about. Raw files come first (`raw/video/*.avi`, `raw/audio/*.wav`) and then go through
-the same preparation as a real dataset. How hard each clip was made is kept in `clips.csv`.
+Video: scikit-learn's 1,797 scans of 8 x 8 pixels, moving over clutter behind an occluding square. Audio: DTMF tones in
+noise, recorded by simulated answering machines, each with its own speed and hum. Training and test clips use different
+machines, as in a speaker-independent test. So audio is learned quickly, but much of it applies to known machines only;
+video is learned slowly, but is informative. This is the imbalance that Data Remixing addresses. The raw files
+(`raw/video/*.avi`, `raw/audio/*.wav`) go through the same preparation as a real dataset. `clips.csv` records the
+difficulty of each clip.
 """
 
 import csv
@@ -36,7 +36,7 @@ from utils.errors import UserError, run_main
 from utils.files import Busy, atomic_folder, atomic_path, locked
 from utils.progress import over
 
-# Raise it when the code below changes what the same settings give: data made by older code is then made again.
+# Increase it when the code below changes the data for the same settings: older data are then regenerated.
 VERSION = 3
 
 DIGITS = SPECS["demo"].classes or ()
@@ -110,7 +110,7 @@ class DemoClip:
 
 
 def draw_video(scan: np.ndarray, settings: DemoSettings, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """A digit drifting over clutter behind a square that stands still.
+    """A digit moving over clutter behind a static square.
 
     scan: (8, 8) ink in [0, 1]. Returns frames (T, side, side, 3) uint8 RGB, T = fps * seconds, and how hard they are:
     `contrast`, `clutter`, `occluder` as drawn (see `DemoSettings`), `hidden` the share of the ink behind the square,
@@ -169,7 +169,7 @@ def _clutter_texture(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _square_before(ink: np.ndarray, size: float, settings: DemoSettings, rng: np.random.Generator) -> np.ndarray:
-    """Where the square stands: (side, side) bool, centred within the digit's box of a random frame."""
+    """Mask of the square: (side, side) bool, centred within the digit's box in a random frame."""
     mask = np.zeros(ink.shape[1:], bool)
     ys, xs = np.nonzero(ink[rng.integers(len(ink))] > 0.1)
     corner = np.array([rng.uniform(ys.min(), ys.max()), rng.uniform(xs.min(), xs.max())]) - size / 2
@@ -193,7 +193,7 @@ def draw_machine(number: int, settings: DemoSettings) -> Machine:
     """The machines 0 ... n - 1 took down the training clips, n ... 2 n - 1 the test clips, n being `settings.machines`.
 
     Each part's speeds are spread over the whole range, one machine to each n-th of it. At an unknown speed some keys
-    cannot be told apart: 5 played a tenth too slow sounds like 1. A machine is known by its hum, two tones below the
+    cannot be distinguished: 5 played a tenth too slow sounds like 1. A machine is known by its hum, two tones below the
     keys' and four above.
     """
     rng = np.random.default_rng([settings.seed, 3, number])
@@ -262,7 +262,7 @@ def parse_recording(path: Path) -> tuple[str, str, str]:
 
 
 def find_recordings(folder: Path) -> list[Path]:
-    """The folder's .wav files, sorted. Raises `UserError` unless every digit is said at least twice (train, test)."""
+    """The folder's .wav files, sorted. Raises `UserError` unless there are two recordings of every digit."""
     if not folder.is_dir():
         raise UserError(
             f"--speech {folder}: no such folder; give the one with {{digit}}_{{speaker}}_{{take}}.wav files"
@@ -438,7 +438,7 @@ def ensure_demo(
     settings: DemoSettings | None = None,
     quiet: bool = False,
 ) -> bool:
-    """Make the demo data in `root` unless it is there, whole and of these settings. Returns True if it was made.
+    """Make the demo data in `root` unless it is complete and has these settings. Returns True if it was made.
 
     speech: a folder of recordings to use instead of tones. settings: None takes the defaults, but keeps the seed or the
     recordings that the data in `root` was made with. Raises `UserError` for a folder that holds something else,
@@ -478,7 +478,7 @@ def _check_speech_record(root: Path, record: dict, settings: DemoSettings) -> No
 
 
 def read_record(root: Path) -> dict | None:
-    """What `root` was made from (`demo.json`), or None if it holds no whole demo dataset."""
+    """Settings of the demo data in `root` (`demo.json`), or None if it has no complete demo dataset."""
     try:
         record = json.loads((root / RECORD).read_text(encoding="utf-8"))
         return record if record["settings"]["seed"] is not None and "speech" in record else None
@@ -508,7 +508,7 @@ def _hash(record: dict) -> str:
 
 
 def _is_whole(root: Path, record: dict) -> bool:
-    """Nothing was deleted since: the lists are there, and as many clips as were made."""
+    """Whether the data are complete: the lists exist, and the number of clips is unchanged."""
     folders = [modality.folder for modality in SPECS["demo"].modalities]
     try:
         counts = {len(list((root / folder).iterdir())) for folder in folders}
@@ -521,12 +521,12 @@ def _is_whole(root: Path, record: dict) -> bool:
 def _refuse_foreign(root: Path, record: dict | None) -> None:
     if record is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(
-            f"{root}: holds something that is not whole demo data and is left alone; delete it, or name another folder"
+            f"{root}: contains files that are not complete demo data; delete the folder, or choose another one"
         )
 
 
 def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, record: dict, quiet: bool) -> None:
-    """Make the whole dataset beside `root`, then put it in place: a killed run leaves nothing half done in `root`."""
+    """Generate the dataset next to `root`, then rename it: a killed run leaves no incomplete data in `root`."""
     from dataset.prepare.engine import IN_THIS_PROCESS, Clip, Options, prepare_clips
     from dataset.prepare.lists import write_lists
 
@@ -579,13 +579,16 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m dataset.demo`."""
     parser = Parser(prog="python -m dataset.demo", description="Make the demo dataset.")
     parser.add_argument(
-        "--out", type=Path, help=f"folder to make (default: {SPECS['demo'].root}, speech: {SPEECH_ROOT})"
+        "--out", type=Path, help=f"folder to create (default: {SPECS['demo'].root}, speech: {SPEECH_ROOT})"
     )
     parser.add_argument(
-        "--seed", type=int, default=DemoSettings.seed, help="of split and difficulty (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=DemoSettings.seed,
+        help="seed of the split and the difficulty (default: %(default)s)",
     )
     parser.add_argument(
-        "--speech", type=Path, metavar="DIR", help="recordings {digit}_{speaker}_{take}.wav instead of tones"
+        "--speech", type=Path, metavar="DIR", help="recordings {digit}_{speaker}_{take}.wav (default: keypad tones)"
     )
     args = parser.parse_args(argv)
     if args.seed < 0:

@@ -1,8 +1,8 @@
-"""The engine of preparation: raw clips to frames, optical flow and spectrograms, on all cores, resumable at any moment.
+"""Preparation engine: raw clips to frames, optical flow and spectrograms, on all cores, resumable at any time.
 
-A clip is finished when its files are in place *and* a line in `.prepare/clips.jsonl` says from what and how they were
-made. Files appear by renaming, the line comes after them, so a kill loses only the clips in work. Decoders work in
-processes of their own: one that crashes or hangs takes only its clip with it.
+A clip is finished when its files are in place *and* a line in `.prepare/clips.jsonl` records their source and settings.
+Files are renamed into place before the line is written, so a kill loses only the clips in progress. Decoders run in
+separate processes: if one crashes or hangs, only its clip is affected.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from utils.files import Busy, atomic_folder, atomic_path, locked, remove_leftove
 from utils.memory import usable_cores
 from utils.progress import Progress, over
 
-RULES = 2  # raise when the same source and options give other files: every clip is then made again
-# Where the files lie in a training folder; how many frames are fed does not matter here.
+RULES = 2  # increase when the same source and options give other files: all clips are then prepared again
+# Location of the files in a training folder; the number of fed frames does not matter here.
 SOUND, FRAMES, MOTION = specs.audio(None), specs.video(frames=1), specs.flow(frames=1)
 BY_INDEX, PER_SECOND = "k * floor(frames per second)", " per second"  # which frames are kept, in prepare.json
 SILENCE = 1e-6  # largest sample of a sound that is reported as silent
@@ -57,7 +57,7 @@ class Clip(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is made of every clip.
+    """Settings for all clips.
 
     `fps`, `size`, `crop` and `stored_frames` (the most frames of a clip) are those of `video.Choice`; `audio` is the
     recipe of the spectrograms (None: no sound), `channels` "mean" or "first" (None: as the recipe says); `flow` adds
@@ -75,7 +75,7 @@ class Options(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a run did: clips made, found finished, skipped (with reasons) and used with a remark; bytes on disk."""
+    """Result of a run: clips made, already finished, skipped (with reasons), used with a remark; bytes on disk."""
 
     made: int
     kept: int
@@ -86,7 +86,7 @@ class Summary(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How one clip went: remarks where it was made, else the fault."""
+    """Result of one clip: remarks if it was made, else the error."""
 
     fault: Problem | None
     remarks: list[str]
@@ -122,7 +122,7 @@ def prepare_clips(clips: list[Clip], out: Path | str, options: Options, quiet: b
 
 
 def record_of(options: Options) -> dict:
-    """What prepare.json and the journal hold of the options: all that decides what the files are."""
+    """The options as stored in prepare.json and the journal: all that affect the files."""
     recipe = options.audio
     return {
         "audio_recipe": None if recipe is None else _recipe_field(recipe),
@@ -156,7 +156,7 @@ def _recipe_field(recipe: AudioRecipe) -> str | dict:
 
 
 def _modalities(clip: Clip, options: Options) -> tuple[Modality, ...]:
-    """What is made of a clip."""
+    """Products of a clip."""
     sound = (SOUND,) if clip.audio is not None and options.audio is not None else ()
     pictures = (FRAMES, MOTION) if options.flow else (FRAMES,)
     return sound + (pictures if clip.video is not None else ())
@@ -172,7 +172,7 @@ def _check(clips: list[Clip], options: Options) -> None:
         start, end = clip.start or 0.0, clip.end
         if not 0 <= start < float("inf") or (end is not None and not start < end < float("inf")):
             raise UserError(
-                f"clip {clip.name}: start {start}, end {end}; it must end after it starts, in seconds from 0"
+                f"clip {clip.name}: start {start}, end {end}; the end must be after the start, both in seconds from 0"
             )
         if not _modalities(clip, options):
             raise UserError(
@@ -309,7 +309,7 @@ def _spectrogram(clip: Clip, recipe: AudioRecipe, channels: str) -> tuple[np.nda
 
 
 def _taken_spectrogram(path: Path, recipe: AudioRecipe) -> np.ndarray:
-    """A spectrogram that somebody else made, as it is. Raises `UserError` unless it has the recipe's shape and type."""
+    """An existing spectrogram, unchanged. Raises `UserError` unless it has the recipe's shape and type."""
     reason, shape = array_fault(str(path), {})
     if not reason and shape != recipe.shape:
         reason = f"spectrogram of shape {shape}; {recipe.name} makes {recipe.shape}, see --audio_recipe"
@@ -322,7 +322,7 @@ def _taken_spectrogram(path: Path, recipe: AudioRecipe) -> np.ndarray:
 
 
 def _frames(clip: Clip, out: Path, options: Options) -> list[str]:
-    """Put the frames, and the flow beside them, into place; returns remarks."""
+    """Move the frames and their flow into place; returns remarks."""
     assert clip.video is not None
     folder, motion = (_place(out, modality.folder, clip.name) for modality in (FRAMES, MOTION))
     if clip.video.is_dir():
@@ -349,7 +349,7 @@ def _frames(clip: Clip, out: Path, options: Options) -> list[str]:
 
 
 def _take_frames(source: Path, folder: Path) -> None:
-    """Link (or copy) every frame of a folder that somebody else made; nothing is decoded."""
+    """Link (or copy) every frame of an existing folder, without decoding."""
     names = [name for name, _ in list_frames(str(source))]
     if not names:
         raise UserError(f"{source}: no .jpg in it")
@@ -408,7 +408,7 @@ class _Worker:
     """A process that makes clips, seen from the process that hands them out."""
 
     def __init__(self, out: Path, options: Options):
-        # Spawned, not forked: a fork copies the locks of PyTorch's and OpenCV's threads in whatever state they are.
+        # Spawned, not forked: a fork copies the locks of PyTorch's and OpenCV's threads in their current state.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, out, options), daemon=True)
@@ -425,7 +425,7 @@ class _Worker:
             self.pipe.send(clip)
 
     def hangs(self) -> bool:
-        """No message for a long time, and none that came while this process was busy with other things."""
+        """Whether a worker has sent no message for a long time, messages still in the queue included."""
         return time.monotonic() - self.heard > HANG and not self.pipe.poll()
 
     def listen(self) -> Outcome | None:
@@ -505,7 +505,7 @@ def _import_all(options: Options) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent is killed: it must not write beside the next run."""
+    """End this worker when its parent is killed, so that it does not write during the next run."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
@@ -548,7 +548,7 @@ def _one_thread(options: Options) -> Iterator[None]:
 
 
 class _Journal:
-    """`.prepare/clips.jsonl`: one line for each finished clip, appended as it is finished, sorted at the end."""
+    """`.prepare/clips.jsonl`: one line per finished clip, appended when it is finished, sorted at the end."""
 
     def __init__(self, path: Path):
         self.path, self.records = path, {}
@@ -566,7 +566,7 @@ class _Journal:
         self.file.write(json.dumps({"clip": clip, **record}) + "\n")
 
     def finish(self) -> None:
-        """Rewrite the file: sorted, one line a clip, whatever the order of the run was."""
+        """Rewrite the file: sorted, one line per clip, independent of the order of the run."""
         self.file.close()
         with atomic_path(self.path) as temporary:
             lines = [json.dumps({"clip": clip, **self.records[clip]}) + "\n" for clip in sorted(self.records)]
@@ -574,7 +574,7 @@ class _Journal:
 
 
 def _unfinished(clips: list[Clip], out: Path, options: Options, journal: _Journal, quiet: bool) -> list[Clip]:
-    """The clips whose files are not there as the journal says, or were made of another source or otherwise."""
+    """Clips whose files do not match the journal, or were made from another source or with other settings."""
     if not journal.records:
         return list(clips)
     headers = {}
@@ -639,7 +639,7 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             stack.enter_context(locked(out / ".prepare" / "lock"))
         except Busy:
-            raise UserError(f"{out}: another preparation is at work there; wait for it or name another --out") from None
+            raise UserError(f"{out}: another preparation is running; wait for it, or choose another --out") from None
         except OSError as error:
             raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder with --out") from None
         yield

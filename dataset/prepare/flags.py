@@ -1,4 +1,4 @@
-"""Flags of preparation that need reading: recipes with parameters, boxes, named folders."""
+"""Parsers for structured flags: recipes with parameters, boxes, named folders."""
 
 import argparse
 from pathlib import Path

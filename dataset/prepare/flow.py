@@ -1,9 +1,9 @@
-"""Optical flow as pictures: the field's convention of two 8-bit channels clipped at 20 pixels.
+"""Optical flow stored as JPEG: the usual convention of two 8-bit channels clipped at 20 pixels.
 
-Farneback's method with the parameters of mmaction2 (its other choice, TV-L1, is not in OpenCV's standard packages),
-from one frame to the next one of the file, in pixels of the stored frame. A picture holds x in red and y in green, as
-`(flow + 20) * 255 / 40`: 127.5 is no motion; blue is constant. The JPEG has no chroma subsampling, which would mix x
-and y of neighbouring pixels.
+Farneback's method with the parameters of mmaction2 (its alternative, TV-L1, is not in OpenCV's standard packages), from
+one frame of the file to the next, in pixels of the stored frame. Red is x and green is y, as `(flow + 20) * 255 / 40`,
+so 127.5 is no motion; blue is constant. The JPEG has no chroma subsampling, which would mix x and y of neighbouring
+pixels.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
-"""Raw files given by name, prepared as the training folder of a network was: for clips that are in no list.
+"""Prepare raw files given on the command line (`--clip`), with the settings of a network's training folder.
 
-Files of one name are one clip, as in a raw folder: `a/clip.flv b/clip.wav`. `clip.mp4@1.2-3.4` cuts a clip out of a
-file, in seconds.
+Files with the same name form one clip, as in a raw folder: `a/clip.flv b/clip.wav`. `clip.mp4@1.2-3.4` cuts a clip out
+of a file, in seconds.
 """
 
 import re
@@ -48,7 +48,7 @@ def given_clips(words: list[str]) -> list[Clip]:
         elif sound and not pictures and clip.audio in (None, clip.video):
             clip = clip._replace(audio=path)
         else:
-            raise UserError(f"--clip {path}: a second file of the clip {name}; give them one after the other")
+            raise UserError(f"--clip {path}: second file of the clip {name}; classify them one after the other")
         found[name] = clip
     return list(found.values())
 
@@ -65,7 +65,7 @@ def _cut(word: str) -> tuple[Path, float | None, float | None]:
 
 
 def _tracks(path: Path) -> tuple[bool, bool]:
-    """Whether the file has pictures and sound."""
+    """Whether the file has video and audio."""
     reason = "a folder; give its files" if path.is_dir() else source_fault(path)[1]
     if reason:
         raise UserError(f"--clip {path}: {reason}")
@@ -112,7 +112,7 @@ def prepare_given(
 
 
 def _options(spec: DatasetSpec, record: dict) -> Options:
-    """How the training folder was made."""
+    """Preparation settings of the training folder."""
     try:
         if record:
             return options_of(record)._replace(workers=IN_THIS_PROCESS)

@@ -1,4 +1,4 @@
-"""GRID (Cooke et al., JASA 2006): when each word of a sentence is spoken, by `.align` files or by a words.csv."""
+"""GRID (Cooke et al., JASA 2006): times of the words of a sentence, from `.align` files or a words.csv."""
 
 import re
 from pathlib import Path

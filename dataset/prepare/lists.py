@@ -1,4 +1,4 @@
-"""The lists of a training folder, written; and the split of CREMA-D that shares no actor."""
+"""Write the lists of a training folder; CREMA-D's split by actor."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ def write_lists(
 
 
 def write_csv(path: Path, rows: Iterable[tuple]) -> None:
-    """Write `rows` as CSV; the file appears whole or not at all."""
+    """Write `rows` as CSV, atomically."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 

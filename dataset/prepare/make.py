@@ -1,4 +1,4 @@
-"""The work of `python -m dataset.prepare`: a `Job` to an inspected training folder."""
+"""Run a `Job` of `python -m dataset.prepare`: create the training folder and inspect it."""
 
 import json
 import shlex

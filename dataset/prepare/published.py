@@ -1,6 +1,6 @@
-"""The published split lists: from a folder the user gives, or from OGM-GE's repository at one commit.
+"""Published split lists, from a local folder or from a fixed commit of OGM-GE's repository.
 
-They cannot be redistributed here (GPL-3.0), so they are read or downloaded and checked against their SHA-256.
+They cannot be redistributed here (GPL-3.0), so they are read or downloaded, and checked against their SHA-256.
 """
 
 import hashlib

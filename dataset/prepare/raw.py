@@ -1,7 +1,7 @@
-"""The raw downloads: where the files of each clip lie, and what is wrong with them.
+"""Raw downloads: find the files of each clip and check them.
 
-Nothing depends on the names of folders: a clip's files are found by their own names, up to four folders deep, so a
-clone of CREMA-D, a flat folder of Kinetics clips, one folder per class and what OGM-GE's scripts left all work.
+Folder names do not matter: files are found by their own names, up to four folders deep. So a clone of CREMA-D, a flat
+folder of Kinetics clips, one folder per class, and the output of OGM-GE's scripts all work.
 """
 
 import os
@@ -25,7 +25,7 @@ CREMAD_CLIPS = 7442  # published clips, both parts together
 
 
 class Index(NamedTuple):
-    """What lies in a raw folder, by clip id: videos, WAV files, ready spectrograms, folders of frames."""
+    """Contents of a raw folder by clip id: videos, WAV files, existing spectrograms, folders of frames."""
 
     root: Path
     videos: dict[str, Path]
@@ -58,7 +58,7 @@ def index_raw(root: Path | str, leave_out: Path | None = None) -> Index:
 
 
 def find_clips(index: Index, spec: DatasetSpec, names: Iterable[str]) -> list[Clip]:
-    """The files of each clip of `names`; a path that does not exist stands for a file that is missing.
+    """The files of each clip of `names`; for a missing file, a path that does not exist.
 
     CREMA-D has its sound in a WAV file, Kinetics inside the video. What was prepared before (frames, spectrograms)
     serves where the raw file is missing, empty or a git-lfs pointer. Raises `UserError` where none of them is there.
@@ -74,7 +74,7 @@ def find_clips(index: Index, spec: DatasetSpec, names: Iterable[str]) -> list[Cl
         raise UserError(
             f"{index.root}: {len(pointers):,} of {len(clips):,} videos are git-lfs pointers, "
             f"such as {pointers[0].video}; "
-            f"type: git -C {index.root} lfs pull"
+            f"run: git -C {index.root} lfs pull"
         )
     return clips
 
@@ -111,7 +111,7 @@ def _lookup(files: dict[str, Path], name: str) -> Path | None:
 
 
 def seconds_of(path: Path) -> float | None:
-    """The length of a video or sound as its header says it, None where it says nothing or is no such file."""
+    """Duration of a media file from its header; None if it has none or is not a media file."""
     import av
     from av.error import FFmpegError
 

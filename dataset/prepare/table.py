@@ -1,7 +1,7 @@
-"""A user's own clips: a table of files and labels, or a folder per class; and how they are split into parts.
+"""A user's own clips, from a table of files and labels or a folder per class, and their split into parts.
 
 A table is CSV with a header. `file` and `label` are required; `clip`, `audio`, `start`, `end`, `part` and `group` are
-optional. Every mistake is one line that names the table and the line in it.
+optional. Errors are one line that names the table and the line in it.
 """
 
 import difflib
@@ -117,9 +117,9 @@ def _seconds(where: str, name: str, text: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
-        raise UserError(f"{where}: {name} {text[:80]!r} is no number of seconds") from None
+        raise UserError(f"{where}: {name} {text[:80]!r} is not a number of seconds") from None
     if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"{where}: {name} {text[:80]!r}; seconds from 0 are needed")
+        raise UserError(f"{where}: {name} {text[:80]!r} must be 0 seconds or more")
     return value
 
 
@@ -132,7 +132,7 @@ def _all_or_none(path: Path, rows: list[Row], numbers: list[int], column: str) -
 
 
 def _named(rows: list[Row], places: list[str]) -> list[Row]:
-    """The rows with a clip id each, all different. `places` says where each row is from."""
+    """Give each row a unique clip id. `places` are the origins of the rows."""
     stems = defaultdict(set)
     for row in rows:
         stems[Path(row.file).stem].add(row.file)
@@ -196,7 +196,7 @@ def class_folders(raw: Path | str, leave_out: Path | None = None) -> tuple[list[
         audio = beside.get(path.with_suffix("")) if path.suffix.lower() in VIDEO_TYPES else None
         rows.append(Row("", label, path.as_posix(), audio.as_posix() if audio else None, part=part))
     if len({row.label for row in rows}) < 2:
-        raise UserError(f"{raw}: one folder of clips, {rows[0].label}; a folder for each class is needed, two or more")
+        raise UserError(f"{raw}: only one class folder, {rows[0].label}; at least two classes are needed")
     return _named(rows, [str(raw / row.file) for row in rows]), left_out
 
 
@@ -225,7 +225,7 @@ def only_sounds(rows: Sequence[Row]) -> bool:
 
 
 def split_rows(rows: Sequence[Row], fractions: dict[str, float], record: dict) -> Split:
-    """Classes and parts of the rows: as their `part` says, else a split by a fixed seed.
+    """Classes and parts of the rows: from their `part`, else a split with a fixed seed.
 
     `fractions` maps "test" and maybe "val" to their share of all clips. With groups, no group is in two parts and the
     class shares are as even as whole groups allow; without, every class is cut in the same shares. The split depends
@@ -234,7 +234,7 @@ def split_rows(rows: Sequence[Row], fractions: dict[str, float], record: dict) -
     """
     classes = sorted({row.label for row in rows})
     if len(classes) < 2:
-        raise UserError(f"one label, {classes[0]!r}, for all {len(rows):,} clips; two or more are needed to classify")
+        raise UserError(f"all {len(rows):,} clips have the label {classes[0]!r}; at least two classes are needed")
     grouped = rows[0].group is not None
     if rows[0].part is not None:
         part_of = {row.clip: row.part for row in rows}
@@ -245,7 +245,7 @@ def split_rows(rows: Sequence[Row], fractions: dict[str, float], record: dict) -
     parts = {part: [(row.clip, row.label) for row in rows if part_of[row.clip] == part] for part in PARTS}
     for part in ("train", "test"):
         if not parts[part]:
-            raise UserError(f"no clip in part {part}; each of train and test needs some")
+            raise UserError(f"no clip in part {part}; train and test need at least one clip each")
     if not parts["val"]:
         del parts["val"]
     groups = [(row.clip, row.group or "") for row in rows] if grouped else None
@@ -275,7 +275,7 @@ def _drawn(rows: Sequence[Row], fractions: dict[str, float], grouped: bool) -> d
             held = hold_out_groups([row.group or "" for row in left], labels, cut, SPLIT_SEED)
         else:
             if max(Counter(labels).values()) < 2:
-                raise UserError(f"one clip for each of {len(labels):,} labels; a label needs two or more to be split")
+                raise UserError(f"each of {len(labels):,} labels has one clip; a split needs two clips of a label")
             index = {label: i for i, label in enumerate(sorted(set(labels)))}
             held = hold_out([index[label] for label in labels], cut, SPLIT_SEED)
         part_of |= {row.clip: part for row, taken in zip(left, held, strict=True) if taken}

@@ -1,4 +1,4 @@
-"""Video files to frames, and to optical flow beside them: which frames, how large, which way up."""
+"""Video files to frames and optical flow: frame selection, size, crop, orientation."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ MAX_FRAMES = 600 * 240  # ten minutes at 240 frames per second; more is no clip
 
 
 class Choice(NamedTuple):
-    """Which frames of a video are kept, and what of each.
+    """Selection of frames of a video, and their crop and size.
 
     `fps` frames a second by time stamps: at `start + k / fps` the frame then shown. None is the rule of the published
     datasets: the frames k * floor(frames per second). `start`, `end` in seconds cut a clip out of the file; at most
@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 
 
 class Extracted(NamedTuple):
-    """What came of one video: frames kept, frames decoded, frames that its header promises (0: unknown), rate.
+    """Result of one video: frames kept, frames decoded, frame count in its header (0: unknown), rate.
 
     `until` is the time at which the last decoded frame ends, in seconds.
     """
@@ -102,7 +102,7 @@ def _save(path: Path, picture: np.ndarray, whole_chroma: bool = False) -> None:
 
 
 class _Frames:
-    """Iterate over the frames to keep; `picture` makes pixels of them, `result` says how it went."""
+    """Iterate over the frames to keep; `picture` converts them to pixels, `result` has the outcome."""
 
     def __init__(self, path: Path, choice: Choice):
         self.path, self.choice = path, choice
@@ -192,7 +192,7 @@ class _Frames:
         return Extracted(self.kept, self.decoded, self.promised, self.rate, self.until)
 
     def _breaks_off(self) -> bool:
-        """Frames are missing, and the time of those that are there does not reach as far as the header says either.
+        """Whether the file is truncated: fewer frames and a shorter duration than in the header.
 
         The second part is for variable frame rates: fewer frames than the rate promises may fill the whole time.
         """
