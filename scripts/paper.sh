@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Experiments of the paper (Ma, Chen, Deng, ICML 2025), one command per table or figure. Trains missing runs, then writes
-# the table in the paper's layout, next to the published values.
+# Experiments of the paper (Ma, Chen, Deng, ICML 2025), one command per table or figure. Trains missing runs, then
+# writes the table in the paper's layout, next to the published values.
 #   bash scripts/paper.sh table1                                  # fusion heads: 40 runs of the demo
 #   bash scripts/paper.sh table5 figure3                          # ablations and analysis
 #   bash scripts/paper.sh all --dataset CREMAD --gpu_ids 0        # all tables; other flags: train.py --help
