@@ -127,9 +127,8 @@ def _refuse(args: Namespace, names: tuple[str, ...], method: type[Method], other
         reason = "cannot act in a compiled network; leave --compile out"
     elif args.train:
         reason = method.refuse(args, Namespace(**args.balance_options[method.name]))
-    if reason:  # one about an option starts with it: name:option=value
-        given = any(reason.startswith(f"{option.name}=") for option in method.options)
-        raise UserError(f"--balance {method.name}:{'' if given else ' '}{reason}")
+    if reason:
+        raise UserError(f"--balance {method.name}: {reason}")
 
 
 def needs_validation(args: Namespace) -> list[str]:

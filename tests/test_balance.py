@@ -232,7 +232,7 @@ def test_random_numbers_depend_on_the_step_and_the_method_alone(clips):
     *((f"--balance {name} --fusion_method {fusion}", f"--balance {name}: needs.*--fusion_method {fusion}")
       for name, fusion in zip(("ogm_ge", "agm", "mmcosine", "opm"), ("film", "gated", "bigated", "film"), strict=True)),
     ("--balance gblend --val_fraction 0", "--balance gblend: .*validation.*--val_fraction"),
-    ("--balance dr --val_fraction 0", "--balance dr: .*never on test.*--val_fraction"),
+    ("--balance dr --val_fraction 0", "--balance dr: .*test is never used.*--val_fraction"),
     ("--balance gblend --alpha 1", "--balance gblend: sets the weights.*leave --alpha out"),
     ("--balance gblend:weights=1/2", "--balance gblend: weights: 2 given; audio, video and joint need one each"),
     ("--balance gblend:weights=0/0/0", "--balance gblend:weights=0/0/0: .*all weights are 0"),

@@ -114,7 +114,7 @@ def test_wrong_values(name, data, tmp_path, capsys, monkeypatch):
 def test_wrong_options_of_balance_methods(method, option, capsys):
     for value in WRONG_OPTION:
         said = mistake(["--train", "--val_fraction", "0.2", "--balance", f"{method}:{option}={value}"], capsys)
-        assert f"--balance {method}:{option}={value}" in said, (value, said)
+        assert f"--balance {method}:" in said and f"{option}={value}" in said, (value, said)
 
 
 @pytest.mark.parametrize("name", [name for name, action in ACTIONS.items() if not takes_value(action)])
