@@ -35,7 +35,8 @@ def take_flags_of_checkpoint(args: Namespace, typed: dict) -> None:
             raise UserError(f"--{name} {typed[name]}: {args.checkpoint} was trained with --{name} {config[name]}; "
                             "leave the flag out")  # fmt: skip
     same_data = "dataset" not in typed or args.dataset == config.get("dataset")
-    names = (*AS_TRAINED, "dataset", "split", "val_fraction", "precision", *(["data_root"] if same_data else []))
+    names = ("dataset", "split", "val_fraction", "precision", *(["data_root"] if same_data else []))
+    vars(args).update({name: config[name] for name in AS_TRAINED if name in config})
     vars(args).update({name: config[name] for name in names if name in config and name not in typed})
 
 

@@ -467,7 +467,7 @@ def test_what_is_no_table_or_no_partition_of_cremad(tmp_path: Path) -> None:
     good.write_text(head + "1001_IEO_ANG_HI,A:D,50,A,50,A,50\n")
     with pytest.raises(UserError, match="line 2"):
         make_report("--people", good, "--partition", partition)
-    with pytest.raises(UserError, match="go together"):
+    with pytest.raises(UserError, match="only valid together"):
         make_report("--people", good)
 
 

@@ -681,7 +681,7 @@ def test_only_the_command_itself_may_start_torchrun(monkeypatch):
     (["--train", "--resume"], "--resume.*--run_name"),
     (["--train", "--device", "cuda"], "no CUDA device"),
     (["--train", "--unknown", "1"], "unrecognized arguments: --unknown"),
-    (["--train", "--resume", "auto"], "--resume: name the run.*--run_name"),
+    (["--train", "--resume", "auto"], "--resume: no run given.*--run_name"),
     (["--resume", "/nowhere/run"], "--resume /nowhere/run: no run.*config.json"),
     (["--checkpoint", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
     (["--train", "--dataset", "folder", "--data_root", "/nowhere"], "/nowhere"),
