@@ -1,7 +1,8 @@
 # Environment setup, sourced by every script: changes to the repository root and sets $PYTHON to a suitable interpreter.
 #
 # The current python3 is used, unmodified, if it has the required packages. Otherwise the script creates .venv,
-# completes it after an interruption, and updates it when a requirements file changes. ENV_FILES lists the requirements files.
+# completes it after an interruption, and updates it when a requirements file changes. ENV_FILES lists the
+# requirements files.
 # Compatible with bash 3.2 (macOS).
 set -euo pipefail
 TYPED_IN=$PWD
