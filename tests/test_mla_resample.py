@@ -226,9 +226,7 @@ def test_a_checkpoint_of_mla_is_evaluated_with_its_own_head(data, tmp_path, caps
 def test_encoders_of_different_widths_are_refused():
     net = network(CLASSES)
     net.widths["video"] = 512
-    with pytest.raises(
-        UserError, match=r"--balance mla: .*equal width; .* audio 128, video 512; choose"
-    ):
+    with pytest.raises(UserError, match=r"--balance mla: .*equal width; .* audio 128, video 512; choose"):
         replace_heads(net, flags_of("--balance mla"))
 
 
