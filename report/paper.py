@@ -432,7 +432,8 @@ def write_page(path: Path, sections: list[str], args: Namespace, rest: list[str]
     commits = sorted({str(run.config.get("git_commit"))[:12] for run in runs})
     machines = sorted({f"{run.config['hardware']['cpu']}, {run.config['hardware']['device']}" for run in runs})
     hours = sum(seconds_of_run(Group("", run.method, {}, {0: run}, ())) for run in runs) / 3600
-    words = " ".join(["bash scripts/paper.sh", *args.what, *rest])
+    seeds = ["--seeds", args.seeds] if args.seeds else []
+    words = " ".join(["bash scripts/paper.sh", *args.what, *seeds, *rest])
     head = ["# The experiments of the paper", "",
             f"Written by `{words}` from {len(runs)} runs on `{args.dataset}` ({', '.join(machines)}; commits "
             f"{', '.join(commits)}; {hours:.1f} hours of training in all).", "",
