@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
@@ -55,6 +56,17 @@ def board_tag(key: str) -> str:
             return tag + key.removeprefix(start)
     return {"train_loss": "loss/train", "test_loss": "loss/test", "val_loss": "loss/val",
             "clips_per_second": "speed/clips_per_second"}.get(key, key)  # fmt: skip
+
+
+def wait_for_next_second(folder: Path) -> None:
+    """Wait until an event file that starts now is named after the run's others.
+
+    TensorBoard reads event files in the order of their names, which hold the start in whole seconds. Within one second
+    a resumed run's file may sort before its predecessor's, whose last epochs would then be dropped.
+    """
+    started = {path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")}
+    while str(int(time.time())) in started:
+        time.sleep(0.02)
 
 
 def describe_run(board: "SummaryWriter", config: dict) -> None:
@@ -126,6 +138,7 @@ class Run:
             with atomic_path(self.folder / "metrics.jsonl") as path:
                 path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
             self.partitions.load(first_epoch)
+            wait_for_next_second(self.folder)
             self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
             describe_run(self.board, config)
 
