@@ -79,7 +79,7 @@ def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
 
     An interrupted comparison is then one with fewer seeds. Raises `UserError` for anything that train.py refuses.
     """
-    seeds, axes = [_seed(text) for text in _items(args.seeds, "--seeds")], [_axis(text) for text in args.grid]
+    seeds, axes = seeds_of(args.seeds), [_axis(text) for text in args.grid]
     for flag in (word.split("=")[0].removeprefix("--") for word in rest if word.startswith("--")):
         if flag in OURS or flag in dict(axes):
             raise UserError(f"--{flag}: set for each run by this command; use {OURS.get(flag, '--grid alone')} instead")
@@ -136,10 +136,12 @@ def _items(text: str, flag: str) -> list[str]:
     return items
 
 
-def _seed(text: str) -> int:
-    if not text.isdecimal():
+def seeds_of(text: str) -> list[int]:
+    """The values of `--seeds`. Raises `UserError` for what is no list of different whole numbers."""
+    items = _items(text, "--seeds")
+    if not all(item.isdecimal() for item in items):
         raise UserError(f"--seeds {text}: give whole numbers, such as 0,1,2")
-    return int(text)
+    return [int(item) for item in items]
 
 
 def _axis(text: str) -> tuple[str, list[str]]:
@@ -336,21 +338,31 @@ def main(argv: list[str] | None = None) -> int:
     with alone_in(log_path):
         stock = [(run, take_stock(run, log_path)) for run in plan]
         note_command(log_path, sys.argv[1:] if argv is None else argv, plan)
-        todo = [(run, action) for run, action in stock if action != "done"]
-        counts = {action: sum(a == action for _, a in stock) for action in ("start", "resume", "done")}
-        print(f"{len(plan)} runs in {log_path}: {counts['start']} to start, {counts['resume']} to resume, "
-              f"{counts['done']} finished already", flush=True)  # fmt: skip
-        others = [run.name for run, action in stock if action == "done" and of_other_code(log_path / run.name)]
-        if others:
-            print(f"note: {len(others)} finished runs were made by another commit of this code, such as {others[0]}; "
-                  "delete their folders to repeat them", flush=True)  # fmt: skip
-        failures = []
-        if todo:
-            for flags in {(run.flags["dataset"], run.flags["data_root"]): run.flags for run, _ in todo}.values():
-                check_data(flags)
-            envs = environments(args.jobs, todo[0][0].flags["device"], todo[0][0].flags["gpu_ids"])
-            failures = run_all(todo, log_path, envs[: len(todo)])
+        failures = train_missing(stock, log_path, args.jobs)
     report(args, plan, log_path)
+    return exit_status(failures)
+
+
+def train_missing(stock: list[tuple[Planned, str]], log_path: Path, jobs: int | None) -> list[Worker]:
+    """Start or resume the runs that `take_stock` found unfinished; returns those that failed or were interrupted."""
+    todo = [(run, action) for run, action in stock if action != "done"]
+    counts = {action: sum(a == action for _, a in stock) for action in ("start", "resume", "done")}
+    print(f"{len(stock)} runs in {log_path}: {counts['start']} to start, {counts['resume']} to resume, "
+          f"{counts['done']} finished already", flush=True)  # fmt: skip
+    others = [run.name for run, action in stock if action == "done" and of_other_code(log_path / run.name)]
+    if others:
+        print(f"note: {len(others)} finished runs were made by another commit of this code, such as {others[0]}; "
+              "delete their folders to repeat them", flush=True)  # fmt: skip
+    if not todo:
+        return []
+    for flags in {(run.flags["dataset"], run.flags["data_root"]): run.flags for run, _ in todo}.values():
+        check_data(flags)
+    envs = environments(jobs, todo[0][0].flags["device"], todo[0][0].flags["gpu_ids"])
+    return run_all(todo, log_path, envs[: len(todo)])
+
+
+def exit_status(failures: list[Worker]) -> int:
+    """Print what became of each run that did not finish; 0, 1, or `INTERRUPTED` where all of them can be resumed."""
     for worker in failures:
         print(f"{'' if worker.was_interrupted() else 'error: '}{verdict(worker)}", file=sys.stderr)
     if all(worker.was_interrupted() for worker in failures):

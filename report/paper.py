@@ -19,25 +19,28 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from scipy import stats
 
 import train
-from report.compare import (
-    Planned,
-    alone_in,
-    check_data,
-    environments,
-    of_other_code,
-    planned,
-    run_all,
-    take_stock,
-    verdict,
-)
+from report.compare import Planned, alone_in, exit_status, planned, seeds_of, take_stock, train_missing
 from report.figures import seeds_text
-from report.runs import Difference, Group, Run, flags_of, mean_by_epoch, paired_difference, read_run, spread, values
-from report.tables import table
+from report.runs import (
+    Difference,
+    Group,
+    Run,
+    flags_of,
+    holm,
+    mean_by_epoch,
+    minutes,
+    p_value,
+    paired_difference,
+    read_run,
+    seconds,
+    spread,
+    values,
+)
+from report.tables import difference_cell, spread_cell, table
 from utils.cli import Parser, number
-from utils.errors import INTERRUPTED, UserError, run_main
+from utils.errors import UserError, run_main
 from utils.files import atomic_path
 from utils.run import write_json
 from utils.style import (
@@ -183,7 +186,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("--seeds", metavar="A,B", help="seeds (default: 0,1,2; 0,1,2,3,4 for some demo rows)")
     p.add_argument(
-        "--jobs", type=number(int, 1), metavar="N", help="concurrent runs (default: one per core; on GPUs 1)"
+        "--jobs", type=number(int, 1), metavar="N", help="concurrent runs (default: one per CPU core or GPU)"
     )
     p.add_argument("--log_path", default="runs/paper", metavar="DIR", help="folder of the runs (default: runs/paper)")
     p.add_argument("--doc", type=Path, metavar="FILE", help="page with all tables (default: LOG_PATH/paper.md)")
@@ -202,11 +205,9 @@ def rows_of(what: str) -> tuple[Row, ...]:
     return TABLES["table5"].rows if what == "figure3" else TABLES[what].rows
 
 
-def seeds_of(what: str, args: Namespace, dataset: str) -> list[int]:
+def seeds_for(what: str, args: Namespace, dataset: str) -> list[int]:
     text = args.seeds or (SEEDS.get(what, "0,1,2") if dataset == "demo" else "0,1,2")
-    if not all(part.isdecimal() for part in text.split(",")) or len(set(text.split(","))) < len(text.split(",")):
-        raise UserError(f"--seeds {text}: give whole numbers, each once, such as 0,1,2")
-    return [int(part) for part in text.split(",")]
+    return seeds_of(text)
 
 
 def make_plan(args: Namespace, rest: list[str]) -> dict[str, dict[str, dict[int, Planned]]]:
@@ -225,7 +226,7 @@ def make_plan(args: Namespace, rest: list[str]) -> dict[str, dict[str, dict[int,
         for row in rows_of(what):
             words = [*usual, *rest, *row.quiet]
             runs = {seed: planned(row.method, seed, row.flags, words, args.log_path)
-                    for seed in seeds_of(what, args, args.dataset)}  # fmt: skip
+                    for seed in seeds_for(what, args, args.dataset)}  # fmt: skip
             plan[what][row.label] = runs
     return plan
 
@@ -266,27 +267,9 @@ def results_of(rows: Sequence[Row], groups: dict[str, Group]) -> list[Result]:
         base = groups.get(row.base)
         own, theirs = heads["multimodal"], values(base, "multimodal") if base else {}
         found.append(Result(row, heads, values(group, "multimodal", "best_test"), paired_difference(own, theirs),
-                            p_value(own, theirs), None, fed_per_clip(group), seconds_of_run(group)))  # fmt: skip
+                            p_value(own, theirs), None, fed_per_clip(group), 60 * minutes(group).mean))  # fmt: skip
     corrected = iter(holm([result.p for result in found if result.p is not None]))
     return [result if result.p is None else result._replace(holm=next(corrected)) for result in found]
-
-
-def p_value(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
-    """Of a two-sided paired t test over the seeds both have; None with fewer than two or without any spread."""
-    pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    if len(pairs) < 2 or np.ptp(pairs) == 0:
-        return None
-    t = np.mean(pairs) / (np.std(pairs, ddof=1) / len(pairs) ** 0.5)
-    return float(2 * stats.t.sf(abs(t), len(pairs) - 1))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: adjusted p values, in the order given (Scandinavian Journal of Statistics, 1979)."""
-    adjusted, highest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = highest
-    return adjusted
 
 
 def fed_per_clip(group: Group) -> float:
@@ -296,12 +279,6 @@ def fed_per_clip(group: Group) -> float:
         after = [line for line in run.history if line["epoch"] >= run.config.get("warmup", 0)] or run.history
         found.append(np.mean([line["n_fed"] for line in after]) / run.config["data"]["clips"]["train"])
     return float(np.mean(found))
-
-
-def seconds_of_run(group: Group) -> float:
-    keys = ("seconds_score", "seconds_train", "seconds_eval")
-    return float(np.mean([sum(line.get(key) or 0.0 for line in run.history for key in keys)
-                          for run in group.runs.values()]))  # fmt: skip
 
 
 def mean_gain(results: list[Result], pairs: Sequence[tuple[str, str]]) -> Difference | None:
@@ -319,19 +296,11 @@ def mean_gain(results: list[Result], pairs: Sequence[tuple[str, str]]) -> Differ
 
 
 def points(found: Difference | None) -> str:
-    if found is None:
-        return "–"
-    interval = ""
-    if found.low is not None and found.high is not None:
-        interval = f" [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-    return f"{100 * found.mean:+.1f}{interval}"
+    return "–" if found is None else difference_cell(found)
 
 
 def percent(by_seed: dict[int, float]) -> str:
-    found = spread(by_seed.values())
-    if found is None:
-        return "–"
-    return f"{100 * found.mean:.1f}" + ("" if found.std is None else f" ± {100 * found.std:.1f}")
+    return spread_cell(spread(by_seed.values()))
 
 
 def table_of(key: str, results: list[Result], dataset: str) -> str:
@@ -395,12 +364,11 @@ def ordering(results: list[Result], column: int) -> str:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def grouped(rows: Sequence[Row], plan: dict[str, dict[int, Planned]], log_path: Path) -> dict[str, Group]:
-    """The finished runs of each row."""
+def grouped(rows: Sequence[Row], plan: dict[str, dict[int, Planned]], finished: dict[str, Run]) -> dict[str, Group]:
+    """The finished runs of each row, from all by name."""
     found = {}
     for row in rows:
-        runs = {seed: read_run(log_path / run.name) for seed, run in plan[row.label].items()}
-        runs = {seed: run for seed, run in runs.items() if not run.problem}
+        runs = {seed: finished[run.name] for seed, run in plan[row.label].items() if run.name in finished}
         if runs:
             first = next(iter(runs.values()))
             found[row.label] = Group(row.label, first.method, flags_of(first.config), runs, first.modalities)
@@ -431,7 +399,7 @@ def write_table(key: str, groups: dict[str, Group], args: Namespace, log_path: P
 def write_page(path: Path, sections: list[str], args: Namespace, rest: list[str], runs: list[Run]) -> None:
     commits = sorted({str(run.config.get("git_commit"))[:12] for run in runs})
     machines = sorted({f"{run.config['hardware']['cpu']}, {run.config['hardware']['device']}" for run in runs})
-    hours = sum(seconds_of_run(Group("", run.method, {}, {0: run}, ())) for run in runs) / 3600
+    hours = sum(map(seconds, runs)) / 3600
     seeds = ["--seeds", args.seeds] if args.seeds else []
     words = " ".join(["bash scripts/paper.sh", *args.what, *seeds, *rest])
     head = ["# The experiments of the paper", "",
@@ -529,38 +497,21 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parse_args(argv)
     plan, log_path = make_plan(args, rest), Path(args.log_path)
     runs = in_order(plan)
-    failures = []
     with alone_in(log_path):
-        stock = [(run, take_stock(run, log_path)) for run in runs]
-        todo = [(run, action) for run, action in stock if action != "done"]
-        print(
-            f"{len(runs)} runs in {log_path}: {len(todo)} to train, {len(runs) - len(todo)} finished already",
-            flush=True,
-        )
-        others = [run.name for run, action in stock if action == "done" and of_other_code(log_path / run.name)]
-        if others:
-            print(f"note: {len(others)} finished runs were made by another commit of this code, such as {others[0]}; "
-                  "delete their folders to repeat them", flush=True)  # fmt: skip
-        if todo:
-            check_data(todo[0][0].flags)
-            envs = environments(args.jobs, todo[0][0].flags["device"])
-            failures = run_all(todo, log_path, envs[: len(todo)])
+        failures = train_missing([(run, take_stock(run, log_path)) for run in runs], log_path, args.jobs)
+    read = (read_run(log_path / run.name) for run in runs)
+    finished = {run.folder.name: run for run in read if not run.problem}
     doc = args.doc or log_path / "paper.md"
     sections: list[str] = []
     for what in args.what:
-        groups = grouped(rows_of(what), plan[what], log_path)
+        groups = grouped(rows_of(what), plan[what], finished)
         if what == "figure3":
             sections += draw_figure3(groups, doc.parent / f"{doc.stem}-figure3.png")
         else:
             sections += write_table(what, groups, args, log_path)
-    finished = [run for run in (read_run(log_path / run.name) for run in runs) if not run.problem]
     if finished:
-        write_page(doc, sections, args, rest, finished)
-    for worker in failures:
-        print(f"{'' if worker.was_interrupted() else 'error: '}{verdict(worker)}", file=sys.stderr)
-    if all(worker.was_interrupted() for worker in failures):
-        return INTERRUPTED if failures else 0
-    return 1
+        write_page(doc, sections, args, rest, list(finished.values()))
+    return exit_status(failures)
 
 
 if __name__ == "__main__":

@@ -368,6 +368,24 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
     return Difference(found.n, found.mean, float(found.mean - half), float(found.mean + half))
 
 
+def p_value(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
+    """Of a two-sided paired t test over the seeds both have; None with fewer than two or without any spread."""
+    pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    if len(pairs) < 2 or np.ptp(pairs) == 0:
+        return None
+    t = np.mean(pairs) / (np.std(pairs, ddof=1) / len(pairs) ** 0.5)
+    return float(2 * stats.t.sf(abs(t), len(pairs) - 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: adjusted p values, in the order given (Scandinavian Journal of Statistics, 1979)."""
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
 def reference_of(group: Group, groups: list[Group]) -> Group | None:
     """The plain baseline a group is compared with: of several, the one with the fewest differing flags.
 
@@ -420,10 +438,14 @@ def mean_by_epoch(group: Group, key: str) -> tuple[list[int], list[float]]:
     return epochs, [float(np.mean([history[epoch] for history in histories])) for epoch in epochs]
 
 
+def seconds(run: Run) -> float:
+    """Seconds of a run: scoring, training and evaluation of all epochs, over as many attempts as it took."""
+    return sum(line.get(f"seconds_{part}") or 0 for line in run.history for part in ("score", "train", "eval"))
+
+
 def minutes(group: Group) -> Spread:
-    """Minutes of a run: scoring, training and evaluation of all epochs, over as many attempts as it took."""
-    keys = ("seconds_score", "seconds_train", "seconds_eval")
-    found = spread(sum(line.get(key) or 0 for line in run.history for key in keys) / 60 for run in group.runs.values())
+    """Minutes of a run, see `seconds`."""
+    found = spread(seconds(run) / 60 for run in group.runs.values())
     assert found is not None  # a group has at least one run
     return found
 

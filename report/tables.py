@@ -12,6 +12,7 @@ from pathlib import Path
 from report.runs import (
     PROTOCOLS,
     VARIANTS,
+    Difference,
     Group,
     Spread,
     ablations,
@@ -55,10 +56,14 @@ def measure(group: Group, groups: list[Group]) -> list[dict]:
 
 def _cell(found: Spread | None, n: int) -> str:
     """`81.2 ± 0.5`, with the number of values where it is not the row's `n`."""
+    return spread_cell(found) + ("" if found is None or found.n == n else f" (n={found.n})")
+
+
+def spread_cell(found: Spread | None) -> str:
+    """`81.2 ± 0.5`, in percent; "–" for nothing."""
     if found is None:
         return "–"
-    text = f"{100 * found.mean:.1f}" + (f" ± {100 * found.std:.1f}" if found.std is not None else "")
-    return text if found.n == n else f"{text} (n={found.n})"
+    return f"{100 * found.mean:.1f}" + (f" ± {100 * found.std:.1f}" if found.std is not None else "")
 
 
 def _difference_cell(row: dict, n: int) -> str:
@@ -66,11 +71,16 @@ def _difference_cell(row: dict, n: int) -> str:
     found, mark = row["difference"], UNLIKE if row["unlike"] else ""
     if found is None:
         return "–"
-    low, high = (None if end is None else 100 * end for end in (found.low, found.high))
-    text = difference_text(100 * found.mean, low, high, mark)
-    if low is None:
+    text = difference_cell(found, mark)
+    if found.low is None:
         return f"{text} (n=1: no interval)"
     return text if found.n == n else f"{text} (n={found.n})"
+
+
+def difference_cell(found: Difference, mark: str = "") -> str:
+    """`difference_text` of a difference of fractions."""
+    low, high = (None if end is None else 100 * end for end in (found.low, found.high))
+    return difference_text(100 * found.mean, low, high, mark)
 
 
 def difference_text(mean: float, low: float | None, high: float | None, mark: str = "") -> str:

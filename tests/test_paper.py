@@ -139,5 +139,5 @@ def test_the_same_command_trains_nothing_again(made, capsys) -> None:
     root, command = made
     before = {path: path.stat().st_mtime_ns for path in (root / "runs").glob("*/last.pth")}
     assert paper.main(command) == 0
-    assert "4 runs in" in (out := capsys.readouterr().out) and "0 to train, 4 finished already" in out
+    assert "4 runs in" in (out := capsys.readouterr().out) and "0 to start, 0 to resume, 4 finished already" in out
     assert before == {path: path.stat().st_mtime_ns for path in (root / "runs").glob("*/last.pth")}
