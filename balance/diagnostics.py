@@ -91,27 +91,29 @@ def reassembly_angles(
             mixed = torch.randperm(len(keep), generator=generator)[:batch_size]
             grouped = own[torch.randperm(len(own), generator=generator)[:batch_size]]
             part = mixed[keep[mixed, m]]
-            joint = {"mixed": mixed, "part": part, "grouped": grouped}
-            ideal = {"mixed": part, "part": part, "grouped": grouped}
-            for kind in joint:
-                if len(ideal[kind]):
-                    actual = _encoder_gradient(model, clips, joint[kind], name, "joint")
-                    wanted = _encoder_gradient(model, clips, ideal[kind], name, name)
-                    cosine = F.cosine_similarity(actual, wanted, dim=0).clamp(-1, 1)
-                    found.setdefault(f"angle_{kind}_{name}", []).append(cosine.arccos().rad2deg())
+            pairs = {"grouped": _encoder_gradients(model, clips, grouped, name, ("joint", name))}
+            if len(part):
+                pairs["part"] = _encoder_gradients(model, clips, part, name, ("joint", name))
+                pairs["mixed"] = [*_encoder_gradients(model, clips, mixed, name, ("joint",)), pairs["part"][1]]
+            for kind, (actual, ideal) in pairs.items():
+                cosine = F.cosine_similarity(actual, ideal, dim=0).clamp(-1, 1)
+                found.setdefault(f"angle_{kind}_{name}", []).append(cosine.arccos().rad2deg())
     keys = [f"angle_{kind}_{name}" for name in model.names for kind in ("mixed", "part", "grouped")]
     return {key: torch.stack(found[key]).mean().item() if key in found else None for key in keys}
 
 
-def _encoder_gradient(model: MultimodalClassifier, clips: Any, chosen: Tensor, name: str, head: str) -> Tensor:
-    """The flat gradient (float64) of one head's mean cross entropy on the `chosen` clips, for one encoder."""
-    parameters, total = list(model.encoders[name].parameters()), None
+def _encoder_gradients(
+    model: MultimodalClassifier, clips: Any, chosen: Tensor, name: str, heads: tuple[str, ...]
+) -> list[Tensor]:
+    """The flat gradient (float64) for one encoder of each head's mean cross entropy on the `chosen` clips."""
+    parameters, found = list(model.encoders[name].parameters()), []
     for batch in clips.epoch([Batch(chosen, model.names)]):
-        logits = model(batch.inputs, batch.fed).heads[head].float()
-        value = batch.weight * F.cross_entropy(logits, batch.labels, reduction="sum")
-        total = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(value, parameters)])
-    assert total is not None
-    return in_double(sum_over_ranks(total))
+        logits = model(batch.inputs, batch.fed).heads
+        for head in heads:
+            value = batch.weight * F.cross_entropy(logits[head].float(), batch.labels, reduction="sum")
+            gradients = torch.autograd.grad(value, parameters, retain_graph=head != heads[-1])
+            found.append(in_double(sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- imbalance
@@ -237,10 +239,13 @@ def diagnose(
         with aside(model):
             slices = getattr(model.head, "slices", None)
             if fed == model.names and slices is not None:
-                seen = collect(model, clips["train"].epoch(probe), len(clips["train"])).features
                 chosen = torch.cat([batch.clips for batch in probe]).to(clips["train"].device)
-                part = {name: values[chosen] for name, values in seen.items()}
-                found |= discrepancy(slices(part), clips["train"].labels[chosen])
+                row = torch.zeros(len(clips["train"]), dtype=torch.long, device=chosen.device)  # of a clip in `chosen`
+                row[chosen] = torch.arange(len(chosen), device=chosen.device)
+                batches = (batch._replace(clips=row[batch.clips]) for batch in clips["train"].epoch(probe))
+                seen = collect(model, batches, len(chosen)).features  # not a row for every training clip
+                with torch.no_grad():
+                    found |= discrepancy(slices(seen), clips["train"].labels[chosen])
             if keep is not None:
                 generator = torch.Generator().manual_seed(seed)
                 found |= reassembly_angles(model, clips["train"], keep, batch_size, generator)

@@ -206,6 +206,15 @@ def test_angles_of_mixed_and_homogeneous_batches_are_those_of_plain_backward_pas
             assert found[f"angle_{kind}_{name}"] == pytest.approx(np.mean(values), abs=0.05)
 
 
+def test_a_frozen_encoder_has_no_angle() -> None:
+    model, clips = make_model(), Held(BOTH)
+    model.freeze(["audio"])
+    keep = F.one_hot(torch.arange(12) % 2, 2).bool()
+    with aside(model):
+        found = reassembly_angles(model, clips, keep, 5, torch.Generator().manual_seed(0))
+    assert found["angle_grouped_audio"] is None and 0 < found["angle_grouped_video"] < 180
+
+
 def test_discrepancy_is_the_ratio_of_summed_probabilities() -> None:
     rng = np.random.default_rng(0)
     logits, labels = {name: rng.normal(size=(9, 4)) for name in THREE}, rng.integers(0, 4, 9)
