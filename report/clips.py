@@ -44,12 +44,10 @@ def clips_sheet(root: Path, out: Path, formats: Sequence[str] = ("png",)) -> lis
     folder = load_folder(root, spec_of("folder", root), allow_missing=True)
     part, rng = folder.parts["train"], np.random.default_rng(0)
     chosen = rng.permutation(len(folder.classes))[:CLIPS]
-    examples = []
+    examples, modalities = [], recorded(folder.root, folder.spec.modalities)
     for label in sorted(chosen):
         own = rng.permutation(np.flatnonzero(part.labels == label))[: max(1, CLIPS // len(folder.classes))]
-        examples += [
-            example(part, recorded(folder.root, folder.spec.modalities), i, folder.classes[label]) for i in own
-        ]
+        examples += [example(part, modalities, i, folder.classes[label]) for i in own]
     title = f"{folder.root.resolve().name}: {len(part.clips)} training clips of {len(folder.classes)} classes"
     figure = plot_clips({"": examples}, title, note_of(folder.spec.modalities))
     return save(figure, out / f"{folder.root.resolve().name}-clips", formats)

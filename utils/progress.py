@@ -72,7 +72,6 @@ class Progress:
 
     def line(self, elapsed: float) -> str:
         """The line in a log file after `elapsed` seconds."""
-        rate = (self.done - self.first) / elapsed
         text = f"{self.name}: {self.done}/{self.total} {self.unit}s ({100 * self.done // max(1, self.total)} %)"
         if self.done > self.first:
             rate = (self.done - self.first) / elapsed
