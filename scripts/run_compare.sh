@@ -7,8 +7,8 @@
 #     --optimizer sgd --learning_rate 0.03                      # balance methods (docs/balance.md), one row each
 #   bash scripts/run_compare.sh --help
 # Run the same command again to resume after an interruption. The demo needs 20 runs, under 2 GB of memory each. One run
-# per CPU core is active at a time, on GPUs one per visible GPU (with --gpu_ids only one). README.md has the command of
-# its own table, which includes more methods.
+# per CPU core is active at a time, on GPUs one per visible GPU (with --gpu_ids only one). docs/demo.md has the command
+# of README.md's table (40 epochs).
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 env_paths "$@"
 exec "$PYTHON" -m report.compare ${ARGS[@]+"${ARGS[@]}"}

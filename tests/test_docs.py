@@ -1,5 +1,6 @@
-"""Documents lead somewhere: links, anchors, pictures, and the commands of README and of the first page."""
+"""Documents lead somewhere: links, anchors, pictures, and the commands of their code blocks."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +9,6 @@ import pytest
 
 import train
 from dataset.prepare.__main__ import parse_args as prepare_flags
-from report.__main__ import parse_args as report_flags
 from report.compare import parse_args as compare_flags
 from report.paper import parse_args as paper_flags
 
@@ -17,7 +17,7 @@ README, DOCS = REPO / "README.md", REPO / "docs"
 PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", REPO / "data" / "README.md",
          *sorted(DOCS.glob("*.md")), *sorted((REPO / "examples").glob("*.md"))]  # fmt: skip
 PICTURES = {".png", ".svg", ".jpg"}
-TRAINERS = {"run_train.sh", "run_baseline.sh", "run_official.sh"}
+TRAINERS = {"train.py", "run_train.sh", "run_baseline.sh", "run_official.sh", "slurm.sbatch"}
 FENCE = re.compile(r"^```.*?^```", re.S | re.M)
 
 
@@ -49,26 +49,49 @@ def broken(page: Path, text: str) -> list[str]:
     return wrong
 
 
+def block_commands(text: str) -> list[list[str]]:
+    """Words of every `python ...`, `bash ...` and `sbatch ...` command in code blocks, also behind `do` in a loop.
+
+    A variable has the value that its block gives it: `name="..."`, or the first word of `for name in ...`.
+    """
+    found = []
+    for block in FENCE.findall(text):
+        block = block.replace("\\\n", " ")
+        values = dict(re.findall(r'^(\w+)="([^"]*)"', block, re.M) + re.findall(r"\bfor (\w+) in (\S+)", block))
+        for line in re.findall(r"^\s*(?:for .*; do )?((?:python|bash|sbatch) .*?)(?:; done)?$", block, re.M):
+            for name, value in values.items():
+                line = re.sub(rf"\${name}\b", lambda _, value=value: value, line)
+            found.append(shlex.split(line, comments=True))
+    return found
+
+
 def commands(text: str) -> list[list[str]]:
-    """Words of every `python ...` and `bash ...` line: in code blocks, and between backticks."""
-    blocks = "\n".join(FENCE.findall(text)).replace("\\\n", " ")
-    lines = blocks.splitlines() + re.findall(r"`((?:python|bash) [^`\n]+)`", FENCE.sub("", text))
-    return [shlex.split(line, comments=True) for line in lines if re.match(r"(python|bash) ", line)]
+    """Words of the commands in code blocks, and of those between backticks."""
+    spans = re.findall(r"`((?:python|bash) [^`\n]+)`", FENCE.sub("", text))
+    return block_commands(text) + [shlex.split(span, comments=True) for span in spans]
+
+
+def check_module(name: str, words: list[str]) -> None:
+    """Raise if `python -m name` has no file or its `parse_args` refuses the words."""
+    if name in ("venv", "pytest"):
+        return
+    path = REPO / name.replace(".", "/")
+    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
+    module = importlib.import_module(name if path.with_suffix(".py").is_file() else f"{name}.__main__")
+    getattr(module, "parse_args", list)(words)
 
 
 def check_command(words: list[str]) -> None:
     """Raise if a script or module is missing or its parser refuses a flag. What flags need of the disk is not asked."""
+    if words[0] == "sbatch":  # its own options come before the script
+        words = words[words.index("scripts/slurm.sbatch") - 1 :]
     program, rest = words[1], [word for word in words[2:] if word != "--help"]
     if program == "-m":
-        program, rest = rest[0], rest[1:]
-        module = REPO / program.replace(".", "/")
-        if program not in ("venv", "pytest"):
-            assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), program
-        {"dataset.prepare": prepare_flags, "report": report_flags}.get(program, list)(rest)
+        check_module(rest[0], rest[1:])
         return
     assert (REPO / program).is_file(), program
     name, parser = Path(program).name, train.make_parser()
-    if name == "train.py" or name in TRAINERS:
+    if name in TRAINERS:
         parser.parse_args(rest)
     elif name in ("run_compare.sh", "paper.sh"):
         parser.parse_args((compare_flags if name == "run_compare.sh" else paper_flags)(rest)[1])
@@ -106,10 +129,7 @@ def test_readme_has_900_words_at_most():
     assert len(README.read_text(encoding="utf-8").split()) <= 900
 
 
-@pytest.mark.parametrize("page", [README, DOCS / "getting-started.md"], ids=lambda page: page.name)
-def test_commands_exist_and_their_flags_are_accepted(page):
-    found = commands(page.read_text(encoding="utf-8"))
-    assert len(found) >= 8
+def check_commands(found: list[list[str]]) -> None:
     for words in found:
         try:
             check_command(words)
@@ -117,9 +137,30 @@ def test_commands_exist_and_their_flags_are_accepted(page):
             pytest.fail(f"{shlex.join(words)}: {reason}")
 
 
+@pytest.mark.parametrize("page", [README, DOCS / "getting-started.md"], ids=lambda page: page.name)
+def test_commands_exist_and_their_flags_are_accepted(page):
+    found = commands(page.read_text(encoding="utf-8"))
+    assert len(found) >= 8
+    check_commands(found)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == DOCS], ids=lambda page: page.name)
+def test_commands_of_code_blocks(page):
+    """A page may list a program that the reader saves, such as make_mine.py of own-data.md: its text names the file."""
+    text = page.read_text(encoding="utf-8")
+    saved = set(re.findall(r"`(\w+\.py)`", FENCE.sub("", text))) - {path.name for path in REPO.glob("*.py")}
+    check_commands([words for words in block_commands(text) if words[1] not in saved])
+
+
+def test_variables_and_loops_are_read():
+    text = '```\nflags="--seeds 0"\nbash a.sh $flags \\\n --x  # why\nfor m in u v; do python b.py --y $m; done\n```'
+    assert block_commands(text) == [["bash", "a.sh", "--seeds", "0", "--x"], ["python", "b.py", "--y", "u"]]
+
+
 WRONG = ["bash scripts/none.sh", "python train.py --trane", "bash scripts/run_train.sh --epochs x", "python -m nowhere",
          "python -m dataset.prepare --chek X", "python -m report --modl X", "bash scripts/run_compare.sh --sees 1",
-         "bash scripts/prepare.sh --tabel X"]  # fmt: skip
+         "bash scripts/prepare.sh --tabel X", "sbatch --gpus=4 scripts/slurm.sbatch --nam X",
+         "python -m benchmarks.epoch --setings all", "for m in a b; do python train.py --methd $m; done"]  # fmt: skip
 
 
 @pytest.mark.parametrize("line", WRONG)
