@@ -45,6 +45,8 @@ class Setting(NamedTuple):
     """A dataset of a study and its rows.
 
     `rates` is the dataset on which the rows' learning rates are chosen, `quiet` flags that do not change the result.
+    Where validation clips say nothing about test clips, `validated` is False: all rows use the middle rate and report
+    the last epoch.
     """
 
     data: str
@@ -53,6 +55,7 @@ class Setting(NamedTuple):
     rates: str
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     quiet: tuple[str, ...] = ()
+    validated: bool = True
 
 
 def schedule(epochs: int = EPOCHS, warmup: int = WARMUP, decay: int = DECAY) -> Flags:
@@ -95,7 +98,7 @@ STUDIES = {
                   "grid_digits_0", quiet=("--diagnose",) if snr in ("clean", "m10") else ())
           for snr, title in (("m10", "babble at -10 dB"), ("clean", "clean sound"), ("0", "babble at 0 dB"),
                              ("p10", "babble at +10 dB"))),
-        Setting("mosi", "CMU-MOSI", ALL, "mosi"),
+        Setting("mosi", "CMU-MOSI", ALL, "mosi", validated=False),
         Setting("views3", "Multi-view digits, three views", ALL, "views3"),
         Setting("views6", "Multi-view digits, six views", ALL, "views6"),
         Setting("grid_letters_m10", "GRID letters, babble at -10 dB", MAIN, "grid_digits_0"),
@@ -121,13 +124,16 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     p = Parser(prog="python -m report.study", usage="report.study STUDY [DATASET ...] [flags]", description=__doc__,
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("--sources", type=Path, default=Path("../shared/data"), metavar="DIR",
-                   help="parent of grid_s1, mosi, multiview_digits, spoken_digits (default: ../shared/data)")  # fmt: skip
+                   help="parent of grid_s1, mosi, multiview_digits and spoken_digits "
+                        "(default: ../shared/data)")  # fmt: skip
     p.add_argument("--data", type=Path, default=Path("data/study"), metavar="DIR",
                    help="training folders made from them (default: data/study)")  # fmt: skip
     p.add_argument("--seeds", metavar="A,B", help="seeds of all settings (default: the protocol's)")
     p.add_argument("--rows", metavar="A,B", help="rows to train (default: the protocol's)")
     p.add_argument("--jobs", type=number(int, 1), metavar="N", help="concurrent runs (default: one per core or GPU)")
     p.add_argument("--log_path", metavar="DIR", help="folder of the runs (default: runs/STUDY)")
+    p.add_argument("--doc", type=Path, metavar="FILE", help="page with all tables (default: LOG_PATH/study.md)")
+    p.add_argument("--readme", type=Path, metavar="FILE", help="put the short table into this file (default: none)")
     p.epilog = "All other flags are passed to every run; see python train.py --help."
     args, rest = p.parse_known_args(words[first:])
     if not words[:first] or words[0] not in STUDIES:
@@ -138,6 +144,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
         if name not in known:
             raise UserError(f"{name}: unknown; {args.study} has {', '.join(known)}")
     args.settings = [setting for setting in STUDIES[args.study] if not chosen or setting.data in chosen]
+    args.chosen = bool(chosen)
     args.log_path = args.log_path or f"runs/{args.study}"
     return args, rest
 
@@ -179,11 +186,13 @@ def tuning_score(run: Run) -> float:
     return float(np.mean([line["val_acc"] for line in run.history if line["epoch"] >= decay]))
 
 
-def chosen_epoch(run: Run) -> dict:
+def chosen_epoch(run: Run, validated: bool = True) -> dict:
     """The numbers of the epoch with the highest validation accuracy after the warm-up, the first of equals.
 
     All methods choose among the same epochs. Without this rule a Remix run could choose an epoch of its joint warm-up.
     """
+    if not validated:
+        return run.history[-1]
     first = min(WARMUP, run.config["epochs"] - 1)
     return max((line for line in run.history if line["epoch"] >= first), key=lambda line: line["val_acc"])
 
@@ -210,6 +219,12 @@ class Study(NamedTuple):
     rates: dict[tuple[str, str], str]
     scores: dict[tuple[str, str], dict[str, float]]
 
+    def rate_of(self, setting: Setting, row: str) -> str:
+        """The learning rate of a row; a row that the dataset of the rates does not have uses the baseline's."""
+        if not setting.validated:
+            return RATES[1]
+        return self.rates.get((setting.rates, row)) or self.rates[setting.rates, "baseline"]
+
 
 def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     """Train what is missing: first the grid of rates, then all seeds. Returns the study and the exit status."""
@@ -227,8 +242,10 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
         own = entries(names[setting.rates])
         source = setting._replace(data=setting.rates, quiet=())
         for row in rows[setting.data]:
-            for rate in RATES if row in own else ():
-                grid[setting.rates, row, rate] = plan_run(source, own[row], rate, first, roots[setting.rates], args, rest)
+            for rate in RATES if row in own and setting.validated else ():
+                grid[setting.rates, row, rate] = plan_run(
+                    source, own[row], rate, first, roots[setting.rates], args, rest
+                )
     status = run_all(list(grid.values()), log_path, args.jobs)
     tuned = {key: read_run(log_path / run.name) for key, run in grid.items()}
     tuned = {key: run for key, run in tuned.items() if not run.problem}
@@ -239,18 +256,21 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     if status:
         return Study(args.settings, rows, {}, rates, scores), status
 
+    study = Study(args.settings, rows, {}, rates, scores)
     plan: dict[tuple[str, str], dict[int, Planned]] = {}
     for setting in args.settings:
         seeds = seeds_of(args.seeds) if args.seeds else setting.seeds
         for row, entry in rows[setting.data].items():
-            rate = rates.get((setting.rates, row)) or rates[setting.rates, "baseline"]  # flow alone: the baseline's
+            rate = study.rate_of(setting, row)
             plan[setting.data, row] = {seed: plan_run(setting, entry, rate, seed, roots[setting.data], args, rest)
                                        for seed in seeds}  # fmt: skip
     ordered = sorted(((seed, run) for runs in plan.values() for seed, run in runs.items()), key=lambda item: item[0])
     status = run_all(list({run.name: run for _, run in ordered}.values()), log_path, args.jobs)
-    runs = {key: {seed: read_run(log_path / run.name) for seed, run in by_seed.items()} for key, by_seed in plan.items()}
+    runs = {
+        key: {seed: read_run(log_path / run.name) for seed, run in by_seed.items()} for key, by_seed in plan.items()
+    }
     finished = {key: {seed: run for seed, run in by_seed.items() if not run.problem} for key, by_seed in runs.items()}
-    return Study(args.settings, rows, finished, rates, scores), status
+    return study._replace(runs=finished), status
 
 
 def run_all(runs: Iterable[Planned], log_path: Path, jobs: int | None) -> int:
@@ -262,8 +282,13 @@ def run_all(runs: Iterable[Planned], log_path: Path, jobs: int | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     args, rest = parse_args(argv)
     study, status = train_study(args, rest)
-    write_json(Path(args.log_path) / "rates.json", {f"{data} {row}": {"rate": study.rates[data, row], "validation": found}
-                                                    for (data, row), found in study.scores.items()})  # fmt: skip
+    chosen = {f"{data} {row}": {"rate": study.rates[data, row], "validation": found}
+              for (data, row), found in study.scores.items()}  # fmt: skip
+    write_json(Path(args.log_path) / "rates.json", chosen)
+    from report.study_page import write_page  # late: matplotlib is not needed before the end
+
+    command = " ".join([f"bash scripts/{args.study}.sh", *(setting.data for setting in args.settings if args.chosen)])
+    write_page(study, command, Path(args.log_path), args.doc or Path(args.log_path) / "study.md", args.readme)
     return status
 
 

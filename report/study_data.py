@@ -80,7 +80,7 @@ def grid(sources: Path, out: Path, role: str, snr: float | None, flow: bool = Fa
 
 
 def parts(labels: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """"train" or "test" for each clip: `TEST_FRACTION` of each class, drawn by `rng`."""
+    """ "train" or "test" for each clip: `TEST_FRACTION` of each class, drawn by `rng`."""
     found = ["train"] * len(labels)
     for label in sorted(set(labels)):
         own = [i for i, value in enumerate(labels) if value == label]
