@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from balance import METHODS
 from dataset.specs import spec_of
 from report.compare import Planned, alone_in, exit_status, planned, seeds_of, take_stock, train_missing
 from report.runs import Run, read_run
@@ -56,6 +57,7 @@ class Setting(NamedTuple):
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     quiet: tuple[str, ...] = ()
     validated: bool = True
+    ranked: bool = False  # rows in the order of their accuracy
 
 
 def schedule(epochs: int = EPOCHS, warmup: int = WARMUP, decay: int = DECAY) -> Flags:
@@ -85,7 +87,23 @@ def entries(names: Sequence[str]) -> dict[str, Entry]:
     ]
     keys = ("baseline", "joint_only", "remix", "random", "keep_all", "keep_all_steps", "masked_run", "rescore_4",
             "warmup_2", "warmup_12", *names)  # fmt: skip
-    return dict(zip(keys, rows, strict=True))
+    return dict(zip(keys, rows, strict=True)) | balance_entries()
+
+
+# Flags that a balance method needs beside its name. D&R's resets follow every 20th of 60 epochs in its paper.
+NEEDS = {"greedy": (("model", "mmtm"),), "dr": (("balance", "dr:every=8"),)}
+NEEDS_REMIXED = {"mla": (("reassemble", "alternate"),)}
+
+
+def balance_entries() -> dict[str, Entry]:
+    """Every balance method alone, and with Remix."""
+    found = {}
+    for name in METHODS:
+        flags = dict((("balance", name), *NEEDS.get(name, ())))
+        found[name] = Entry(name, "baseline", tuple(flags.items()))
+        remixed = flags | dict(NEEDS_REMIXED.get(name, ()))
+        found[f"{name}+remix"] = Entry(f"{name} + Remix", "remix", tuple(remixed.items()))
+    return found
 
 
 MAIN = ("baseline", "remix", "random", "alone")  # "alone": each modality
@@ -110,6 +128,11 @@ STUDIES = {
     "ablations": (
         Setting("grid_digits_m10", "GRID digits, babble at -10 dB",
                 ("baseline", "remix", "masked_run", "rescore_4", "warmup_2", "warmup_12"), "grid_digits_0", TEN),
+    ),
+    "benchmark": tuple(
+        Setting(data, title, ("baseline", "remix", "balance"), data, (0, 1, 2), ranked=True)
+        for data, title in (("views3", "Multi-view digits, three views"),
+                            ("grid_digits_m10", "GRID digits, babble at -10 dB"), ("demo_draw0", "Demo"))
     ),
 }  # fmt: skip
 
@@ -152,7 +175,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 def rows_of(setting: Setting, names: Sequence[str], only: str | None = None) -> dict[str, Entry]:
     """The entries of a setting by name. Raises `UserError` for an unknown name in `only`."""
     known = entries(names)
-    wanted = [name for row in setting.rows for name in (names if row == "alone" else [row])]
+    groups = {"alone": names, "balance": balance_entries()}
+    wanted = [name for row in setting.rows for name in groups.get(row, [row])]
     if only is not None:
         for name in only.split(","):
             if name not in known:
@@ -211,13 +235,17 @@ def choose_rates(finished: dict[tuple[str, str, str], Run]) -> dict[tuple[str, s
 
 
 class Study(NamedTuple):
-    """The finished runs: {(dataset, row): {seed: run}}, the rates, the validation scores that chose them."""
+    """The finished runs: {(dataset, row): {seed: run}}, the rates, the validation scores that chose them.
+
+    `refused`: the rows that train.py refuses on a dataset, with its reason.
+    """
 
     settings: list[Setting]
     rows: dict[str, dict[str, Entry]]
     runs: dict[tuple[str, str], dict[int, Run]]
     rates: dict[tuple[str, str], str]
     scores: dict[tuple[str, str], dict[str, float]]
+    refused: dict[tuple[str, str], str]
 
     def rate_of(self, setting: Setting, row: str) -> str:
         """The learning rate of a row; a row that the dataset of the rates does not have uses the baseline's."""
@@ -235,6 +263,16 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
              for name, root in roots.items()}  # fmt: skip
     rows = {setting.data: rows_of(setting, names[setting.data], args.rows) for setting in args.settings}
     first = (seeds_of(args.seeds) if args.seeds else [0])[0]
+    refused: dict[tuple[str, str], str] = {}
+    for setting in args.settings:
+        for row, entry in list(rows[setting.data].items()):
+            try:
+                plan_run(setting, entry, RATES[0], first, roots[setting.data], args, rest)
+            except UserError as error:
+                if row not in balance_entries():
+                    raise
+                refused[setting.data, row] = str(error)
+                del rows[setting.data][row]
 
     # the grid of rates: all rows that use it, those of other modalities left out
     grid: dict[tuple[str, str, str], Planned] = {}
@@ -254,9 +292,9 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     for (data, row, rate), run in tuned.items():
         scores.setdefault((data, row), {})[rate] = tuning_score(run)
     if status:
-        return Study(args.settings, rows, {}, rates, scores), status
+        return Study(args.settings, rows, {}, rates, scores, refused), status
 
-    study = Study(args.settings, rows, {}, rates, scores)
+    study = Study(args.settings, rows, {}, rates, scores, refused)
     plan: dict[tuple[str, str], dict[int, Planned]] = {}
     for setting in args.settings:
         seeds = seeds_of(args.seeds) if args.seeds else setting.seeds

@@ -12,11 +12,11 @@ from report.runs import (
     Difference,
     Group,
     Run,
+    epoch_cost,
     flags_of,
     head_is_trained,
     holm,
     mean_by_epoch,
-    minutes,
     p_value,
     paired_difference,
     quantities,
@@ -109,15 +109,29 @@ def chance(p: float | None) -> str:
 def dataset_table(study: Study, setting: Setting, results: dict[str, Result]) -> str:
     """All rows of a dataset in Markdown."""
     names = next(iter(results.values())).group.modalities
+    if setting.ranked:
+        results = dict(sorted(results.items(), key=lambda item: -np.mean(list(item[1].fused.values()))))
+    plain = next((row.group for row in results.values() if row.key == "baseline"), None)
     head = ["row", "rate", "multimodal", *names, "macro F1", "last epoch", "difference [95 %]", "p", "p (Holm)", "n",
-            "min/run"]  # fmt: skip
+            "cost"]  # fmt: skip
     lines = []
     for key, row in results.items():
         cells = [spread_cell(spread(row.chosen[name].values())) for name in ("multimodal", *names, "macro F1")]
         rate = study.rate_of(setting, key)
         cells = [row.label, rate, *cells, spread_cell(spread(row.last.values())), cell(row.difference), chance(row.p)]
-        lines.append([*cells, chance(row.corrected), str(len(row.fused)), f"{minutes(row.group).mean:.1f}"])
+        cost = epoch_cost(row.group, plain) if plain else None
+        lines.append([*cells, chance(row.corrected), str(len(row.fused)), "–" if cost is None else f"{cost:.2f}"])
+    if setting.ranked:  # the imbalance: best minus worst modality of the same network
+        head = ["rank", *head, "imbalance"]
+        ordered = list(results.values())
+        lines = [[str(i + 1), *line, imbalance(ordered[i])] for i, line in enumerate(lines)]
     return table(head, lines)
+
+
+def imbalance(row: Result) -> str:
+    """Accuracy of a row's best modality minus that of its worst, in points; "–" where they are not trained."""
+    means = [np.mean(list(row.chosen[name].values())) for name in row.group.modalities if row.chosen[name]]
+    return f"{100 * (max(means) - min(means)):.1f}" if len(means) > 1 else "–"
 
 
 def summary_table(found: dict[str, tuple[Setting, dict[str, Result]]], short: bool = False) -> str:
@@ -287,12 +301,14 @@ def write_page(study: Study, command: str, log_path: Path, doc: Path, readme: Pa
     lines = [*head_of(command, runs), "", "## All datasets", "", summary_table(found), "", LEGEND, "", *pictures, ""]
     for setting, results in found.values():
         lines += [f"## {setting.title}", "", dataset_table(study, setting, results), "", finding(results), ""]
+        if refused := {row: why for (data, row), why in study.refused.items() if data == setting.data}:
+            lines += ["Not possible here: " + "; ".join(f"`{row}` ({why})" for row, why in refused.items()) + ".", ""]
         if not setting.validated:
             lines += [f"Learning rate {RATES[1]} and the last epoch for all rows (see Deviations of the protocol).", ""]
     lines += why
     print("\n" + "\n".join(lines))
     write_text(doc, "\n".join(lines).rstrip() + "\n")
-    write_json(log_path / "study.json", [as_json(study, setting, results) for setting, results in found.values()])
+    write_json(log_path / "study.json", {data: as_json(study, *pair) for data, pair in found.items()})
     if readme:
         text = readme.read_text() if readme.is_file() else ""
         if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
@@ -304,8 +320,9 @@ def write_page(study: Study, command: str, log_path: Path, doc: Path, readme: Pa
 
 LEGEND = ("Test accuracy in percent at the epoch chosen on validation (last epoch: after the last one), mean ± sample "
           "standard deviation over n seeds. Differences are paired over seeds, in points, with a 95 % t interval; p "
-          "values are of paired t tests. In this table Holm's correction is over the datasets, below over the rows of "
-          "a table.")  # fmt: skip
+          "values are of paired t tests. Cost: seconds of scoring and training per epoch over the baseline's "
+          "(other jobs ran beside). In this table Holm's correction is over the datasets, below over the rows of a "
+          "table.")  # fmt: skip
 
 
 def head_of(command: str, runs: Sequence[Run]) -> list[str]:
