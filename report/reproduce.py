@@ -190,8 +190,11 @@ def prepare_and_check(args: Namespace, root: Path, record: Record, allow_missing
 
 
 class Prepared(NamedTuple):
-    """Measured for one clip: seconds and bytes of preparation, seconds of the check, bytes in a pack."""
+    """Measured: seconds that preparation takes to start; for one clip, seconds and bytes of preparation, seconds of the
+    check, and bytes in a pack.
+    """
 
+    start: float
     seconds: float
     bytes: float
     check: float
@@ -247,10 +250,10 @@ def measure(args: Namespace, job: Job | None, root: Path, plan: list[Planned]) -
     kind = "gpu" if flags["device"] != "cpu" and torch.cuda.is_available() else "cpu"
     sizes = {"train": BATCHES[kind] * flags["batch_size"], "test": flags["batch_size"]}
     with tempfile.TemporaryDirectory(prefix=".tmp-estimate-", dir=args.log_path) as temporary:
-        folder, made, seconds, size = Path(temporary), root, 0.0, 0.0
+        folder, made, preparation = Path(temporary), root, (0.0, 0.0, 0.0)
         if job is not None:
             made = folder / "clips"
-            seconds, size = _time_preparation(job, made)
+            preparation = _time_preparation(job, made)
             names, classes = [clip.name for clip in job.clips], job.split.classes
         else:
             names, classes = [clip for clip, _ in read_clips(root / "train.csv")], read_classes(root / "stat.csv")
@@ -262,7 +265,7 @@ def measure(args: Namespace, job: Job | None, root: Path, plan: list[Planned]) -
         clock = time.perf_counter()
         inspect_deep(sample, spec)
         check = (time.perf_counter() - clock) / sum(sizes.values())
-        prepared = Prepared(seconds, size, check, _packed_bytes(flags, sample, spec))
+        prepared = Prepared(*preparation, check, _packed_bytes(flags, sample, spec))
         words = ["--data_root", str(sample), "--warmup", str(REPEATS[kind]), "--epochs", str(2 * REPEATS[kind])]
         clips = count_clips(job, root, spec)
         if flags["cache"] == "auto" and not fits_in_memory(prepared, clips):
@@ -280,16 +283,15 @@ def fits_in_memory(prepared: Prepared, clips: Clips) -> bool:
     return prepared.packed * (clips.train + clips.test) < SHARE_OF_RAM * available_ram()
 
 
-def _time_preparation(job: Job, out: Path) -> tuple[float, float]:
-    """Seconds that one clip takes on all workers, and its bytes. The first clip is made alone: it times the start."""
+def _time_preparation(job: Job, out: Path) -> tuple[float, float, float]:
+    """Seconds of the start, seconds that one clip takes on all workers, and its bytes. The first clip is made alone."""
     whole = [clip for clip in job.clips if not any(source_fault(path)[0] for path in (clip.video, clip.audio) if path)]
     sample = whole[:: max(1, len(whole) // SAMPLE)][:SAMPLE]
     options = job.options._replace(workers=1)
     first, others = (prepare_clips(clips, out, options, quiet=True) for clips in (sample[:1], sample[1:]))
-    enough = others.made > 8  # of few clips the start of the process takes most of the time
-    alone = (others.seconds - first.seconds) / (others.made - 1) if enough else first.seconds
+    each = max(0.0, others.seconds - first.seconds) / max(1, others.made - 1)
     workers = job.options.workers or usable_cores()
-    return max(0.0, alone) / workers, (first.bytes + others.bytes) / max(1, first.made + others.made)
+    return first.seconds, each / workers, (first.bytes + others.bytes) / max(1, first.made + others.made)
 
 
 def _places(root: Path, spec: DatasetSpec, clip: str) -> list[Path]:
@@ -370,60 +372,72 @@ def duration(seconds: float) -> str:
 
 def estimate_lines(
     args: Namespace, stock: list[tuple[Planned, str]], clips: Clips, prepared: Prepared, costs: dict[str, Cost],
-    epochs_done: dict[str, int], free: float,
+    ready: bool,
 ) -> list[str]:  # fmt: skip
-    """The estimate of what is left to do, for the user."""
-    todo = [run for run, action in stock if action != "done"]
-    preparing = clips.left * prepared.seconds + (clips.train + clips.test) * prepared.check * bool(clips.left)
-    lines = [f"estimate, measured on {next(iter(costs.values())).machine}:"]
-    disk = clips.left * prepared.bytes
-    if clips.left:
-        lines.append(f"  preparation and check: {clips.left:,} clips, {duration(preparing)}, {gigabytes(disk)}")
-    total = preparing
+    """The estimate of what is left to do, for the user. `ready`: the training folder is prepared and checked."""
+    todo, log_path = [run for run, action in stock if action != "done"], Path(args.log_path)
+    lines, total, disk = [], 0.0, 0.0
+    if not ready:
+        total = prepared.start + clips.left * prepared.seconds + (clips.train + clips.test) * prepared.check
+        disk = clips.left * prepared.bytes
+        lines.append(f"  preparation and check: {clips.left:,} clips, {duration(total)}, {gigabytes(disk)}")
     for preset, cost in costs.items():
         own = [run for run in todo if run.flags["preset"] == preset]
-        seconds = sum(seconds_of(cost, run, epochs_done[run.name], clips) for run in own)
+        done = [len(read_metrics(log_path / run.name)) for run in own]
+        seconds = sum(seconds_of(cost, run, epochs, clips) for run, epochs in zip(own, done, strict=True)) / args.jobs
         whole = {run.flags["method"]: duration(seconds_of(cost, run, 0, clips)) for run in own}
         each = ", ".join(f"{method} {text}" for method, text in whole.items())
         size = cost.size * len(own)
         if own:
-            lines.append(f"  training, preset {preset}: {len(own)} runs ({each} each), "
-                         f"{duration(seconds / args.jobs)}, {gigabytes(size)}")  # fmt: skip
-        total, disk = total + seconds / args.jobs, disk + size
+            lines.append(
+                f"  training, preset {preset}: {len(own)} runs ({each} each), {duration(seconds)}, {gigabytes(size)}"
+            )
+        total, disk = total + seconds, disk + size
     if fits_in_memory(prepared, clips):
         packs = len(args.splits) * (clips.train + clips.test) * prepared.packed
         lines.append(f"  decoded clips (.pack in the training folder): {gigabytes(packs)}, if the disk has room")
     else:
         lines.append("  decoded clips do not fit in memory: every epoch reads files (--pack_size 224 takes less)")
-    lines.append(f"  in all: {duration(total)}, {gigabytes(disk)} without decoded clips; {gigabytes(free)} free")
-    return lines
+    return [*lines, f"  in all: {duration(total)}, {gigabytes(disk)} without decoded clips"]
 
 
-def check_disk(needs: dict[Path, float]) -> float:
-    """Free bytes of the fullest disk. Raises `UserError` where files of these sizes do not fit below these folders."""
+def check_disk(needs: dict[Path, float]) -> None:
+    """Raise `UserError` where files of these sizes (bytes) do not fit on the disks of these folders."""
     disks: dict[int, list[Path]] = {}
     there = {path: next(p for p in (path, *path.absolute().parents) if p.exists()) for path in needs}
     for path, place in there.items():
         disks.setdefault(place.stat().st_dev, []).append(path)
-    left = {}
-    for device, paths in disks.items():
-        needed, left[device] = sum(needs[path] for path in paths), shutil.disk_usage(there[paths[0]]).free
-        if needed > left[device]:
-            raise UserError(f"{paths[0]}: needs about {gigabytes(needed)}, the disk has {gigabytes(left[device])} "
-                            "free; free some, or choose another --data_root or --log_path")  # fmt: skip
-    return min(left.values())
+    for paths in disks.values():
+        needed, free = sum(needs[path] for path in paths), shutil.disk_usage(there[paths[0]]).free
+        if needed > free:
+            raise UserError(f"{paths[0]}: needs about {gigabytes(needed)}, the disk has {gigabytes(free)} free; free "
+                            "some, or choose another --data_root or --log_path")  # fmt: skip
 
 
 def estimate(args: Namespace, job: Job | None, root: Path, stock: list[tuple[Planned, str]]) -> None:
-    """Measure and print what the remaining work takes. Raises `UserError` where the disk has no room for it."""
+    """Print what the remaining work takes. Raises `UserError` where the disk has no room for it.
+
+    What was measured is kept in `<log_path>/estimate.json`, so that resuming does not measure again.
+    """
     print(f"{args.dataset}: {len(stock)} runs: {', '.join(METHODS)}; presets {', '.join(args.presets)}; "
-          f"splits {', '.join(args.splits)}; seeds {args.seeds}\nmeasuring this machine ...", flush=True)  # fmt: skip
+          f"splits {', '.join(args.splits)}; seeds {args.seeds}", flush=True)  # fmt: skip
     log_path, clips = Path(args.log_path), count_clips(job, root, SPECS[args.dataset])
-    prepared, costs = measure(args, job, root, [run for run, _ in stock])
-    done = {run.name: len(read_metrics(log_path / run.name)) for run, _ in stock}
+    path, key = log_path / "estimate.json", [args.dataset, args.presets, args.jobs, args.workers, args.rest]
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("key") == key:
+        prepared = Prepared(**found["prepared"])
+        costs = {preset: Cost(**cost) for preset, cost in found["costs"].items()}
+        when = f"by an earlier start; delete {path} to measure again"
+    else:
+        print("measuring this machine on a few clips ...", flush=True)
+        prepared, costs = measure(args, job, root, [run for run, _ in stock])
+        as_json = {preset: cost._asdict() for preset, cost in costs.items()}
+        write_json(path, {"key": key, "prepared": prepared._asdict(), "costs": as_json})
+        when = "just now"
     new = [costs[run.flags["preset"]].size for run, action in stock if action == "start"]
-    free = check_disk({root: clips.left * prepared.bytes, log_path: float(sum(new))})
-    print("\n".join(estimate_lines(args, stock, clips, prepared, costs, done, free)), flush=True)
+    check_disk({root: clips.left * prepared.bytes, log_path: float(sum(new))})
+    print(f"estimate, measured on {next(iter(costs.values())).machine} ({when}):")
+    print("\n".join(estimate_lines(args, stock, clips, prepared, costs, job is None)), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
