@@ -122,11 +122,10 @@ def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
         if flag in FIXED:
             raise UserError(f"--{flag}: set for each run by this command; use {FIXED[flag]} instead")
     words = ["--dataset", args.dataset, *(["--data_root", args.data_root] if args.data_root else []), *rest]
-    plan = []
-    for seed, split, preset, method in product(seeds_of(args.seeds), args.splits, args.presets, METHODS):
-        grid = [("preset", preset)] + ([("split", split)] if split != SPLITS[0] else [])
-        plan.append(planned(method, seed, grid, words, args.log_path))
-    return plan
+    grids = [[("preset", preset)] + ([("split", split)] if split != SPLITS[0] else [])
+             for split, preset in product(args.splits, args.presets)]  # fmt: skip
+    return [planned(method, seed, grid, words, args.log_path)
+            for seed in seeds_of(args.seeds) for grid in grids for method in METHODS]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- prepare and check
@@ -227,7 +226,7 @@ class Clips(NamedTuple):
 
 def count_clips(job: Job | None, root: Path, spec: DatasetSpec) -> Clips:
     if job is None:
-        return Clips(*(len(read_clips(root / f"{part}.csv")) for part in ("train", "test")), 0)
+        return Clips(len(read_clips(root / "train.csv")), len(read_clips(root / "test.csv")), 0)
     left = sum(not _is_there(root, spec, clip.name) for clip in job.clips)
     return Clips(len(job.split.parts["train"]), len(job.split.parts["test"]), left)
 
