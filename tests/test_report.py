@@ -175,6 +175,17 @@ def test_what_does_not_change_a_result_does_not_split_a_row(tmp_path: Path) -> N
     assert len(groups_of(tmp_path)) == 1
 
 
+def test_rows_of_two_presets_are_called_after_them(tmp_path: Path) -> None:
+    for preset, rate in (("fair", 1e-3), ("official", 5e-5)):
+        path = make_run(tmp_path, "remix", 0, preset=preset, learning_rate=rate) / "config.json"
+        config = json.loads(path.read_text())
+        config["from_preset"]["learning_rate"] = rate
+        path.write_text(json.dumps(config))
+    assert list(by_label(tmp_path)) == ["remix, preset fair", "remix, preset official"]
+    make_run(tmp_path, "remix", 0, preset="fair", learning_rate=1e-2)
+    assert sorted(by_label(tmp_path)) == ["remix, learning_rate 0.01", "remix, preset fair", "remix, preset official"]
+
+
 def test_presets_that_differ_in_flags_nobody_gave_are_told_apart(tmp_path: Path) -> None:
     make_run(tmp_path, "remix", 0)
     official = make_run(tmp_path, "remix", 0)
