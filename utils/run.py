@@ -379,8 +379,9 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 def environment(device: torch.device, processes: int) -> dict:
     """Environment of a run: versions, the commit of this code (None outside git), hardware and command."""
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     return {
-        "versions": {"python": platform.python_version()} | installed(PACKAGES),
+        "versions": {"python": platform.python_version()} | installed(PACKAGES) | cuda,
         "git_commit": git_commit(),
         "hardware": {
             "device": device_name(device) if device.type == "cuda" else device.type,
