@@ -47,7 +47,7 @@ from dataset.files import fed_frames
 from dataset.folder import load_folder
 from dataset.headers import KnownHeaders
 from dataset.pack import frame_sizes, is_packed
-from dataset.specs import Modality, get_spec
+from dataset.specs import VIDEO, Modality, get_spec
 from models import build_model
 from models.encoders import encoder_list
 from utils.cli import Parser, number
@@ -169,8 +169,8 @@ def start_up(files: int, clips: int) -> list[dict]:
             clock = time.process_time()
             found = load_folder(root, get_spec("folder"))
             part = found.parts["train"]
-            frame_sizes(part.files["video"])
-            is_packed(root, "train", part, {"video": (36, 48)}, found.shapes)  # the key: a stat of every packed file
+            frame_sizes(part.files[VIDEO])
+            is_packed(root, "train", part, {VIDEO: (36, 48)}, found.shapes)  # the key: a stat of every packed file
             if isinstance(found.known, KnownHeaders):
                 found.known.save()
             found_in[name].append(time.process_time() - clock)
