@@ -133,7 +133,7 @@ def save_numbers(path: Path, found: dict) -> None:
     except UserError as error:
         print(f"note: {error}")
     else:
-        print(f"{path}: {'left alone, for no evaluation wrote it' if foreign else 'all numbers'}")
+        print(f"{path}: {'left alone: not written by an evaluation' if foreign else 'all numbers'}")
 
 
 def is_ours(path: Path) -> bool:
