@@ -43,7 +43,7 @@ class UMT(Method):
     @classmethod
     def refuse(cls, args, opt) -> str | None:
         if opt.teachers and opt.epochs:
-            return "epochs are those of teachers that are trained; leave epochs or teachers out"
+            return "epochs applies only if teachers are trained here; leave epochs or teachers out"
         if opt.teachers and not args.resume:
             if "{}" not in opt.teachers:
                 return f"teachers={opt.teachers}: put {{}} in place of the modality's name: runs/demo_{{}}_seed0"
