@@ -37,7 +37,7 @@ from models.batchnorm import batchnorm_of_one_clip, reestimate, synchronise_batc
 from models.checkpoint import load_weights, model_weights
 from models.inference import predict
 from models.pretrained import check_files, load_pretrained
-from models.rates import parameter_groups
+from models.rates import make_optimizer
 from utils import distributed
 from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision, use_huge_pages
 from utils.checkpoint import load_checkpoint
@@ -376,20 +376,6 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
     return model
 
 
-def make_optimizer(model: MultimodalClassifier, args: Namespace) -> torch.optim.Optimizer:
-    """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4 as in the official code; AdamW: 0.01."""
-    groups = parameter_groups(model, args.learning_rate, args.encoder_lr_decay, args.layer_decay)
-    if args.optimizer != "sgd":
-        kind, decay = (torch.optim.Adam, 1e-4) if args.optimizer == "adam" else (torch.optim.AdamW, 0.01)
-        return kind(groups, lr=args.learning_rate, weight_decay=decay, fused=True)
-    optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
-    # Zero momentum is what the first step starts from anyway. PyTorch's fused step fails if only some parameters have
-    # a buffer, as in the homogeneous batches of a run without warm-up.
-    for p in (p for group in groups for p in group["params"]):
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return optimizer
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.device != "cuda":
@@ -426,7 +412,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
 
     # balance methods
-    balance = balances.make_balance(Context(model, data.clips, args, optimizer, train_epoch, make_optimizer, run.check))
+    balance = balances.make_balance(Context(model, data.clips, args, optimizer, train_epoch, run.check))
 
     # resume, in this order: flags and data, weights, optimizer, scheduler, balance methods, generators, state of the
     # loop. Epochs draw from (seed, epoch, purpose) only; the global generators are restored for any other code.
