@@ -288,7 +288,7 @@ def train_epoch(
             first, *others = terms.values()
             loss = sum(others, first)
             optimizer.zero_grad(set_to_none=True)
-            # DDP averages gradients over processes: weight by this process's share to get the mean over the batch.
+            # Gradients are averaged over processes: weight by this process's share to get the mean over the batch.
             balance.backward(loss * step.weight, terms, output, step)
             if args.masked_encoder == "run_heads":
                 distributed.fill_gradients(network)
@@ -405,7 +405,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     fed = fed_to(args, names)  # what joint batches and predictions feed
     size = 4 * args.batch_size  # of batches without gradients
     model = make_model(args, data, device)
-    network = distributed.parallel(model)
+    network = distributed.parallel(model, model.encoders.values())
 
     # optimizer
     optimizer = make_optimizer(model, args)

@@ -94,7 +94,8 @@ class GBlend(Method):
         optimizer = make_optimizer(network, args)
         for group, rate in zip(optimizer.param_groups, [g["lr"] for g in run.optimizer.param_groups], strict=True):
             group["lr"] = rate
-        trained, alone, clips = distributed.parallel(network), Balance([OneLoss(run, head)]), run.clips["train"]
+        trained = distributed.parallel(network, network.encoders.values())
+        alone, clips = Balance([OneLoss(run, head)]), run.clips["train"]
         for e in range(epoch, epoch + epochs):
             plan = batches_of(len(clips), args.batch_size, fed, epoch_generator(args.random_seed, e, "plan"))
             run.train_epoch(trained, clips, plan, optimizer, e, args, alone, run.check)

@@ -366,7 +366,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average a separately computed gradient over processes, as DistributedDataParallel does."""
+    """Average a separately computed gradient over processes, as `loss.backward()` averages those in `.grad`."""
     return sum_over_ranks(values) / world_size()
 
 

@@ -84,7 +84,7 @@ class UMT(Method):
         network, clips = copy.deepcopy(self.model), run.clips["train"]
         optimizer = make_optimizer(network, args)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
-        trained, alone = distributed.parallel(network), Balance([OneLoss(run, name)])
+        trained, alone = distributed.parallel(network, network.encoders.values()), Balance([OneLoss(run, name)])
         for epoch in range(epochs):
             plan = batches_of(len(clips), args.batch_size, (name,), epoch_generator(args.random_seed, epoch, "plan"))
             run.train_epoch(trained, clips, plan, optimizer, epoch, args, alone, run.check)

@@ -467,7 +467,7 @@ def test_two_processes_write_the_predictions_of_one(pairs, runs):
 
 @pytest.mark.parametrize("model", SYNCHRONISED)
 def test_two_processes_equal_one(pairs, model):
-    """Gradients and BatchNorm statistics of joint and homogeneous batches, step by step, and the partition after them.
+    """Gradients and statistics of joint, homogeneous and mixed batches, step by step, and the partition after them.
 
     In float64, so that nothing but the order of sums differs.
     """
@@ -478,6 +478,10 @@ def test_two_processes_equal_one(pairs, model):
     for rank in (0, 1):
         two = torch.load(pairs["out"] / model / f"rank{rank}.pth", weights_only=True)
         for i, (a, b) in enumerate(zip(one["steps"], two["steps"], strict=True)):
+            reached = {name: g.nbytes for name, g in a["gradients"].items() if g is not None}
+            encoders = {name.split(".")[1] for name in reached if name.startswith("encoders.")}
+            if i < 5:  # one reduction for each encoder that ran and one for the rest, of nothing else
+                assert len(b["sent"]) == len(encoders) + 1 and sum(b["sent"]) == sum(reached.values()), i
             for kind in ("gradients", "buffers"):
                 assert a[kind].keys() == b[kind].keys()
                 for name, value in a[kind].items():
