@@ -17,6 +17,9 @@ from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
+import utils.threads  # noqa: F401  (before PyTorch)
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -149,7 +152,8 @@ def make_parser() -> Parser:
     g.add_argument("--train", action="store_true", help="train; without it, evaluate --checkpoint (default: off)")
     g.add_argument("--device", default="auto", choices=distributed.DEVICES, help="auto: CUDA if any (default: auto)")
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
-    g.add_argument("--precision", choices=PRECISIONS, help="precision (default: fp32 on a CPU, tf32 on a GPU)")
+    g.add_argument("--precision", choices=PRECISIONS, help="precision (default: fp32 on a CPU, bf16 on a GPU, "
+                   "tf32 where it has no bfloat16)")
     g.add_argument("--compile", action="store_true", help="compile the encoders with torch.compile (default: off)")
     g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="parent folder (default: runs)")
     g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: from flags and time)")
@@ -175,7 +179,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     spec, official = trained_spec(args, Path(args.data_root or root)), args.preset == "official"
     preset = PRESETS[args.preset] | {"encoder": spec.encoder, "image_size": spec.image_size, "data_root": root}
     preset["learning_rate"] = OFFICIAL_RATES.get(args.method, 1e-3) if official else spec.learning_rate
-    preset.setdefault("precision", default_precision(args.device))
+    preset.setdefault("precision", default_precision(args.device, args.gpu_ids))
     filled = {name: value for name, value in preset.items() if getattr(args, name) is None}
     args.from_preset = getattr(args, "from_preset", {}) | filled  # a resumed run has some already
     vars(args).update(filled, encoder=with_default(args.encoder or spec.encoder, spec.encoder))

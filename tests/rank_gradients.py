@@ -6,8 +6,10 @@ python tests/rank_gradients.py FOLDER <flags of train.py>
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
@@ -34,16 +36,16 @@ class Doubles:
             yield batch._replace(inputs={name: values.double() for name, values in batch.inputs.items()})
 
 
-def count_reduced(sent: list[int]) -> None:
-    """Append the bytes of each tensor of gradients that is reduced over processes: no others are waited for later."""
-    reduce = distributed.dist.all_reduce
+def counted(sent: list[int]):
+    """Inside, append the bytes of each tensor of gradients that is reduced over processes: only these are awaited."""
+    reduce = dist.all_reduce
 
-    def counted(values, *args, async_op=False, **options):
+    def all_reduce(values, *args, async_op=False, **options):
         if async_op:
             sent.append(values.nbytes)
         return reduce(values, *args, async_op=async_op, **options)
 
-    distributed.dist.all_reduce = counted
+    return mock.patch.object(dist, "all_reduce", all_reduce)
 
 
 def states(argv: list[str]) -> dict:
@@ -58,7 +60,6 @@ def states(argv: list[str]) -> dict:
     synchronise_batchnorm(model, device)
     network = distributed.parallel(model, model.encoders.values())
     optimizer, steps, sent, scored = train.make_optimizer(model, args), [], [], {}
-    count_reduced(sent)
 
     def note() -> None:
         gradients = {name: p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
@@ -72,7 +73,8 @@ def states(argv: list[str]) -> dict:
     plan = [Batch(part, own) for part, own in zip(order.split(sizes), fed, strict=True)]
     kept = torch.eye(2, dtype=torch.bool)[torch.arange(7) % 3 % 2]  # (7, 2): 5 clips keep the first modality
     plan[3] = plan[3]._replace(mask=kept)
-    numbers = train.train_epoch(network, clips, plan, optimizer, 0, args, after_step=note)
+    with counted(sent):
+        numbers = train.train_epoch(network, clips, plan, optimizer, 0, args, after_step=note)
     distributed.same_buffers(model)
     run = SimpleNamespace(check=lambda: None, writes=False, partition=lambda *found: scored.update(kl=found[3]))
     _, keep, counts = train.plan_epoch(model, data._replace(clips={"train": clips}), names, None, 0, args, run)

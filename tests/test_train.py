@@ -623,12 +623,60 @@ def test_fewer_test_clips_than_processes(pairs, runs):
     assert metrics(runs / "few")[-1]["test_acc"] in (0, 1)
 
 
+def usable_gpus(monkeypatch, count: int, capability: tuple[int, int] = (9, 0)) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "tf32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_bf16_is_the_default_of_gpus_that_have_it(capability, precision, monkeypatch):
+    usable_gpus(monkeypatch, 1, capability)
+    assert train.parse_args(["--train"]).precision == precision
+    assert train.parse_args(["--train", "--device", "cpu"]).precision == "fp32"
+    assert train.parse_args(["--train", "--preset", "official"]).precision == "official"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0) if gpu == 1 else capability)
+    assert train.parse_args(["--train", "--gpu_ids", "1"]).precision == "bf16"
+    assert train.parse_args(["--train", "--gpu_ids", "0,1"]).precision == precision  # all of them have to
+
+
+def test_a_driver_that_cannot_be_used_is_one_line(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    usable_gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    for flags in (["--train"], ["--train", "--device", "cuda", "--precision", "fp32"]):
+        with pytest.raises(UserError, match=r"driver .* is too old \(found version 11040\).*--device cpu") as caught:
+            train.main(flags)
+        assert "\n" not in str(caught.value)
+    assert train.parse_args(["--train", "--device", "cpu"]).precision == "fp32"
+
+
+def test_nccl_is_given_its_gpu(monkeypatch):
+    """Without it NCCL guesses from the rank, which is wrong for `--gpu_ids 1,0`, and warns at each barrier."""
+    asked = {}
+    usable_gpus(monkeypatch, 2)
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda backend, **words: asked.update(words, on=backend)
+    )
+    monkeypatch.setattr(distributed.dist, "new_group", lambda **_: None)
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    distributed.start("auto", "1,0")
+    assert (asked["on"], asked["device_id"]) == ("nccl", torch.device("cuda", 0))
+    distributed.start("cpu")
+    assert (asked["on"], asked["device_id"]) == ("gloo", None)
+
+
 @pytest.mark.parametrize(
     ("flags", "rank", "gpu"), [([], 1, 1), (["--gpu_ids", "2,3"], 1, 3), (["--gpu_ids", "2"], 0, 2)]
 )
 def test_each_process_of_torchrun_takes_the_gpu_it_is_given(flags, rank, gpu, monkeypatch):
     taken = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    usable_gpus(monkeypatch, 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(rank + 1))
@@ -644,8 +692,7 @@ def test_each_process_of_torchrun_takes_the_gpu_it_is_given(flags, rank, gpu, mo
 def test_several_gpus_start_torchrun_only_where_train_py_was_typed(monkeypatch):
     started = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    usable_gpus(monkeypatch, 2)
     monkeypatch.setattr(distributed.os, "execv", lambda program, words: started.append(words))
     assert distributed.start("auto", None, relaunch=True) == torch.device("cuda", 0) and not started
     assert distributed.start("auto", "1,0", relaunch=False) == torch.device("cuda", 1) and not started

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from utils.acceleration import gpu_count, limit_threads
 from utils.errors import Told, UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -26,11 +27,12 @@ def start(device: str = "cpu", gpu_ids: str | None = None, relaunch: bool = Fals
     `device` is one of `DEVICES`; "auto" is a CUDA GPU if there is one, else the CPU. `gpu_ids` names CUDA GPUs of this
     machine, one for each of its processes; by default a single process takes the first visible one. With several of
     them and `relaunch`, the program is re-executed under torchrun, one process per GPU. Raises `UserError` for GPUs
-    that are not there or too few for the processes.
+    that are not there or too few for the processes, and for a driver that PyTorch cannot use.
     """
     if device == "mps":
         return _mps(gpu_ids)
-    available = torch.cuda.device_count() if device != "cpu" else 0
+    limit_threads()
+    available = gpu_count(device)
     if device == "cuda" and not available:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or leave the flag out")
     here, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
@@ -51,7 +53,9 @@ def start(device: str = "cpu", gpu_ids: str | None = None, relaunch: bool = Fals
     if gpus:
         torch.cuda.set_device(found)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
+        # With its GPU named, NCCL connects at once, and barriers need not guess the GPU from the rank.
+        backend, own = ("nccl", found) if gpus else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=own)
         global _hosts
         _hosts = dist.new_group(backend="gloo") if gpus else None
     return found
