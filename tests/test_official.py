@@ -339,11 +339,8 @@ def test_a_gpu_computes_as_pytorch_does_by_default(monkeypatch):
             set_precision(precision, torch.device("cuda"))
             found[precision] = str(eval(STATE))
             # Both of PyTorch's interfaces can be read, and say the same.
-            newer = (
-                torch.backends.cudnn.conv.fp32_precision == "tf32",
-                torch.backends.cuda.matmul.fp32_precision == "tf32",
-            )
-            assert newer == (precision != "fp32", precision in ("tf32", "bf16"))
+            newer = [kind.fp32_precision for kind in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+            assert [state == "tf32" for state in newer] == [precision != "fp32", precision in ("tf32", "bf16")]
             assert torch.backends.cudnn.deterministic == (precision == "official")
     torch.set_float32_matmul_precision(matmul)
     assert found["official"] == fresh.stdout.strip() == "(True, 'highest', False)"

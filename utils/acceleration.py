@@ -25,9 +25,9 @@ def gpu_count(device: str) -> int:
         try:
             torch.cuda.init()
         except Exception as error:  # RuntimeError, AssertionError, DeferredCudaCallError, by the cause
-            (first, *_) = str(error).splitlines() or [type(error).__name__]
-            raise UserError(f"--device {device}: PyTorch {torch.__version__} cannot use the GPU ({first.rstrip('.')}); "
-                            "update the driver, install a PyTorch build for it, or use --device cpu") from None  # fmt: skip
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(f"--device {device}: PyTorch {torch.__version__} cannot use the GPU ({why}); update the "
+                            "driver, install a PyTorch build for it, or use --device cpu") from None  # fmt: skip
     return count
 
 
