@@ -168,6 +168,7 @@ def measure(args: argparse.Namespace, settings: dict[str, dict]) -> dict[tuple[i
                     for key in order.sample(sorted(processes), len(processes)):
                         rate = speed(processes[key], args.seconds, others[:count])
                         found.setdefault((*key, count), []).append(rate)
+                        print(f"{key[0]} threads, {key[1]}, beside {count}: {rate:.0f} clips/s", flush=True)
     return found
 
 
