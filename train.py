@@ -17,6 +17,9 @@ from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
+import utils.threads  # noqa: F401  (before PyTorch)
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,7 +40,7 @@ from models.batchnorm import batchnorm_of_one_clip, reestimate, synchronise_batc
 from models.checkpoint import load_weights, model_weights
 from models.inference import predict
 from models.pretrained import check_files, load_pretrained
-from models.rates import parameter_groups
+from models.rates import make_optimizer
 from utils import distributed
 from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision, use_huge_pages
 from utils.checkpoint import load_checkpoint
@@ -149,7 +152,8 @@ def make_parser() -> Parser:
     g.add_argument("--train", action="store_true", help="train; without it, evaluate --checkpoint (default: off)")
     g.add_argument("--device", default="auto", choices=distributed.DEVICES, help="auto: CUDA if any (default: auto)")
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
-    g.add_argument("--precision", choices=PRECISIONS, help="precision (default: fp32 on a CPU, tf32 on a GPU)")
+    g.add_argument("--precision", choices=PRECISIONS, help="precision (default: fp32 on a CPU, bf16 on a GPU, "
+                   "tf32 where it has no bfloat16)")
     g.add_argument("--compile", action="store_true", help="compile the encoders with torch.compile (default: off)")
     g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="parent folder (default: runs)")
     g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: from flags and time)")
@@ -175,7 +179,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     spec, official = trained_spec(args, Path(args.data_root or root)), args.preset == "official"
     preset = PRESETS[args.preset] | {"encoder": spec.encoder, "image_size": spec.image_size, "data_root": root}
     preset["learning_rate"] = OFFICIAL_RATES.get(args.method, 1e-3) if official else spec.learning_rate
-    preset.setdefault("precision", default_precision(args.device))
+    preset.setdefault("precision", default_precision(args.device, args.gpu_ids))
     filled = {name: value for name, value in preset.items() if getattr(args, name) is None}
     args.from_preset = getattr(args, "from_preset", {}) | filled  # a resumed run has some already
     vars(args).update(filled, encoder=with_default(args.encoder or spec.encoder, spec.encoder))
@@ -288,7 +292,7 @@ def train_epoch(
             first, *others = terms.values()
             loss = sum(others, first)
             optimizer.zero_grad(set_to_none=True)
-            # DDP averages gradients over processes: weight by this process's share to get the mean over the batch.
+            # Gradients are averaged over processes: weight by this process's share to get the mean over the batch.
             balance.backward(loss * step.weight, terms, output, step)
             if args.masked_encoder == "run_heads":
                 distributed.fill_gradients(network)
@@ -376,20 +380,6 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
     return model
 
 
-def make_optimizer(model: MultimodalClassifier, args: Namespace) -> torch.optim.Optimizer:
-    """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4 as in the official code; AdamW: 0.01."""
-    groups = parameter_groups(model, args.learning_rate, args.encoder_lr_decay, args.layer_decay)
-    if args.optimizer != "sgd":
-        kind, decay = (torch.optim.Adam, 1e-4) if args.optimizer == "adam" else (torch.optim.AdamW, 0.01)
-        return kind(groups, lr=args.learning_rate, weight_decay=decay, fused=True)
-    optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
-    # Zero momentum is what the first step starts from anyway. PyTorch's fused step fails if only some parameters have
-    # a buffer, as in the homogeneous batches of a run without warm-up.
-    for p in (p for group in groups for p in group["params"]):
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return optimizer
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.device != "cuda":
@@ -419,14 +409,14 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     fed = fed_to(args, names)  # what joint batches and predictions feed
     size = 4 * args.batch_size  # of batches without gradients
     model = make_model(args, data, device)
-    network = distributed.parallel(model)
+    network = distributed.parallel(model, model.encoders.values())
 
     # optimizer
     optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
 
     # balance methods
-    balance = balances.make_balance(Context(model, data.clips, args, optimizer, train_epoch, make_optimizer, run.check))
+    balance = balances.make_balance(Context(model, data.clips, args, optimizer, train_epoch, run.check))
 
     # resume, in this order: flags and data, weights, optimizer, scheduler, balance methods, generators, state of the
     # loop. Epochs draw from (seed, epoch, purpose) only; the global generators are restored for any other code.

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from balance.method import Balance, Context, Method, Option, Step
 from models import Output
 from models.inference import predict
+from models.rates import make_optimizer
 from remix import batches_of
 from utils import distributed
 from utils.cli import number
@@ -91,10 +92,11 @@ class GBlend(Method):
         """
         run, args = self.context, self.context.args
         network = copy.deepcopy(self.model)
-        optimizer = run.make_optimizer(network, args)
+        optimizer = make_optimizer(network, args)
         for group, rate in zip(optimizer.param_groups, [g["lr"] for g in run.optimizer.param_groups], strict=True):
             group["lr"] = rate
-        trained, alone, clips = distributed.parallel(network), Balance([OneLoss(run, head)]), run.clips["train"]
+        trained = distributed.parallel(network, network.encoders.values())
+        alone, clips = Balance([OneLoss(run, head)]), run.clips["train"]
         for e in range(epoch, epoch + epochs):
             plan = batches_of(len(clips), args.batch_size, fed, epoch_generator(args.random_seed, e, "plan"))
             run.train_epoch(trained, clips, plan, optimizer, e, args, alone, run.check)

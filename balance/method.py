@@ -48,8 +48,8 @@ class Context(NamedTuple):
     """The parts of a run that a method can use.
 
     model: the bare network; clips: the parts train, test and, where there is one, val (no method reads test); args:
-    every flag of train.py; optimizer: the run's; train_epoch and make_optimizer: train.py's own, for methods that train
-    a copy; check(): raises if the run was asked to stop.
+    every flag of train.py; optimizer: the run's; train_epoch: train.py's own, for methods that train a copy;
+    check(): raises if the run was asked to stop.
     """
 
     model: MultimodalClassifier
@@ -57,7 +57,6 @@ class Context(NamedTuple):
     args: Namespace
     optimizer: torch.optim.Optimizer
     train_epoch: Callable[..., Any]
-    make_optimizer: Callable[..., torch.optim.Optimizer]
     check: Callable[[], None]
 
 
@@ -367,7 +366,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average a separately computed gradient over processes, as DistributedDataParallel does."""
+    """Average a separately computed gradient over processes, as `loss.backward()` averages those in `.grad`."""
     return sum_over_ranks(values) / world_size()
 
 

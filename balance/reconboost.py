@@ -134,12 +134,7 @@ class ReconBoost(Method):
         if self.opt.alpha > 0 and (self.kept is not None or self.stage(step.epoch)[0] > 0):
             before = self.names[self.names.index(learner) - 1]
             loss = loss + self.opt.alpha * F.mse_loss(logits[learner].softmax(1), logits[before].softmax(1))
-        # The ensemble is part of the graph, so that DistributedDataParallel sees all parameters it waits for.
-        return {learner: loss + 0 * terms["joint"]}
-
-    def after_backward(self, output: Output, step: Step) -> None:
-        if self.learner(step):
-            self.rate.grad = None  # not part of phase 1, weight decay included
+        return {learner: loss}  # nothing reaches `rate`: it is not part of phase 1, weight decay included
 
 
 class Ensemble(nn.Module):

@@ -185,7 +185,7 @@ def test_cml_costs_nothing_where_confidence_falls(clips):
 def test_cml_of_three_modalities_compares_sets_that_differ_by_one():
     net = network(three=True)
     args = Namespace(balance_options={"cml": {"lambda": 2.0, "rule": "paper"}})
-    method = METHODS["cml"](Context(net, {}, args, *(None,) * 4))
+    method = METHODS["cml"](Context(net, {}, args, *(None,) * 3))
     features = {name: 3 * torch.randn(6, 128) for name in net.names}
     output = Output(net.head(features), {}, features)
     found = method.losses({}, output, joint_step([0] * 6))["cml"].item()
