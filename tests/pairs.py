@@ -1,6 +1,9 @@
-"""Programs as two processes of one group, forked as torchrun starts them: PyTorch is imported once for many of them.
+"""A server of forks: programs as one process, or as two of one group as torchrun starts them.
 
-python tests/pairs.py FOLDER COMMANDS    # a JSON list of lists of words; what they say goes to FOLDER/<i>.out and .err
+python tests/pairs.py    # a request per line: {"folder": ..., "commands": [[word, ...], ...], "alone": false}
+
+What the programs say goes to <folder>/<i>.out and .err; the answer is a line of their exit statuses. PyTorch and what a
+run imports late are imported once for all of them.
 """
 
 import json
@@ -40,6 +43,7 @@ def fork(words: list[str], environ: dict[str, str], out: int | None = None, err:
     status = 99
     try:
         os.environ.update(environ)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # requests are not the program's
         torch.set_num_threads(1)  # the threads of this process are not there any more
         if out is not None and err is not None:
             os.dup2(out, 1)
@@ -58,19 +62,16 @@ def fork(words: list[str], environ: dict[str, str], out: int | None = None, err:
         os._exit(status)
 
 
-def start(*words: str, out: Path | None = None) -> list[int]:
-    """Fork two processes of one group; their process ids."""
+def start(*words: str, out: Path | None = None, alone: bool = False) -> list[int]:
+    """Fork a process if `alone`, or else two of one group; their process ids."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    said = []
-    for suffix in (".out", ".err") if out else ():
-        said.append(os.open(out.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644))
-    pids = []
-    for rank in range(2):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-        environ = {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
-        pids.append(fork(list(words), environ, *said))
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1"}
+    ranks = [{}] if alone else [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    said = [os.open(out.with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            for suffix in (".out", ".err")] if out else []  # fmt: skip
+    pids = [fork(list(words), environ, *said) for environ in ranks]
     for file in said:
         os.close(file)
     return pids
@@ -102,6 +103,12 @@ class Forked:
 
 
 if __name__ == "__main__":
-    folder, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
+    sys.modules["pairs"] = sys.modules["__main__"]  # a program that imports it gets this one
     with bare_pictures():
-        print(json.dumps([end(start(*words, out=folder / f"{i}.out")) for i, words in enumerate(commands)]))
+        for line in sys.stdin:
+            request = json.loads(line)
+            ended = []
+            for i, words in enumerate(request["commands"]):
+                out = Path(request["folder"], f"{i}.out")
+                ended.append(end(start(*words, out=out, alone=request["alone"])))
+            print(json.dumps(ended), flush=True)

@@ -1,14 +1,12 @@
 """The paper's tables: statistics against plain loops and SciPy, and a table end to end on a tiny folder."""
 
 import json
-import subprocess
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import TINY, make_folder
-from pairs import Forked
+from helpers import TINY, in_processes, make_folder
 from scipy import stats
 
 from report import paper
@@ -110,15 +108,12 @@ def test_fed_per_clip_counts_the_epochs_after_the_warm_up() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Runs are forked: tests/test_compare.py starts the command itself."""
     root = tmp_path_factory.mktemp("paper")
     data = make_folder(root / "data")
     words = [*TINY, "--data_root", str(data), "--epochs", "2", "--warmup", "1", "--device", "cpu"]
     command = ["table5", "figure3", "--seeds", "0", "--jobs", "2", "--log_path", str(root / "runs"), *words]
-    with pytest.MonkeyPatch.context() as patch:
-        forks = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
-        patch.setattr("report.compare.subprocess", forks)
-        assert paper.main(command) == 0
+    (((status,), out, err),) = in_processes(root / "said", ["tests/paper_runs.py", *command], alone=True)
+    assert status == 0, out + err
     return root, command
 
 
