@@ -109,14 +109,14 @@ def in_processes(folder: Path, *commands: list[str], alone: bool = False) -> lis
     if server.poll() is not None:  # a test before this one broke it
         _forks.cache_clear()
         server = _forks()
-    late = threading.Timer(300, server.kill)
+    late = threading.Timer(600, server.kill)
     late.start()
     try:
         print(json.dumps({"folder": str(folder), "commands": commands, "alone": alone}), file=server.stdin, flush=True)
         answer = server.stdout.readline()
     finally:
         late.cancel()
-    assert answer, "tests/pairs.py ended, or took more than 300 s"
+    assert answer, "tests/pairs.py ended, or took more than 600 s"
     return [(status, *((folder / f"{i}.{end}").read_text() for end in ("out", "err")))
             for i, status in enumerate(json.loads(answer))]  # fmt: skip
 
