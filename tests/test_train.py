@@ -221,7 +221,7 @@ def test_training_numbers_are_plain_means_over_the_clips_that_a_head_was_fed(dat
                          for name, value in expected.items()}  # fmt: skip
 
 
-def test_heads_that_no_loss_reaches_have_no_numbers(data, runs, capsys):
+def test_heads_that_no_loss_reaches_have_no_numbers(data, runs, capsys, drawn):
     """They stay as they were drawn: an accuracy of theirs would be of chance."""
     folder = run(data, runs, "headless", "--method", "baseline", "--epochs", "1", "--alpha", "0", "--beta", "0")
     out = capsys.readouterr().out.splitlines()
@@ -248,7 +248,7 @@ def test_heads_that_no_loss_reaches_have_no_numbers(data, runs, capsys):
 
 
 @pytest.mark.parametrize("method", ["audio", "video"])
-def test_one_modality_alone(data, runs, method):
+def test_one_modality_alone(data, runs, method, drawn):
     folder = run(data, runs, method, "--method", method, "--epochs", "2")
     other = "video" if method == "audio" else "audio"
     for line in metrics(folder):
