@@ -417,7 +417,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     # data and model
     data = build_data(args, device)
     clips, names = data.clips["train"], data.spec.names
-    fed, size = fed_to(args, names), 4 * args.batch_size  # fed in joint batches and predictions; predictions' batch size
+    fed, size = fed_to(args, names), 4 * args.batch_size  # of joint batches and predictions, of predictions
     model = make_model(args, data, device)
     network, run_step = few_sizes(distributed.parallel(model), args, device), graphed(train_step, args, device)
 
