@@ -152,7 +152,7 @@ def make_parser() -> Parser:
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
     g.add_argument("--precision", choices=PRECISIONS, help="precision (default: fp32 on a CPU, tf32 on a GPU)")
     g.add_argument("--compile", nargs="?", const=COMPILE[0], default=False, choices=COMPILE, help="torch.compile for "
-                   "the encoders (no value), CUDA graphs of whole training steps, or both (default: off)")
+                   "the encoders (no value), CUDA graphs of whole training steps, or all (default: off)")
     g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="parent folder (default: runs)")
     g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: from flags and time)")
     g.add_argument("--resume", nargs="?", const="auto", type=path_name, metavar="RUN",

@@ -76,7 +76,7 @@ def build_data(args: Namespace, device: torch.device, only: tuple[str, ...] | No
                 args.pack_size, args.precision == "official",
                 torch.bfloat16 if args.precision == "bf16" else torch.float32)  # fmt: skip
     step = step_bytes(args.batch_size, feed, folder.shapes)
-    if args.compile in ("graphs", "both"):  # the memory of CUDA graphs is kept apart from that of eager steps
+    if args.compile in ("graphs", "all"):  # the memory of CUDA graphs is kept apart from that of eager steps
         step *= 2
     cache = choose_cache(folder.root, used, folder.shapes, feed, step)
     feed = feed._replace(cache=cache[0])

@@ -218,7 +218,8 @@ class ResidentClips(Clips):
                 elif name in kept and kept[name].have(job.clips):
                     loaded[name] = kept[name].take(places[i])
                 elif name in images:
-                    loaded[name] = self._pixels(name, *(values[i] for values in images[name]), fixed)
+                    row, box, flip = (values[i] for values in images[name])
+                    loaded[name] = self._pixels(name, row, box, flip, fixed)
                     if name in kept:
                         kept[name].put(job.clips, places[i], loaded[name])
                 else:

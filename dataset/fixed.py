@@ -22,7 +22,7 @@ class Resized(NamedTuple):
     whole: bool
 
     @classmethod
-    def of(cls, stored: tuple[int, int], size: int, device: torch.device, as_pil: bool) -> "Resized":
+    def of(cls, stored: tuple[int, ...], size: int, device: torch.device, as_pil: bool) -> "Resized":
         """For frames of `stored` (H, W) pixels. The ways of `crop_resize` that give whole levels: PIL's, and the one of
         large frames on a CPU. A GPU rounds, as PIL does; small frames on a CPU stay as they are, unrounded."""
         large = device.type == "cpu" and stored[0] * stored[1] >= LARGE

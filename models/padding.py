@@ -60,7 +60,7 @@ def real_rows(network: nn.Module, clips: int, full: int) -> Iterator[None]:
     for norm in network.modules():
         if isinstance(norm, BatchNorm) and norm.training:
             hooks.append(norm.register_forward_pre_hook(lambda _, args: (args[0][: len(args[0]) * clips // full],)))
-            hooks.append(norm.register_forward_hook(lambda _, args, out: appended(out, len(out) * full // clips)))
+            hooks.append(norm.register_forward_hook(lambda *seen: appended(seen[-1], len(seen[-1]) * full // clips)))
     try:
         yield
     finally:

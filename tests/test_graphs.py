@@ -200,7 +200,7 @@ def test_what_cannot_be_captured_runs_eagerly_after_one_line(monkeypatch, capsys
 
 @pytest.mark.parametrize(("words", "why"), [
     ("--compile graphs", "needs a CUDA GPU, and this run uses cpu"),
-    ("--compile both --balance pmr", "--balance pmr acts inside the step"),
+    ("--compile all --balance pmr", "--balance pmr acts inside the step"),
 ])  # fmt: skip
 def test_what_stands_against_graphs_is_one_line(words, why, capsys):
     device = CPU if "pmr" not in words else torch.device("cuda", 0)

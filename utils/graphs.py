@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from utils.distributed import is_main, world_size
 
-COMPILE = ("encoders", "graphs", "both")
+COMPILE = ("encoders", "graphs", "all")
 WARM_UP = 3  # eager steps of each kind first: cuDNN chooses kernels, the optimizer makes its state
 
 
