@@ -156,6 +156,10 @@ class Step(NamedTuple):
         """(B,) bool: which clips of a mixed batch are given the modality `name` of all `names`; None: all are."""
         return None if self.mask is None else self.mask[:, names.index(name)]
 
+    def masks(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Of a mixed batch, which clips (B,) bool are given each of all modalities `names`; of another batch, {}."""
+        return {} if self.mask is None else dict(zip(names, self.mask.unbind(1), strict=True))
+
     def mean(self, values: Tensor, given: Tensor | None = None) -> Tensor:
         """The mean over this process's clips of values (B,), counting 0 for the clips not in `given` (B,) bool."""
         return values.mean() if given is None else (values * given).mean()

@@ -103,8 +103,10 @@ def use_huge_pages() -> None:
 def compile_in_place(modules: list[nn.Module], device: torch.device) -> None:
     """Compile `modules` where they are, so that their parameters keep their names; each when it is first called.
 
-    Every shape gets code of its own. Raises `UserError` where PyTorch cannot compile.
+    Every shape gets code of its own, which is kept in ~/.cache/torchinductor unless TORCHINDUCTOR_CACHE_DIR is set:
+    PyTorch's own place is below /tmp. Raises `UserError` where PyTorch cannot compile.
     """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
     try_to_compile(device)
     for module in modules:
         module.compile(dynamic=False)
