@@ -162,9 +162,9 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def correctness_row(name: str, kind: str, errors: dict[str, float], limit: float) -> dict:
-    quantities = {key: f"{errors[key]:.1e}" if key in errors else None for key in ("inputs", "loss", "update", "logits")}
+    shown = {key: f"{errors[key]:.1e}" if key in errors else None for key in ("inputs", "loss", "update", "logits")}
     passed = all(error <= limit for error in errors.values())  # False for NaN
-    return {"setting": name, "batch": kind, **quantities, "limit": f"{limit:g}", "within": "yes" if passed else "NO"}
+    return {"setting": name, "batch": kind, **shown, "limit": f"{limit:g}", "within": "yes" if passed else "NO"}
 
 
 def kinds(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -198,7 +198,7 @@ def launches(function: Callable[[], None], device: torch.device) -> tuple[int, i
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         function()
         torch.cuda.synchronize()
-    events = [event for event in profiler.events() or ()]
+    events = list(profiler.events() or ())
     kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA
                and not e.name.lower().startswith(("memcpy", "memset"))]  # fmt: skip
     started = [e for e in events if e.name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch"))]
@@ -230,7 +230,9 @@ def epoch_seconds(seconds: dict[tuple[str, str], list[float]], name: str) -> dic
     return {"joint": middle["joint"] + rest, "remix": middle["remix"] + rest}
 
 
-def setting_row(name: str, row: Row, args: argparse.Namespace, epochs: dict[str, float] | None, memory: str | None) -> dict:
+def setting_row(
+    name: str, row: Row, args: argparse.Namespace, epochs: dict[str, float] | None, memory: str | None
+) -> dict:
     """The prediction, which is for the full shape, beside what was measured (None: nothing was)."""
     full = not args.small
     whole = epochs and args.warmup * epochs["joint"] + (args.epochs - args.warmup) * epochs["remix"]

@@ -149,9 +149,9 @@ class PretendedGPU(TorchDispatchMode):
             if host:
                 raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found at least two "
                                    f"devices, cuda:0 and cpu! (of the host: {host})")  # fmt: skip
-        if name == "convolution" and args[0].dim() == 4 and args[0].shape[1] > 4:
-            if not args[0].is_contiguous(memory_format=torch.channels_last):
-                self.layouts.append((caller(), tuple(args[0].shape)))
+        images = name == "convolution" and args[0].dim() == 4 and args[0].shape[1] > 4  # the first layer's have fewer
+        if images and not args[0].is_contiguous(memory_format=torch.channels_last):
+            self.layouts.append((caller(), tuple(args[0].shape)))
 
     def check_copy(self, into: Tensor, source: Tensor, non_blocking: bool) -> None:
         if on_gpu(into) == on_gpu(source):
@@ -309,6 +309,7 @@ class PretendedGPU(TorchDispatchMode):
             "tensor": lambda *args, **kwargs: gpu.made(TENSOR, False, *args, **kwargs),
             "as_tensor": self.as_tensor,
         }
+
         def one_hot(labels, num_classes=-1):  # PyTorch's makes a tensor on the CPU tensor's device
             classes = torch.arange(int(labels.max()) + 1 if num_classes == -1 else num_classes, device=labels.device)
             return (labels[..., None] == classes).long()

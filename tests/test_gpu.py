@@ -238,9 +238,7 @@ class Parts:
         self.balance = balances.make_balance(context)
 
     def epoch(self, plan, after_step=lambda: None) -> dict:
-        return train.train_epoch(
-            self.model, self.clips, plan, self.optimizer, 7, self.args, self.balance, after_step
-        )
+        return train.train_epoch(self.model, self.clips, plan, self.optimizer, 7, self.args, self.balance, after_step)
 
     def step(self, gpu: PretendedGPU, fed=("audio", "video"), mixed: bool = False) -> list:
         """The waits of one training step, the second of an epoch."""
@@ -279,10 +277,15 @@ def test_a_step_launches_no_more_than_its_budget(kind, made):
 
 def test_no_pass_waits_for_each_of_its_batches(made):
     with PretendedGPU() as gpu:
-        parts, ends, counts = made(), [], []
-        predict(parts.model, parts.clips, KINDS["joint"], 4, check=lambda: ends.append((len(gpu.waits), sum(gpu.kernels.values()))))
-        assert len(ends) == 5 and ends[0][0] == ends[-1][0]
-        assert ends[2][1] - ends[1][1] <= SCORING
+        parts, waits, kernels, counts = made(), [], [], []
+
+        def check():
+            waits.append(len(gpu.waits))
+            kernels.append(sum(gpu.kernels.values()))
+
+        predict(parts.model, parts.clips, KINDS["joint"], 4, check=check)
+        assert len(waits) == 5 and waits[0] == waits[-1]
+        assert kernels[2] - kernels[1] <= SCORING
         for size in (8, 4):
             before = len(gpu.waits)
             reestimate(parts.model, parts.clips, KINDS["joint"], size, SEED, 0)
@@ -341,10 +344,9 @@ def host_generator(patch, parts):
 
 def host_means(patch, parts):
     (method,) = parts.balance.methods
-    state = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in method.state_dict().items()}
     patch.setattr(method, "means", method.means)  # to be put back
     patch.setattr(AGM, "load_state_dict", lambda self, state: setattr(self, "means", state["means"]))
-    method.load_state_dict(state)
+    method.load_state_dict({"means": method.means.cpu()})
 
 
 RAISES = {

@@ -63,7 +63,7 @@ def test_it_is_importable_without_the_packages_of_preparation():
 
 def test_without_a_gpu_there_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="benchmarks.gpu: PyTorch sees no CUDA device here; rehearse with"):
+    with pytest.raises(UserError, match=r"benchmarks\.gpu: PyTorch sees no CUDA device here; rehearse with"):
         gpu.main([])
     with pytest.raises(UserError, match="--settings tf64: unknown; allowed: all, fp32, tf32, bf16"):
         gpu.main(["--settings", "tf64"])
