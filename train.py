@@ -477,13 +477,13 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
 
         improved = update_best(best, numbers)
         scheduler.step()
-        run.epoch(numbers)
-        if run.writes:
-            print(epoch_line(numbers, names, args.epochs, run.history), flush=True)
-        run.save(model_weights(model), about, {
+        numbers |= run.snapshot(model_weights(model), about, {
             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "balance": balance.state_dict(),
             "epoch": epoch, "best": best, "keep": keep, "data": digests, "seconds": time.perf_counter() - started,
         }, improved)  # fmt: skip
+        run.epoch(numbers, last=epoch + 1 == args.epochs)
+        if run.writes:
+            print(epoch_line(numbers, names, args.epochs, run.history), flush=True)
 
     # summary
     if "test" not in logits:  # resumed after the last epoch

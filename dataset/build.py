@@ -78,6 +78,10 @@ def build_data(args: Namespace, device: torch.device, only: tuple[str, ...] | No
     cache = choose_cache(folder.root, used, folder.shapes, feed, step)
     feed = feed._replace(cache=cache[0])
     clips = {name: make_clips(folder.root, name, part, folder.shapes, feed) for name, part in used.items()}
+    if folder.known is not None:
+        if feed.cache != "none" and distributed.is_first_here():
+            folder.known.save()
+        folder.known.forget()
     return Data(spec, folder, parts, clips, cache)
 
 

@@ -182,6 +182,7 @@ class ResidentClips(Clips):
         self.arrays = {name: _Stored(array, store) for name, array in pack.arrays.items()}
         self.lengths = {name: torch.as_tensor(pack.counts[name]) for name in pack.counts if name not in self.counts}
         self.first = {name: torch.as_tensor(rows) for name, rows in pack.first.items()}
+        self.strides = {name: torch.as_tensor(part.files[name].strides) for name in self.counts}  # of packed frames
         # Boxes are drawn in original coordinates, then rescaled to the packed size: (N, 2), None where they are equal.
         self.scale: dict[str, Tensor | None] = {}
         for name, sizes in self.sizes.items():
@@ -206,7 +207,8 @@ class ResidentClips(Clips):
 
     def _placed(self, name: str, jobs: list[Job]) -> tuple[tuple[Tensor, ...], ...]:
         """Rows (B*T,), boxes (B*T, 4) and flips (B*T,) of one modality of images, for each job."""
-        rows = [(self.first[name][job.clips][:, None] + job.views[name].picks).flatten() for job in jobs]
+        first, stride = self.first[name][:, None], self.strides[name][:, None]
+        rows = [(first[job.clips] + job.views[name].picks // stride[job.clips]).flatten() for job in jobs]
         boxes = [self._boxes(name, job.clips, job.views[name]).flatten(0, 1) for job in jobs]
         flips = [job.views[name].flips.flatten() for job in jobs]
         return _to_device(rows, self.store), _to_device(boxes, self.device), _to_device(flips, self.device)

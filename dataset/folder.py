@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset.files import ArrayFiles, FrameFiles
+from dataset.headers import KnownHeaders
 from dataset.inspect import Problem, Report, inspect_folder
 from dataset.lists import read_record
 from dataset.specs import DatasetSpec, Modality
@@ -35,7 +36,8 @@ class Folder(NamedTuple):
 
     For sequences it is (steps of the longest, D). `notes` are lines for the user, such as on arrays that are cast.
     `missing` are the problems of the clips left out. `groups` maps each clip to its group (its actor, its speaker, its
-    recorder) where no group may be both in train and in validation, else it is None.
+    recorder) where no group may be both in train and in validation, else it is None. `known` are the headers of its
+    files.
     """
 
     root: Path
@@ -47,6 +49,7 @@ class Folder(NamedTuple):
     split: dict
     groups: dict[str, str] | None
     notes: tuple[str, ...] = ()
+    known: KnownHeaders | None = None
 
 
 def load_folder(
@@ -58,14 +61,15 @@ def load_folder(
     lists all. With `allow_missing`, clips with invalid files are left out and listed in `Folder.missing`; an invalid
     list is an error all the same. With `only`, the other parts' files are not checked and those parts are left out.
     """
-    report = inspect_folder(root, spec)
+    known = KnownHeaders(root)
+    report = inspect_folder(root, spec, known=known)
     if only is not None:
         problems = [problem for problem in report.problems if problem.part in only or problem.kind in LIST_KINDS]
         report = report._replace(problems=problems, parts={name: report.parts[name] for name in only})
     wrong_lists = [problem for problem in report.problems if problem.kind in LIST_KINDS]
     if wrong_lists or (report.problems and not allow_missing):
         raise UserError(_complaint(report, wrong_lists or report.problems, spec, only_files=not wrong_lists))
-    parts = {name: _part(report, spec, name) for name in report.parts}
+    parts = {name: _part(report, spec, name, known) for name in report.parts}
     for name, part in parts.items():
         if not part.clips:
             raise UserError(f"{report.root}: no valid clip in {name}.csv; {_doctor(report.root, spec)} lists why")
@@ -74,7 +78,7 @@ def load_folder(
     if groups is None and split.get("name") == "actor":
         groups = {clip: actor_of(clip) for part in parts.values() for clip in part.clips}
     notes = tuple(f"{warning.path}: {warning.reason}" for warning in report.warnings if warning.kind == "cast")
-    return Folder(report.root, spec, report.classes, parts, report.shapes, report.problems, split, groups, notes)
+    return Folder(report.root, spec, report.classes, parts, report.shapes, report.problems, split, groups, notes, known)
 
 
 def split_validation(part: Part, fraction: float, groups: dict[str, str] | None) -> tuple[Part, Part]:
@@ -123,18 +127,19 @@ def _select(part: Part, mask: np.ndarray) -> Part:
     return Part([part.clips[i] for i in rows], part.labels[rows], files)
 
 
-def _part(report: Report, spec: DatasetSpec, name: str) -> Part:
+def _part(report: Report, spec: DatasetSpec, name: str, known: KnownHeaders) -> Part:
     index = {label: i for i, label in enumerate(report.classes)}
     rows = [(clip, index[label]) for clip, label in report.parts[name] if clip in report.files]
     clips = [clip for clip, _ in rows]
-    files = {modality.name: _files(report, modality, clips) for modality in spec.modalities}
+    files = {modality.name: _files(report, modality, clips, known) for modality in spec.modalities}
     return Part(clips, np.array([label for _, label in rows], dtype=np.int64), files)
 
 
-def _files(report: Report, modality: Modality, clips: list[str]) -> FrameFiles | ArrayFiles:
+def _files(report: Report, modality: Modality, clips: list[str], known: KnownHeaders) -> FrameFiles | ArrayFiles:
     folder, name = f"{report.root}/{modality.folder}", modality.name
     if modality.kind == "frames":
-        return FrameFiles(folder, clips, [report.files[clip].frames[name] for clip in clips], modality.channels)
+        names = [report.files[clip].frames[name] for clip in clips]
+        return FrameFiles(folder, clips, names, modality.channels, modality.frames, modality.pick, known)
     lengths = None
     if modality.kind == "sequence":
         lengths = np.array([report.files[clip].shapes[name][0] for clip in clips], dtype=np.int64)

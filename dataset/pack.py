@@ -1,14 +1,17 @@
-"""Pack: memory-mapped files with all frames of a part decoded to uint8, and all its arrays and sequences.
+"""Pack: memory-mapped files with the frames of a part decoded to uint8, and its arrays and sequences.
+
+Frames that no epoch can feed (`dataset.files.fed_frames`) are left out.
 
 A pack is the folder `<root>/.pack/<part>-<key>/` with shards `<modality>-<number>.npy` of at most `SHARD` bytes each.
-The key is a digest of the sources (clips, file sizes and times), so an outdated pack is never read. The folder
+The key is a digest of the sources (clips, names, sizes and times of the files that are packed) and of the rule that
+picks frames, so an outdated pack is never read. Finding a pack opens none of the sources. The folder
 is built under a temporary name and renamed when it is complete. `<root>/.pack/lock` is held while a pack is built:
 temporary folders are leftovers if nobody holds the lock.
 
 Memory does not grow with the number of clips: a few clips at a time are decoded and appended to the open shard.
 
-Shapes: N clips, K frames or steps in all, H x W stored pixels, c channels (3 RGB, 2 optical flow). `sizes` (modality ->
-(H, W)) names the modalities of frames to pack, `shapes` (modality -> shape of one clip's array) the others.
+Shapes: N clips, K packed frames or steps in all, H x W stored pixels, c channels (3 RGB, 2 optical flow). `sizes`
+(modality -> (H, W)) names the modalities of frames to pack, `shapes` (modality -> shape of a clip's array) the others.
 """
 
 import errno
@@ -31,6 +34,7 @@ import numpy as np
 
 from dataset.files import FrameFiles
 from dataset.folder import Part
+from dataset.headers import FrameHeader
 from dataset.inspect import frame_fault, short
 from utils.errors import UserError
 from utils.files import Busy, atomic_folder, locked, remove_leftovers
@@ -39,7 +43,7 @@ from utils.progress import over
 
 KEPT_SECONDS = 24 * 3600  # a pack that no run has opened for so long is deleted when the next one is made
 SHARD = 2 * 10**9  # bytes of a file at most, but for a single row that is larger
-FORMAT = 3  # raise when the layout changes, so that older packs are rebuilt
+FORMAT = 4  # raise when the layout changes, so that older packs are rebuilt
 
 Sizes = dict[str, tuple[int, int]]
 Shapes = dict[str, tuple[int, ...]]
@@ -182,11 +186,30 @@ def _bad_file(path: Path, reason: str, depth: int) -> UserError:
 
 
 def frame_sizes(files: FrameFiles) -> np.ndarray:
-    """Height and width (N, 2) of each clip's first frame, read once from their headers and kept in `files`."""
+    """Height and width (N, 2) of each clip's first frame, from their headers, kept in `files`.
+
+    A file is opened only if it is new or has changed since a run noted its size.
+    """
     if files.sizes is None:
-        sizes = [frame_size(Path(files.paths(i)[0])) for i in range(len(files))]
+        sizes = [_first_size(files, i) for i in range(len(files))]
         files.sizes = np.array(sizes, dtype=np.int32).reshape(-1, 2)
     return files.sizes
+
+
+def _first_size(files: FrameFiles, clip: int) -> tuple[int, int]:
+    path = Path(files.paths(clip)[0])
+    if files.known is None:
+        return frame_size(path)
+    try:
+        status = os.stat(path)
+    except OSError:
+        return frame_size(path)  # which says why
+    folder, name = os.path.basename(files.folder), files.clips[clip]
+    header = files.known.find(folder, name, status)
+    if not isinstance(header, FrameHeader) or header.name != path.name:
+        header = FrameHeader(path.name, *frame_size(path))
+        files.known.note(folder, name, status, header)
+    return header.height, header.width
 
 
 def stored_size(first_frames: Iterable[Path], short_side: int | None = None) -> tuple[int, int]:
@@ -233,7 +256,7 @@ def open_pack(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -
     Raises `UserError` for a file that cannot be read. Where `root` cannot be written, the arrays are held in memory
     instead, and a line says so; a `UserError` if they do not fit, once for each process of the machine.
     """
-    counts = {name: part.files[name].counts for name in sizes}
+    counts = {name: part.files[name].rows for name in sizes}
     counts |= {name: part.files[name].lengths for name in shapes if part.files[name].lengths is not None}
     first = {name: rows.cumsum() - rows for name, rows in counts.items()}
     folder = _folder(root, name, part, sizes, shapes)
@@ -284,7 +307,7 @@ def _layouts(part: Part, sizes: Sizes, shapes: Shapes) -> dict[str, Layout]:
     layouts = {}
     for name, size in sizes.items():
         files = part.files[name]
-        layouts[name] = Layout(int(files.counts.sum()), (files.channels, *size), np.uint8)
+        layouts[name] = Layout(int(files.rows.sum()), (files.channels, *size), np.uint8)
     for name, shape in shapes.items():
         lengths = part.files[name].lengths
         ragged = lengths is not None
@@ -299,9 +322,10 @@ def _folder(root: Path, name: str, part: Part, sizes: Sizes, shapes: Shapes) -> 
 
 
 def _key(part: Part, sizes: Sizes, shapes: Shapes) -> str:
-    channels = {name: part.files[name].channels for name in sorted(sizes)}
+    frames = {name: part.files[name] for name in sorted(sizes)}
+    rules = {name: (files.channels, files.picks, files.pick) for name, files in frames.items()}
     ragged = [name for name in sorted(shapes) if part.files[name].lengths is not None]
-    digest = hashlib.sha256(f"{FORMAT} {SHARD} {sorted(sizes.items())} {channels} {sorted(shapes)} {ragged}".encode())
+    digest = hashlib.sha256(f"{FORMAT} {SHARD} {sorted(sizes.items())} {rules} {sorted(shapes)} {ragged}".encode())
     modalities = [part.files[name] for name in sorted([*sizes, *shapes])]
     for i, clip in enumerate(part.clips):
         digest.update(clip.encode())
@@ -435,8 +459,8 @@ def _decoded(part: Part, sizes: Sizes, shapes: Shapes) -> Iterator[dict[str, np.
 
 
 def read_frames(files: FrameFiles, clip: int, size: tuple[int, int]) -> np.ndarray:
-    """All frames of a clip at `size`, (T, c, H, W) uint8."""
-    frames = [fit(read_frame(path)[..., : files.channels], size) for path in files[clip]]
+    """The frames of a clip that can be fed, at `size`, (T, c, H, W) uint8."""
+    frames = [fit(read_frame(Path(path))[..., : files.channels], size) for path in files.paths(clip)]
     return np.stack(frames).transpose(0, 3, 1, 2)
 
 

@@ -4,6 +4,7 @@
     python -m report runs/* --results docs/results.md --readme README.md
     python -m report --model runs/NAME                                # pictures of a trained model
     python -m report --clips data/demo                                # contact sheet of a training folder
+    python -m report --share runs/reproduce-cremad                    # Markdown for an issue, without paths
     python -m report --people summaryTable.csv --partition runs/NAME/partition.csv      # CREMA-D against human votes
 
 Runs are read from their JSON files.
@@ -15,6 +16,7 @@ from pathlib import Path
 from report.partition import read_partition
 from report.people import SENSE_OF, compare_with_people, people_markdown, read_votes, recognition
 from report.runs import find_runs
+from report.share import share
 from report.tables import table
 from report.write import make_report, write_text
 from utils.cli import Parser, format_list
@@ -60,11 +62,18 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     p.add_argument(
         "--clips", type=Path, metavar="DIR", help="draw a contact sheet of this training folder (default: none)"
     )
+    p.add_argument("--share", action="store_true", help="print tables, data, machine, versions and commands as "
+                   "Markdown for an issue, without paths or names (default: off; RUNS: runs)")  # fmt: skip
     p.add_argument("--format", type=format_list, default=("png",), metavar="A,B",
                    help="figure formats: png, pdf, svg (default: png)")  # fmt: skip
     args = p.parse_args(argv)
     if bool(args.people) != bool(args.partition):
         raise UserError("--people and --partition: only valid together (the votes, and a run's partition.csv)")
+    if args.share:
+        if any((args.out, args.results, args.readme, args.model, args.people, args.clips)):
+            raise UserError("--share: only prints the result of runs; omit --out, --results, --readme, --model, "
+                            "--people and --clips")  # fmt: skip
+        args.runs = args.runs or [Path("runs")]
     if sum(map(bool, (args.runs, args.model, args.people, args.clips))) != 1:
         raise UserError("give runs or a folder of runs (python -m report runs), or one of --model RUN, --clips DIR and "
                         "--people FILE")  # fmt: skip
@@ -83,6 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         from report.clips import clips_sheet  # late: only this needs OpenCV
 
         print(", ".join(map(str, clips_sheet(args.clips, args.out or Path("report-clips"), args.format))), "written")
+    elif args.share:
+        print(share(find_runs(args.runs)), end="")
     else:
         runs = find_runs(args.runs)
         out = args.out or runs[0].folder.parent / "report"

@@ -337,7 +337,8 @@ def main(argv: list[str] | None = None) -> int:
     plan, log_path = make_plan(args, rest), Path(args.log_path)
     with alone_in(log_path):
         stock = [(run, take_stock(run, log_path)) for run in plan]
-        note_command(log_path, sys.argv[1:] if argv is None else argv, plan)
+        words = sys.argv[1:] if argv is None else argv
+        note_command(log_path, ["bash", "scripts/run_compare.sh", *words], plan)
         failures = train_missing(stock, log_path, args.jobs)
     report(args, plan, log_path)
     return exit_status(failures)
@@ -370,11 +371,11 @@ def exit_status(failures: list[Worker]) -> int:
     return 1
 
 
-def note_command(log_path: Path, argv: list[str], plan: list[Planned]) -> None:
+def note_command(log_path: Path, command: list[str], plan: list[Planned]) -> None:
     """Record in compare.json which command made which runs, for the report."""
     path = log_path / "compare.json"
     notes = json.loads(path.read_text()) if path.exists() else {}
-    notes[shlex.join(["bash", "scripts/run_compare.sh", *argv])] = [run.name for run in plan]
+    notes[shlex.join(command)] = [run.name for run in plan]
     write_json(path, notes)
 
 

@@ -276,13 +276,22 @@ def _label(seeds: list[dict[int, Run]]) -> list[Group]:
         base, shown = _variant(group.method, own)
         base = " + ".join([base, *own["balance"].split(",")]) if "balance" in own else base
         named.append(group._replace(label=_words(base, own, differing & given - shown - {"balance"})))
-    # Two presets may differ in flags that were not given: groups with equal labels show all flags that differ.
+    # Two presets may differ in flags that were not given: groups with equal labels show the preset, or, where it is not
+    # recorded or not what differs, all flags that differ.
     complete = []
     for group in named:
-        twins = [other.flags for other in named if other.label == group.label]
-        more = {name for twin in twins for name in _unequal(twin, group.flags)}
+        twins = [other for other in named if other.label == group.label]
+        presets = [_preset(twin) for twin in twins]
+        if len(twins) > 1 and None not in presets and len(set(presets)) == len(twins):
+            complete.append(group._replace(label=f"{group.label}, preset {_preset(group)}"))
+            continue
+        more = {name for twin in twins for name in _unequal(twin.flags, group.flags)}
         complete.append(group._replace(label=_words(group.label, group.flags, more)))
     return sorted(complete, key=lambda group: (_rank(group), group.label))
+
+
+def _preset(group: Group) -> str | None:
+    return next(iter(group.runs.values())).config.get("preset")
 
 
 def _unequal(one: dict, other: dict) -> set[str]:

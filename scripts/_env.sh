@@ -53,11 +53,13 @@ env_paths() {
     ARGS=()
     while [ $# -gt 0 ]; do
         case $1 in
-            --data_root | --log_path | --checkpoint | --predictions | --out | --speech | --doc)
+            --data_root | --log_path | --checkpoint | --predictions | --out | --speech | --doc | --split_dir | --sources | \
+                --data | --readme)
                 ARGS+=("$1")
                 [ $# -lt 2 ] || { ARGS+=("$(env_full "$2")") && shift; }
                 ;;
-            --data_root=* | --log_path=* | --checkpoint=* | --predictions=* | --out=* | --speech=* | --doc=*)
+            --data_root=* | --log_path=* | --checkpoint=* | --predictions=* | --out=* | --speech=* | --doc=* | \
+                --split_dir=* | --sources=* | --data=* | --readme=*)
                 ARGS+=("${1%%=*}=$(env_full "${1#*=}")")
                 ;;
             *) ARGS+=("$1") ;;

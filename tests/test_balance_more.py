@@ -738,7 +738,7 @@ def test_the_learned_weight_follows_the_validation_loss_after_one_step(align, cl
 
 RUN = ["--train", "--dataset", "folder", "--encoder", "resnet18_thin", "--image_size", "32", "--batch_size", "12",
        "--optimizer", "sgd", "--learning_rate", "0.01", "--cache", "ram"]  # fmt: skip
-TIMES = ("seconds_score", "seconds_train", "seconds_eval", "clips_per_second")
+TIMES = ("seconds_score", "seconds_train", "seconds_eval", "seconds_save", "seconds_write", "clips_per_second")
 TOGETHER = {  # as many as go together at once
     "losses": "lfm:weight=learned:lr=1,umt:epochs=1,cml:rule=code,midas:starts=0,inforeg",
     "dgl": "dgl,lfm:align=reverse_js",

@@ -21,7 +21,7 @@ from utils.errors import Interrupted, UserError
 
 TINY = ["--train", "--dataset", "folder", "--encoder", "resnet18_thin", "--image_size", "32", "--batch_size", "12"]
 TINY += ["--optimizer", "sgd", "--learning_rate", "0.01", "--cache", "ram"]
-TIMES = ("seconds_score", "seconds_train", "seconds_eval", "clips_per_second")
+TIMES = ("seconds_score", "seconds_train", "seconds_eval", "seconds_save", "seconds_write", "clips_per_second")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import train
 from dataset.prepare.__main__ import parse_args as prepare_flags
 from report.compare import parse_args as compare_flags
 from report.paper import parse_args as paper_flags
+from report.reproduce import parse_args as reproduce_flags
 
 REPO = Path(__file__).resolve().parents[1]
 README, DOCS = REPO / "README.md", REPO / "docs"
@@ -18,6 +19,7 @@ PAGES = [README, REPO / "CONTRIBUTING.md", REPO / "CHANGELOG.md", REPO / "data" 
          *sorted(DOCS.glob("*.md")), *sorted((REPO / "examples").glob("*.md"))]  # fmt: skip
 PICTURES = {".png", ".svg", ".jpg"}
 TRAINERS = {"train.py", "run_train.sh", "run_baseline.sh", "run_official.sh", "slurm.sbatch"}
+COMPARISONS = {"run_compare.sh": compare_flags, "paper.sh": paper_flags, "reproduce.sh": reproduce_flags}
 FENCE = re.compile(r"^```.*?^```", re.S | re.M)
 
 
@@ -93,8 +95,8 @@ def check_command(words: list[str]) -> None:
     name, parser = Path(program).name, train.make_parser()
     if name in TRAINERS:
         parser.parse_args(rest)
-    elif name in ("run_compare.sh", "paper.sh"):
-        parser.parse_args((compare_flags if name == "run_compare.sh" else paper_flags)(rest)[1])
+    elif name in COMPARISONS:
+        parser.parse_args(COMPARISONS[name](rest)[1])
     elif name == "prepare.sh":
         prepare_flags(rest)
 
@@ -159,6 +161,7 @@ def test_variables_and_loops_are_read():
 
 WRONG = ["bash scripts/none.sh", "python train.py --trane", "bash scripts/run_train.sh --epochs x", "python -m nowhere",
          "python -m dataset.prepare --chek X", "python -m report --modl X", "bash scripts/run_compare.sh --sees 1",
+         "bash scripts/reproduce.sh cremad RAW --estimat", "bash scripts/reproduce.sh crema RAW",
          "bash scripts/prepare.sh --tabel X", "sbatch --gpus=4 scripts/slurm.sbatch --nam X",
          "python -m benchmarks.epoch --setings all", "for m in a b; do python train.py --methd $m; done"]  # fmt: skip
 

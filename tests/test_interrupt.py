@@ -3,6 +3,7 @@
 Checkpoints are of whole epochs: what is stopped or killed inside of one repeats it.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -22,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from utils import run as run_module
 from utils.errors import INTERRUPTED, Interrupted, UserError, run_main
+from utils.files import writing
 from utils.run import FORMAT
 from utils.signals import Signals
 
@@ -120,7 +123,7 @@ def test_killed_at_a_random_step_is_bit_identical(data, runs, whole, monkeypatch
     step = torch.optim.Adam.step
 
     def die(*args, **kwargs):
-        steps.append((runs / name / "last.pth").exists())
+        steps.append(bool(numbers(runs / name)))
         if len(steps) == fatal:
             raise Killed
         return step(*args, **kwargs)
@@ -144,13 +147,22 @@ def test_killed_at_a_random_step_is_bit_identical(data, runs, whole, monkeypatch
 def test_killed_between_the_numbers_of_an_epoch_and_its_checkpoint_is_bit_identical(data, runs, whole, monkeypatch):
     """metrics.jsonl and best.pth know of an epoch that last.pth does not: it is repeated, and told of once."""
     save, seen = run_module.save_checkpoint, []
+    step, steps, late = torch.optim.Adam.step, itertools.count(1), threading.Event()
+
+    def count(*args, **kwargs):
+        if next(steps) == 6:  # the last but one of the second epoch
+            late.set()
+        return step(*args, **kwargs)
 
     def die(path, *args, **kwargs):
+        """The first checkpoint is written when the second epoch has changed the weights, the second one never."""
         seen.append(path.name)
         if seen.count("last.pth") == 2:
             raise Killed
+        assert late.wait(60)
         return save(path, *args, **kwargs)
 
+    monkeypatch.setattr(torch.optim.Adam, "step", count)
     monkeypatch.setattr(run_module, "save_checkpoint", die)
     with pytest.raises(Killed):
         run(data, runs, "unsaved", *FLAGS)
@@ -159,6 +171,50 @@ def test_killed_between_the_numbers_of_an_epoch_and_its_checkpoint_is_bit_identi
     assert torch.load(runs / "unsaved" / "last.pth", weights_only=True)["epoch"] == 0
     train.main(["--resume", str(runs / "unsaved")])
     assert_same_run(whole, runs / "unsaved")
+
+
+@pytest.mark.parametrize("epochs", ["1", "3"])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(data, tmp_path, monkeypatch, capsys, epochs):
+    """At a step of the next epoch; in the last epoch before the summary."""
+    step, steps = torch.optim.Adam.step, []
+
+    def full(path, state, sync=True):
+        with writing(path, "continue with --resume"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def count(*args, **kwargs):
+        steps.append(len(numbers(tmp_path / "full")) if (tmp_path / "full" / "metrics.jsonl").exists() else 0)
+        time.sleep(0.05)  # so that the thread has failed by the next one
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(run_module, "save_checkpoint", full)
+    monkeypatch.setattr(torch.optim.Adam, "step", count)
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: run(data, tmp_path, "full", "--method", "baseline", "--epochs", epochs))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: ") and "No space left" in err and err.count("\n") == 1
+    assert not (tmp_path / "full" / "summary.json").exists() and len(numbers(tmp_path / "full")) == 1
+    assert steps.count(0) == 4 and steps.count(1) <= 2
+
+
+def test_two_checkpoints_are_never_written_at_once(data, tmp_path, monkeypatch):
+    """Nor is an epoch's line written before the checkpoint of the epoch before."""
+    save, inside, most, lines = run_module.save_checkpoint, [], [], []
+
+    def slow(path, state, sync=True):
+        inside.append(path)
+        most.append(len(inside))
+        time.sleep(0.2)
+        lines.append((state["epoch"], len(numbers(tmp_path / "slow"))))
+        save(path, state, sync)
+        inside.pop()
+
+    monkeypatch.setattr(run_module, "save_checkpoint", slow)
+    run(data, tmp_path, "slow", "--method", "audio", "--epochs", "3")
+    assert set(most) == {1} and len(most) >= 4 and all(written == epoch + 1 for epoch, written in lines)
+    found = [json.loads(line) for line in (tmp_path / "slow" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["seconds_write"] is None for line in found] == [True, False, False]
+    assert found[1]["seconds_write"] > 0.4 and 0 < found[0]["seconds_save"] < 0.2
 
 
 @pytest.mark.parametrize("fatal", [2, 4])  # in the first epoch, in the scoring's epoch
@@ -174,6 +230,8 @@ def test_a_signal_ends_the_run_with_its_own_status_and_the_command_that_resumes_
         return terms(*args)
 
     monkeypatch.setattr(train, "loss_terms", signalled)
+    save = run_module.save_checkpoint  # slow: the signal comes while it writes
+    monkeypatch.setattr(run_module, "save_checkpoint", lambda *args, **kwargs: (time.sleep(0.3), save(*args, **kwargs)))
     before, name = signal.getsignal(signal.SIGTERM), f"a term {fatal}"  # a name that a shell would take apart
     flags = ["--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name]
     with pytest.raises(SystemExit) as stop:
@@ -182,6 +240,7 @@ def test_a_signal_ends_the_run_with_its_own_status_and_the_command_that_resumes_
     assert signal.getsignal(signal.SIGTERM) is before
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "SIGTERM" in said and ("no epoch was completed" if fatal == 2 else "holds 1 epochs") in said
+    assert (runs / name / "last.pth").exists() == (fatal == 4)
     words = shlex.split(said.split("continue with: python train.py ")[1])
     assert words == ["--resume", str(runs / name)]
     train.main(words)

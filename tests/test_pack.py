@@ -13,9 +13,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from helpers import make_folder
 
+import train
 from dataset import pack as pack_module
+from dataset.augment import pick_frames
+from dataset.build import build_data
+from dataset.clips import Feed, make_clips
+from dataset.files import FrameFiles, fed_frames
 from dataset.folder import Folder, load_folder
 from dataset.pack import (
     common_size,
@@ -31,6 +37,7 @@ from dataset.pack import (
     stored_size,
 )
 from dataset.specs import spec_of
+from remix import batches_of
 from utils.errors import UserError
 from utils.files import Busy, locked
 
@@ -62,8 +69,8 @@ def folder(tmp_path):
 
 
 def packs(folder: Folder) -> list[str]:
-    """What lies in .pack beside the lock."""
-    return sorted(path.name for path in (folder.root / ".pack").iterdir() if path.name != "lock")
+    """What lies in .pack beside the lock and the record of headers."""
+    return sorted(path.name for path in (folder.root / ".pack").iterdir() if path.name not in ("lock", "headers.npz"))
 
 
 # One file -------------------------------------------------------------------------------------------------------------
@@ -308,6 +315,108 @@ def test_where_no_pack_can_be_written_the_clips_are_held_in_memory(folder, monke
         open_pack(*asked)
     monkeypatch.setattr(pack_module.os, "access", lambda *_: False)
     assert room_for_packs(folder.root) == 0
+
+
+# What is not opened, and not packed -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pick", ["random", "first"])
+@pytest.mark.parametrize("picks", [1, 2, 3, 5])
+def test_fed_frames_are_those_that_are_picked(picks, pick):
+    counts = torch.arange(1, 24).repeat_interleave(400)
+    draws = [pick_frames(counts, picks, generator, pick) for generator in (None, torch.Generator().manual_seed(0))]
+    for count in range(1, 24):
+        fed = fed_frames(count, picks, pick)
+        assert set(torch.cat([draw[counts == count].flatten() for draw in draws]).tolist()) == set(fed), count
+    assert fed_frames(7, None) == range(7)
+
+
+@pytest.mark.parametrize("pick", ["random", "first"])
+def test_frames_that_no_epoch_feeds_are_not_packed_and_the_others_are_fed_the_same(tmp_path, pick):
+    root = make_folder(tmp_path / "data", train=9, test=3, frames=7)
+    video = {"name": "video", "kind": "frames", "folder": "visual", "frames": 3, "pick": pick}
+    modalities = [{"name": "audio", "kind": "array", "folder": "audio"}, video]
+    (root / "dataset.json").write_text(json.dumps({"modalities": modalities}))
+    for number in (1, 4):
+        (root / "visual" / "train_0000" / f"frame_{number:05d}.jpg").unlink()  # five are left, fewer than two segments
+    folder = load_folder(root, spec_of("folder", root))
+    part, found = folder.parts["train"], {}
+    for cache in ("none", "ram"):
+        feed = Feed(folder.spec.modalities, 32, torch.device("cpu"), cache)
+        clips = make_clips(root, "train", part, folder.shapes, feed)
+        plans = [None, torch.Generator().manual_seed(0)]
+        found[cache] = [batch for draw in plans for batch in clips.epoch(batches_of(9, 4, ("video",), None), draw)]
+    for a, b in zip(*found.values(), strict=True):
+        assert (a.inputs["video"] - b.inputs["video"]).abs().max() < 1.5 / 255 / 0.224  # one level, as in test_clips.py
+    rows = 3 + 8 * 3 if pick == "first" else 3 + 8 * 6
+    assert clips.arrays["video"].shape == (rows, 3, 40, 48)
+    last = part.files["video"][3][-1]
+    last.write_bytes(b"no picture")  # nobody reads it
+    assert is_packed(root, "train", part, SIZES, {"audio": (33, 20)})
+    part.files["video"][3][0].write_bytes(b"no picture")
+    assert not is_packed(root, "train", part, SIZES, {"audio": (33, 20)})
+
+
+def test_another_rule_of_picking_is_another_pack(folder):
+    part = folder.parts["test"]
+    open_pack(folder.root, "test", part, SIZES, SHAPES)
+    for picks, pick in ((2, "random"), (1, "first")):
+        files = part.files["video"]
+        other = FrameFiles(files.folder, files.clips, files.names, 3, picks, pick)
+        assert not is_packed(folder.root, "test", part._replace(files=part.files | {"video": other}), SIZES, SHAPES)
+    assert is_packed(folder.root, "test", part, SIZES, SHAPES)
+
+
+OPENED: list[str] | None = None  # while a list, the paths that this process opens
+
+
+def _note(event: str, args: tuple) -> None:
+    if event == "open" and OPENED is not None and isinstance(args[0], (str, Path)):
+        OPENED.append(str(args[0]))
+
+
+sys.addaudithook(_note)  # for good: a hook cannot be removed
+
+
+def opened(folder: Folder) -> list[str]:
+    """The frames and arrays that a start opens, without those of the pack."""
+    global OPENED
+    OPENED = []
+    try:
+        words = ["--dataset", "folder", "--data_root", str(folder.root), "--cache", "ram", "--device", "cpu", "--train"]
+        build_data(train.parse_args(words), torch.device("cpu"))
+        paths = [Path(path) for path in OPENED if path.endswith((".jpg", ".npy"))]
+        return sorted(f"{path.parent.name}/{path.name}" for path in paths if ".pack" not in path.parts)
+    finally:
+        OPENED = None
+
+
+def test_with_a_valid_pack_no_file_is_opened_but_those_that_have_changed(folder):
+    assert len(opened(folder)) >= 36 * 5  # a picture's size, three pictures, two arrays and their headers
+    assert opened(folder) == []
+    changed = folder.root / "text" / "train_0000.npy"
+    status = changed.stat()
+    np.save(changed, np.full(7, 9, np.float32))  # of the same size
+    assert changed.stat().st_size == status.st_size
+    again = opened(folder)
+    assert again.count("text/train_0000.npy") == 2 and again.count("text/test_0000.npy") == 0  # header, then content
+    picture = folder.root / "visual" / "test_0003" / "frame_00001.jpg"
+    cv2.imwrite(str(picture), np.zeros((90, 20, 3), np.uint8))
+    assert opened(folder).count("test_0003/frame_00001.jpg") == 2 and opened(folder) == []
+    picture.rename(picture.with_name("frame_00000.jpg"))
+    assert opened(folder).count("test_0003/frame_00000.jpg") == 2 and opened(folder) == []
+    np.save(changed, np.full(8, 9, np.float32))
+    with pytest.raises(UserError, match=r"array of shape \(8,\), not \(7,\)"):
+        opened(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_a_damaged_record_of_headers_is_read_again(folder, content):
+    record = folder.root / ".pack" / "headers.npz"
+    opened(folder)
+    whole = record.read_bytes()
+    record.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    assert len(opened(folder)) == 36 * 3 and opened(folder) == []
 
 
 def test_locks(tmp_path):

@@ -119,7 +119,7 @@ def test_the_workflow_runs_what_exists():
 def test_issue_forms_are_valid():
     """As GitHub's schema wants them: a name, a description, fields with unique ids and labels."""
     forms = [path for path in (REPO / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
-    assert len(forms) == 3
+    assert len(forms) == 4
     for path in forms:
         form = yaml.safe_load(path.read_text(encoding="utf-8"))
         assert form["name"] and form["description"]

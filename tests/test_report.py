@@ -28,6 +28,7 @@ from report.runs import (
     spread,
     values,
 )
+from report.share import public_command
 from utils.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -172,6 +173,17 @@ def test_what_does_not_change_a_result_does_not_split_a_row(tmp_path: Path) -> N
     make_run(tmp_path, "remix", 0)
     make_run(tmp_path, "remix", 1, device="cuda", cache="none", num_workers=3, gpu_ids="1", learning_rate=1e-3)
     assert len(groups_of(tmp_path)) == 1
+
+
+def test_rows_of_two_presets_are_called_after_them(tmp_path: Path) -> None:
+    for preset, rate in (("fair", 1e-3), ("official", 5e-5)):
+        path = make_run(tmp_path, "remix", 0, preset=preset, learning_rate=rate) / "config.json"
+        config = json.loads(path.read_text())
+        config["from_preset"]["learning_rate"] = rate
+        path.write_text(json.dumps(config))
+    assert list(by_label(tmp_path)) == ["remix, preset fair", "remix, preset official"]
+    make_run(tmp_path, "remix", 0, preset="fair", learning_rate=1e-2)
+    assert sorted(by_label(tmp_path)) == ["remix, learning_rate 0.01", "remix, preset fair", "remix, preset official"]
 
 
 def test_presets_that_differ_in_flags_nobody_gave_are_told_apart(tmp_path: Path) -> None:
@@ -486,3 +498,95 @@ def test_an_epochs_cost_is_in_the_baselines_epochs_over_shared_seeds(tmp_path):
     groups = by_label(tmp_path)
     assert epoch_cost(groups["remix"], groups["baseline"]) == pytest.approx((10 / 10 + 32 / 20) / 2)
     assert tables.maintable(list(groups.values())).splitlines()[-1].endswith(" 1.30 |")
+
+
+# ------------------------------------------------------------------------------------------------------------ sharing
+
+SECRETS = ("jdoe", "secret", "/home", "10.0.0.1", "gpu-box")
+
+
+def private_runs(root: Path) -> Path:
+    """Runs of two methods whose flags, folders and commands are full of names that are nobody's business."""
+    runs = root / "home" / "jdoe" / "secret-project"
+    flags = {"dataset": "CREMAD", "data_root": "/home/jdoe/CREMAD-secret", "pretrained": "audio=/home/jdoe/w.pth"}
+    for method, accuracies in (("baseline", (0.70, 0.72)), ("remix", (0.75, 0.80))):
+        for seed, accuracy in enumerate(accuracies):
+            data = {"train": 6698, "test": 744}
+            folder = make_run(
+                runs, method, seed, (0.5, 0.6, 0.9, accuracy), data=data, names=("audio", "video"), **flags
+            )
+            path = folder / "config.json"
+            config = json.loads(path.read_text())
+            config["command"] = f"/home/jdoe/code/train.py {config['command'].removeprefix('train.py ')}"
+            config["data"] |= {
+                "classes": list("abcdef"),
+                "missing": 3,
+                "split": {"name": "actor", "source": "/home/jdoe"},
+            }
+            config["versions"] = {"python": "3.11.9", "torch": "2.11.0", "cuda": "13.0"}
+            config["git_commit"] = "b" * 40 + "-dirty"
+            config["hardware"] |= {"device": "NVIDIA H100", "cores": 16}
+            path.write_text(json.dumps(config))
+    return runs
+
+
+def test_a_shared_result_has_everything_but_names(tmp_path: Path, capsys) -> None:
+    runs = private_runs(tmp_path)
+    make_report("--share", runs)
+    text = capsys.readouterr().out
+    assert [secret for secret in (*SECRETS, str(tmp_path)) if secret in text] == []
+    assert "### CREMAD, actor split" in text
+    assert "| baseline |" in text and " 71.0 ± 1.4 |" in text and "+6.5 [-12.6, +25.6]" in text
+    assert "- data: CREMAD, actor split, 6,698 train, 744 test clips of 6 classes, 3 left out" in text
+    assert "epochs 4" in text and "pretrained FILE1" in text
+    assert "NVIDIA H100, 1 process(es), a CPU, 16 cores, 1 thread(s); 0.13 hours for 4 runs" in text
+    assert "- versions: python 3.11.9, torch 2.11.0, cuda 13.0" in text
+    assert f"- code: commit {'b' * 40}, with uncommitted changes" in text
+    assert "python train.py --train --method remix --dataset CREMAD --data_root PATH --pretrained PATH" in text
+    assert not (runs / "report").exists()
+
+
+def test_the_command_of_a_comparison_is_shared_once_without_paths(tmp_path: Path, capsys) -> None:
+    runs = private_runs(tmp_path)
+    command = (
+        "bash scripts/reproduce.sh cremad RAW --split_dir secret --data_root=/home/jdoe/d --clip a b --seeds 0,1 x/y"
+    )
+    (runs / "compare.json").write_text(json.dumps({command: [path.name for path in runs.iterdir()]}))
+    unfinished = make_run(runs, "remix", 7, data={"train": 6698, "test": 744}, dataset="CREMAD")
+    (unfinished / "summary.json").unlink()
+    make_report("--share", runs)
+    text = capsys.readouterr().out
+    shared = "bash scripts/reproduce.sh cremad RAW --split_dir PATH --data_root=PATH --clip PATH PATH --seeds 0,1 PATH"
+    assert f"```\n{shared}\n```" in text and "Left out: 1 of 5 runs" in text
+    assert [secret for secret in SECRETS if secret in text] == []
+
+
+@pytest.mark.parametrize(("typed", "shared"), [
+    ("/opt/jdoe/train.py --train --resume C:\\\\jdoe --epochs 2", "train.py --train --resume PATH --epochs 2"),
+    ("bash /home/jdoe/scripts/run_compare.sh --grid pretrained=/a,/b", "bash scripts/run_compare.sh --grid PATH"),
+    ("train.py --pretrained=audio=/home/jdoe/a.pth --method remix", "train.py --pretrained=PATH --method remix"),
+    ("train.py --log_path ~jdoe --balance ogm_ge:alpha=0.8", "train.py --log_path PATH --balance ogm_ge:alpha=0.8"),
+])  # fmt: skip
+def test_paths_leave_a_command(typed: str, shared: str) -> None:
+    assert public_command(typed) == shared
+
+
+def test_runs_on_other_folders_and_weights_stay_apart(tmp_path: Path, capsys) -> None:
+    """Hiding a path must not merge two experiments."""
+    for i, root in enumerate(("/home/jdoe/a", "/home/jdoe/b")):
+        make_run(tmp_path, "remix", 0, (0.1, 0.2, 0.3, 0.4 + i / 10), dataset="CREMAD", data_root=root)
+    for name in ("x", "y"):
+        make_run(tmp_path, "remix", 0, dataset="KineticSound", pretrained=f"/home/jdoe/{name}.pth")
+    make_report("--share", tmp_path)
+    text = capsys.readouterr().out
+    assert "### CREMAD\n" in text and "### CREMAD-2\n" in text and " 40.0 " in text and " 50.0 " in text
+    assert "remix, pretrained FILE1" in text and "remix, pretrained FILE2" in text and "jdoe" not in text
+
+
+def test_share_prints_and_nothing_else(tmp_path: Path, monkeypatch) -> None:
+    assert command.parse_args(["--share"]).runs == [Path("runs")]
+    with pytest.raises(UserError, match="--share: only prints"):
+        command.parse_args(["--share", "runs", "--readme", "README.md"])
+    (make_run(tmp_path, "remix", 0) / "summary.json").unlink()
+    with pytest.raises(UserError, match="no finished run among 1: there is nothing to share yet"):
+        make_report("--share", tmp_path)

@@ -302,6 +302,17 @@ def test_flags_are_passed_through(machine, script, leading):
     assert machine.run(f'bash "$REPO/scripts/{script}"').stdout == str(leading)
 
 
+def test_paths_of_the_reproduction_count_from_where_they_were_typed(machine):
+    """RAW comes without a flag."""
+    machine.have("requirements.txt")
+    (machine.repo / "report").mkdir()
+    (machine.repo / "report" / "reproduce.py").write_text("import sys; print(sys.argv[1:])")
+    typed = 'bash "$REPO/scripts/reproduce.sh" cremad "my raw" --split_dir lists --epochs 2'
+    given = ["cremad", "/tmp/my raw", "--split_dir", "/tmp/lists", "--epochs", "2"]
+    assert machine.run(f"cd /tmp && {typed}").stdout == str(given)
+    assert machine.run('bash "$REPO/scripts/reproduce.sh" ks --estimate').stdout == str(["ks", "--estimate"])
+
+
 def test_every_script_parses_and_says_what_it_is_for():
     scripts = sorted((REPO / "scripts").glob("*.sh"))
     assert {"run_train.sh", "run_baseline.sh", "run_tests.sh", "prepare_demo.sh"} <= {path.name for path in scripts}

@@ -26,6 +26,7 @@ MAY_NAME_THEM = {
     "models/fusion.py": ("FiLM", "Gated"),  # in these alone
     "train.py": ("make_parser", "loss_weights"),
     "report/people.py": None,
+    "report/study_data.py": ("grid",),  # raw files of a published dataset
     "dataset/prepare": None,
     "benchmarks/media.py": None,  # about the video and audio streams of media files
     "tests": None,

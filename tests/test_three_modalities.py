@@ -20,7 +20,8 @@ from utils.errors import UserError
 NAMES = ("audio", "video", "text")
 CLIPS, TEST = 26, 9
 FLAGS = ("--warmup", "1", "--diagnose", "--random_seed", "0")
-TIMES = ("seconds_score", "seconds_train", "seconds_eval", "seconds_diagnose", "clips_per_second")
+TIMES = ("seconds_score", "seconds_train", "seconds_eval", "seconds_diagnose", "seconds_save", "seconds_write",
+         "clips_per_second")  # fmt: skip
 CPU = torch.device("cpu")
 
 

@@ -77,7 +77,8 @@ def test_remix_run_folder(remix_run):
     for line in lines:
         for key in ("lr", "train_loss", "train_ce_joint", "train_acc_joint", "test_loss", "val_loss", "test_acc",
                     "test_acc_audio", "test_acc_video", "val_acc", "val_acc_audio",
-                    "val_acc_video", "seconds_score", "seconds_train", "seconds_eval", "clips_per_second"):  # fmt: skip
+                    "val_acc_video", "seconds_score", "seconds_train", "seconds_eval", "seconds_save",
+                    "clips_per_second"):  # fmt: skip
             assert isinstance(line[key], float), key
         assert 0 <= line["test_acc"] <= 1 and (line["test_acc"] * 15) == pytest.approx(round(line["test_acc"] * 15))
         if line["phase"] == "remix":
@@ -277,7 +278,7 @@ def test_resume_is_bit_identical(data, runs, stop):
     for key in a["optimizer"]["state"]:
         for name, value in a["optimizer"]["state"][key].items():
             assert torch.equal(value, b["optimizer"]["state"][key][name])
-    timing = ("seconds_score", "seconds_train", "seconds_eval", "clips_per_second")
+    timing = ("seconds_score", "seconds_train", "seconds_eval", "seconds_save", "seconds_write", "clips_per_second")
     strip = [[{k: v for k, v in line.items() if k not in timing} for line in metrics(f)] for f in (whole, part)]
     assert strip[0] == strip[1]
     first, second = (np.load(folder / "partitions.npz") for folder in (whole, part))

@@ -1,16 +1,20 @@
 """Checkpoints (the official code's too), files that appear whole, generators, metrics."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import f1_score
+from helpers import REPO
+from sklearn.metrics import confusion_matrix, f1_score
 
 import train
 from dataset.specs import get_spec
 from models import build_model
 from models.checkpoint import load_weights, model_weights
+from utils.background import HostCopy, Writer
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.files import atomic_path
@@ -139,3 +143,69 @@ def test_presets():
     mine = train.parse_args(["--train", "--preset", "official", "--masked_encoder", "skip", "--learning_rate", "0.01"])
     assert (mine.masked_encoder, mine.learning_rate) == ("skip", 0.01)
     assert "masked_encoder" not in mine.from_preset and mine.from_preset["score"] == "kl"
+
+
+def test_a_host_copy_is_taken_into_the_same_memory_and_does_not_change_with_the_original():
+    network, host = torch.nn.BatchNorm2d(2).to(memory_format=torch.channels_last), HostCopy()
+    images = torch.zeros(1, 2, 3, 3).to(memory_format=torch.channels_last)
+    state = {"model": network.state_dict(), "list": [1, torch.ones(2), {"a": images}], "best": {"epoch": 1}}
+    for value in (1.0, 2.0):
+        images.fill_(value)
+        first, arrived = host.take(state)
+        arrived()
+        places = [first["list"][2]["a"].data_ptr(), first["model"]["weight"].data_ptr()]
+        images.fill_(9)
+        network.weight.data.fill_(9)
+        state["best"]["epoch"] += 1
+        assert first["list"][2]["a"].eq(value).all() and first["model"]["weight"].eq(1).all()
+        assert first["list"][2]["a"].stride() == images.stride() and first["list"][0] == 1
+        assert type(first["model"]) is type(state["model"]) and first["model"]._metadata == state["model"]._metadata
+        assert first["best"]["epoch"] == state["best"]["epoch"] - 1
+        network.weight.data.fill_(1)
+        kept = getattr(host, "kept", places)
+        assert kept == places
+        host.kept = places
+    state["list"][1] = torch.ones(3)
+    assert host.take(state)[0]["list"][1].shape == (3,) and len(host.buffers) == 7
+
+
+def test_what_fails_in_the_thread_is_raised_once_by_who_waits_for_it():
+    writer, done = Writer(), []
+    writer.start(lambda: done.append(1))
+    writer.start(lambda: done.append(1 / len(done) / 0))
+    with pytest.raises(ZeroDivisionError):
+        writer.wait()
+    writer.check()
+    writer.wait()
+    assert done == [1] and writer.seconds is not None
+    writer.start(lambda: [].pop())
+    with pytest.raises(IndexError):
+        writer.start(lambda: done.append(2))
+    assert done == [1]
+
+
+def test_f1_and_confusion_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    for clips, classes in ((1, 2), (50, 3), (200, 31), (300, 309)):  # some classes never appear, or are never predicted
+        logits = torch.randn(clips, classes, generator=generator)
+        labels = torch.randint(0, classes - 1, (clips,), generator=generator)
+        truth, predicted = labels.numpy(), logits.argmax(1).numpy()
+        assert (confusion(logits, labels) == confusion_matrix(truth, predicted, labels=range(classes))).all()
+        expected = f1_score(truth, predicted, labels=range(classes), average="macro", zero_division=0)
+        assert f1_macro(logits, labels) == expected
+
+
+LEAN = """
+import sys, torch, train
+from dataset.prepare.demo import ensure_demo
+from utils.metrics import confusion, f1_macro
+f1_macro(torch.eye(3), torch.arange(3)), confusion(torch.eye(3), torch.arange(3))
+heavy = ("torch._dynamo", "sklearn", "scipy", "matplotlib", "torchvision", "pandas", "tensorboard", "sympy")
+print([name for name in heavy if name in sys.modules])
+"""
+
+
+def test_import_of_train_is_lean():
+    """Nothing of what takes seconds to import and is not used by every command."""
+    done = subprocess.run([sys.executable, "-c", LEAN], cwd=REPO, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

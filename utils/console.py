@@ -45,8 +45,12 @@ def epoch_line(numbers: dict, names: Sequence[str], epochs: int, history: list[d
 
 
 def seconds_of(line: dict) -> float:
-    """Seconds of an epoch: scoring, training, evaluation, diagnostics."""
-    return sum(value for key, value in line.items() if key.startswith("seconds_") and value is not None)
+    """Seconds of an epoch: scoring, training, evaluation, diagnostics, waiting for checkpoints.
+
+    Not `seconds_write`, in which a thread wrote the checkpoint of the epoch before.
+    """
+    own = (key for key in line if key.startswith("seconds_") and key != "seconds_write")
+    return sum(line[key] or 0 for key in own)
 
 
 def decimal(value: float | None, form: str) -> str:

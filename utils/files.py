@@ -14,6 +14,8 @@ from filelock import FileLock, Timeout
 from utils.errors import UserError
 
 TEMPORARY = ".tmp-"  # what the name of an unfinished file or folder starts with
+UMASK = os.umask(0)  # asked for once: for the moment of asking, files of any other thread would be open to all
+os.umask(UMASK)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -69,7 +71,7 @@ def atomic_path(path: Path | str, sync: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
     os.close(handle)
-    os.chmod(name, 0o666 & ~_umask())
+    os.chmod(name, 0o666 & ~UMASK)
     temporary = Path(name)
     try:
         yield temporary
@@ -136,9 +138,3 @@ def locked(path: Path | str, waiting: str | None = None) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -13,8 +13,9 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from utils import distributed
 from utils.acceleration import device_name
+from utils.background import HostCopy, Writer
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import Interrupted, UserError
 from utils.files import atomic_path, remove_leftovers, writing
@@ -93,13 +95,19 @@ def describe_run(board: "SummaryWriter", config: dict) -> None:
 
 
 class Run:
-    """One run's folder. As a context manager it puts signal handlers back and closes the records."""
+    """One run's folder. As a context manager it waits for the checkpoint, puts signal handlers back, closes records.
+
+    The checkpoint of an epoch is copied to host memory (`snapshot`) and written by a thread (`epoch`) while the next
+    epoch trains. Never two are written at once, and the line of an epoch in metrics.jsonl is written after the
+    checkpoint of the epoch before and before its own: last.pth is at most one epoch behind.
+    """
 
     def __init__(self, log_path: str, name: str, resume: bool):
         """Claim `<log_path>/<name>`; raises `UserError` where it exists and `resume` is false."""
         self.folder, self.writes = Path(log_path) / name, distributed.is_main()
         self.signals, self.board, self.history = Signals(), None, []
         self.partitions = Partitions(self.folder / "partitions.npz")
+        self.writer, self.host, self.unwritten = Writer(), HostCopy(), None
         with distributed.together():
             if self.writes:
                 claim_folder(log_path, name, resume)
@@ -107,10 +115,17 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.signals.restore()
-        if self.board:
-            self.board.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            if kind is None:
+                self.writer.wait()
+            elif not issubclass(kind, KeyboardInterrupt):  # a second Ctrl-C: stop at once, last.pth is whole
+                with suppress(BaseException):  # the error that ends the run is the one to report
+                    self.writer.wait()
+        finally:
+            self.signals.restore()
+            if self.board:
+                self.board.close()
 
     @property
     def last(self) -> Path:
@@ -142,8 +157,11 @@ class Run:
             self.board = SummaryWriter(str(self.folder), purge_step=first_epoch)
             describe_run(self.board, config)
 
-    def epoch(self, metrics: dict) -> None:
-        """One epoch's numbers, `epoch` among them, to metrics.jsonl and TensorBoard."""
+    def epoch(self, metrics: dict, last: bool = False) -> None:
+        """One epoch's numbers, `epoch` among them, to metrics.jsonl and TensorBoard; then its checkpoint, in a thread.
+
+        Of the `last` epoch the checkpoint is on disk when this returns.
+        """
         if not self.writes or self.board is None:
             return
         self.history.append(metrics)
@@ -154,6 +172,11 @@ class Run:
                 if isinstance(value, (int, float)) and name != "epoch":
                     self.board.add_scalar(board_tag(name), value, metrics["epoch"])
             self.board.flush()
+        if self.unwritten is not None:
+            self.writer.start(self.unwritten)
+            self.unwritten = None
+        if last:
+            self.writer.wait()
 
     def partition(self, epoch: int, clips: list[str], labels: list[str], kl: dict[str, Tensor], kept: Tensor) -> None:
         """A scoring to partition.csv, which holds the last one, partitions.npz, which holds all, and TensorBoard.
@@ -202,21 +225,26 @@ class Run:
 
     # ---- checkpoints
 
-    def save(self, weights: dict[str, Tensor], about: dict, state: dict, improved: bool) -> None:
-        """last.pth with `weights`, `about` and everything in `state`; best.pth with the first two, if `improved`.
+    def snapshot(self, weights: dict[str, Tensor], about: dict, state: dict, improved: bool) -> dict[str, float | None]:
+        """Copy an epoch's checkpoint to host memory, for `epoch` to write, and return the seconds for its line.
 
-        Raises `UserError` where a weight is not finite; last.pth is then that of the epoch before.
+        last.pth has `weights`, `about` and everything in `state`; best.pth the first two, if `improved`. Training waits
+        `seconds_save` for the checkpoint before and for the copy; `seconds_write` is what the thread took for the
+        checkpoint before, None in the first epoch. Raises `UserError` where a weight is not finite or the checkpoint
+        before could not be written; last.pth is then that of an earlier epoch.
         """
+        clock = time.perf_counter()
+        self.writer.wait()
         if not torch.stack([value.isfinite().all() for value in weights.values()]).all():
             raise UserError(f"{self.folder}: weights are not finite after epoch {state['epoch']}; last.pth is that of "
                             "the epoch before; try a lower --learning_rate")  # fmt: skip
         if not self.writes:
-            return
+            return {}
         about = about | {"model": weights, "epoch": state["epoch"]}
-        # best.pth first: a run killed between the two repeats this epoch, and best.pth with it.
-        if improved:
-            save_checkpoint(self.folder / "best.pth", about, sync=False)
-        save_checkpoint(self.last, about | state | {"rng": rng_state(), "format": FORMAT})
+        whole, arrived = self.host.take(about | state | {"rng": rng_state(), "format": FORMAT})
+        best = {name: whole[name] for name in about} if improved else None
+        self.unwritten = partial(write_checkpoints, self.folder, best, whole, arrived)
+        return {"seconds_save": time.perf_counter() - clock, "seconds_write": self.writer.seconds}
 
     def state(self) -> dict | None:
         """Load last.pth and restore the random generators; None if there is no file.
@@ -235,13 +263,27 @@ class Run:
     # ---- stopping
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal asked the run to stop. To be called by all processes alike."""
+        """Raise `Interrupted` if a signal asked the run to stop, or the `UserError` of a checkpoint not written.
+
+        To be called by all processes alike. After a signal the checkpoint is written first.
+        """
+        self.writer.check()
         if not self.signals.asked():
             return
+        self.writer.wait()
         distributed.stop()
         done = f"{self.last} holds {len(self.history)} epochs" if self.last.is_file() else "no epoch was completed"
         command = shlex.join([*distributed.launcher(), "train.py", "--resume", str(self.folder)])
         raise Interrupted(f"stopped by {self.signals.noted or 'another process'}; {done}; continue with: {command}")
+
+
+def write_checkpoints(folder: Path, best: dict | None, whole: dict, arrived: Callable[[], object]) -> None:
+    """best.pth, if there is one, then last.pth, once their tensors have `arrived` in host memory."""
+    arrived()
+    # best.pth first: a run killed between the two repeats this epoch, and best.pth with it.
+    if best is not None:
+        save_checkpoint(folder / "best.pth", best, sync=False)
+    save_checkpoint(folder / "last.pth", whole)
 
 
 def take_flags_of_run(args: Namespace, typed: dict) -> None:
@@ -379,8 +421,9 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 def environment(device: torch.device, processes: int) -> dict:
     """Environment of a run: versions, the commit of this code (None outside git), hardware and command."""
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda else {}
     return {
-        "versions": {"python": platform.python_version()} | installed(PACKAGES),
+        "versions": {"python": platform.python_version()} | installed(PACKAGES) | cuda,
         "git_commit": git_commit(),
         "hardware": {
             "device": device_name(device) if device.type == "cuda" else device.type,

@@ -453,6 +453,10 @@ def ensure_demo(
             _check_speech_record(root, record, settings)
             return False
     settings = settings or DemoSettings()
+    if record is not None and speech is None and record["speech"] is None:
+        current = _record(settings, None, record["clips"])  # without scikit-learn, whose import takes seconds
+        if record == current and _is_whole(root, record):
+            return False
     recordings = find_recordings(Path(speech)) if speech is not None else None
     wanted = _make_record(settings, recordings)
     with _alone(root):
@@ -468,8 +472,7 @@ def ensure_demo(
 
 def _check_speech_record(root: Path, record: dict, settings: DemoSettings) -> None:
     """Data made from recordings cannot be remade without them: it is whole and current, or the user is asked."""
-    current = _make_record(settings, None) | {"speech": record["speech"], "clips": record["clips"]}
-    current["hash"] = _hash(current)
+    current = _record(settings, record["speech"], record["clips"])
     if record != current or not _is_whole(root, record):
         raise UserError(
             f"{root}: made from recordings, but with other settings than today's or not whole any more; "
@@ -481,7 +484,7 @@ def read_record(root: Path) -> dict | None:
     """Settings of the demo data in `root` (`demo.json`), or None if it has no complete demo dataset."""
     try:
         record = json.loads((root / RECORD).read_text(encoding="utf-8"))
-        return record if record["settings"]["seed"] is not None and "speech" in record else None
+        return record if record["settings"]["seed"] is not None and {"speech", "clips"} <= record.keys() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -494,7 +497,11 @@ def _make_record(settings: DemoSettings, recordings: list[Path] | None) -> dict:
             digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         speech = {"recordings": len(recordings), "sha256": digest.hexdigest()}
     _, labels = load_scans()
-    clips = len(plan_clips(labels, recordings, settings))
+    return _record(settings, speech, len(plan_clips(labels, recordings, settings)))
+
+
+def _record(settings: DemoSettings, speech: dict | None, clips: int) -> dict:
+    """The content of demo.json."""
     # through JSON and back, so that it compares equal to what is read from disk (tuples become lists)
     record = json.loads(
         json.dumps({"settings": asdict(settings), "speech": speech, "clips": clips, "version": VERSION})

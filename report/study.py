@@ -1,0 +1,337 @@
+"""Run a study: several datasets, several methods, several seeds, by a protocol that is fixed before the first run.
+
+    bash scripts/evidence.sh --sources DIR                    # where Remix helps (docs/protocol.md -> docs/results.md)
+    bash scripts/evidence.sh grid_digits_m10 mosi --seeds 0,1
+    bash scripts/benchmark.sh --sources DIR                   # all balance methods (-> docs/balance.md)
+
+The learning rate of each method is chosen on the validation part, from the same grid for every method, with the first
+seed. Then all seeds are trained with that rate. The epoch is chosen on the validation part too, among the epochs after
+the warm-up; the test accuracy of that epoch is reported. Run the same command again to resume.
+"""
+
+import sys
+from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from balance import METHODS
+from dataset.specs import spec_of
+from report.compare import Planned, alone_in, exit_status, planned, seeds_of, take_stock, train_missing
+from report.runs import Run, read_run
+from report.study_data import RECIPES, make
+from utils.cli import Parser, number
+from utils.errors import UserError, run_main
+from utils.run import write_json
+
+RATES = ("3e-4", "1e-3", "3e-3")  # the grid of learning rates, for every method
+EPOCHS, WARMUP, DECAY = 24, 6, 18
+VAL_FRACTION = "0.15"  # of the training clips, the same clips for every seed
+
+Flags = tuple[tuple[str, str], ...]
+
+
+class Entry(NamedTuple):
+    """A row of a study: a method of `report.compare` with its flags; `base` is the row it is compared with."""
+
+    label: str
+    method: str
+    flags: Flags = ()
+    base: str = "baseline"
+
+
+class Setting(NamedTuple):
+    """A dataset of a study and its rows.
+
+    `rates` is the dataset on which the rows' learning rates are chosen, `quiet` flags that do not change the result.
+    Where validation clips say nothing about test clips, `validated` is False: all rows use the middle rate and report
+    the last epoch.
+    """
+
+    data: str
+    title: str
+    rows: tuple[str, ...]
+    rates: str
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    quiet: tuple[str, ...] = ()
+    validated: bool = True
+    ranked: bool = False  # rows in the order of their accuracy
+
+
+def schedule(epochs: int = EPOCHS, warmup: int = WARMUP, decay: int = DECAY) -> Flags:
+    return (("epochs", str(epochs)), ("warmup", str(warmup)), ("lr_decay_step", str(decay)))
+
+
+def entries(names: Sequence[str]) -> dict[str, Entry]:
+    """All rows by name, for a dataset with these modalities.
+
+    With `--keep all` an epoch after the warm-up has as many steps as modalities times a joint epoch's; "same steps"
+    has that many fewer epochs.
+    """
+    after = (EPOCHS - WARMUP) // len(names)
+    fewer = schedule(WARMUP + after, WARMUP, WARMUP + round(after * (DECAY - WARMUP) / (EPOCHS - WARMUP)))
+    rows = [
+        Entry("baseline", "baseline", base=""),
+        Entry("baseline, joint loss only", "joint_only"),
+        Entry("Remix", "remix"),
+        Entry("Remix, random modality", "remix_random"),
+        Entry("Remix, keep all", "remix", (("keep", "all"),)),
+        Entry("Remix, keep all, same steps", "remix", (("keep", "all"), *fewer)),
+        Entry("Remix, masked encoder runs", "remix", (("masked_encoder", "run"),), "Remix"),
+        Entry("Remix, scored every 4 epochs", "remix", (("rescore_every", "4"),), "Remix"),
+        Entry("Remix, warm-up 2", "remix", (("warmup", "2"),), "Remix"),
+        Entry("Remix, warm-up 12", "remix", (("warmup", "12"),), "Remix"),
+        *(Entry(f"{name} alone", name) for name in names),
+    ]
+    keys = ("baseline", "joint_only", "remix", "random", "keep_all", "keep_all_steps", "masked_run", "rescore_4",
+            "warmup_2", "warmup_12", *names)  # fmt: skip
+    return dict(zip(keys, rows, strict=True)) | balance_entries()
+
+
+# Flags that a balance method needs beside its name. D&R's resets follow every 20th of 60 epochs in its paper.
+NEEDS = {"greedy": (("model", "mmtm"),), "dr": (("balance", "dr:every=8"),)}
+NEEDS_REMIXED = {"mla": (("reassemble", "alternate"),)}
+
+
+def balance_entries() -> dict[str, Entry]:
+    """Every balance method alone, and with Remix."""
+    found = {}
+    for name in METHODS:
+        flags = dict((("balance", name), *NEEDS.get(name, ())))
+        found[name] = Entry(name, "baseline", tuple(flags.items()))
+        remixed = flags | dict(NEEDS_REMIXED.get(name, ()))
+        found[f"{name}+remix"] = Entry(f"{name} + Remix", "remix", tuple(remixed.items()))
+    return found
+
+
+MAIN = ("baseline", "remix", "random", "alone")  # "alone": each modality
+ALL = ("baseline", "joint_only", "remix", "random", "keep_all", "keep_all_steps", "alone")
+TEN = tuple(range(10))
+
+STUDIES = {
+    "evidence": (
+        *(Setting(f"grid_digits_{snr}", f"GRID digits, {title}", ALL if snr in ("clean", "m10") else MAIN,
+                  "grid_digits_0", quiet=("--diagnose",) if snr in ("clean", "m10") else ())
+          for snr, title in (("m10", "babble at -10 dB"), ("clean", "clean sound"), ("0", "babble at 0 dB"),
+                             ("p10", "babble at +10 dB"))),
+        Setting("mosi", "CMU-MOSI", ALL, "mosi", validated=False),
+        Setting("views3", "Multi-view digits, three views", ALL, "views3"),
+        Setting("views6", "Multi-view digits, six views", ALL, "views6"),
+        Setting("grid_letters_m10", "GRID letters, babble at -10 dB", MAIN, "grid_digits_0"),
+        Setting("grid_letters_clean", "GRID letters, clean sound", MAIN, "grid_digits_0"),
+        Setting("grid_flow_m10", "GRID digits with optical flow, babble at -10 dB", MAIN, "grid_digits_0"),
+        Setting("speech", "Real speech with real handwriting", MAIN, "speech"),
+        *(Setting(f"demo_draw{draw}", f"Demo, draw {draw}", MAIN, "demo_draw0") for draw in range(3)),
+    ),
+    "ablations": (
+        Setting("grid_digits_m10", "GRID digits, babble at -10 dB",
+                ("baseline", "remix", "masked_run", "rescore_4", "warmup_2", "warmup_12"), "grid_digits_0", TEN),
+    ),
+    "benchmark": tuple(
+        Setting(data, title, ("baseline", "remix", "balance"), data, (0, 1, 2), ranked=True)
+        for data, title in (("views3", "Multi-view digits, three views"),
+                            ("grid_digits_m10", "GRID digits, babble at -10 dB"), ("demo_draw0", "Demo"))
+    ),
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- plan
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
+    """The flags of this command, and the remaining words, which are for train.py."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    p = Parser(prog="python -m report.study", usage="report.study STUDY [DATASET ...] [flags]", description=__doc__,
+               formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
+    p.add_argument("--sources", type=Path, default=Path("../shared/data"), metavar="DIR",
+                   help="parent of grid_s1, mosi, multiview_digits and spoken_digits "
+                        "(default: ../shared/data)")  # fmt: skip
+    p.add_argument("--data", type=Path, default=Path("data/study"), metavar="DIR",
+                   help="training folders made from them (default: data/study)")  # fmt: skip
+    p.add_argument("--seeds", metavar="A,B", help="seeds of all settings (default: the protocol's)")
+    p.add_argument("--rows", metavar="A,B", help="rows to train (default: the protocol's)")
+    p.add_argument("--jobs", type=number(int, 1), metavar="N", help="concurrent runs (default: one per core or GPU)")
+    p.add_argument("--log_path", metavar="DIR", help="folder of the runs (default: runs/STUDY)")
+    p.add_argument("--doc", type=Path, metavar="FILE", help="page with all tables (default: LOG_PATH/study.md)")
+    p.add_argument("--readme", type=Path, metavar="FILE", help="put the short table into this file (default: none)")
+    p.epilog = "All other flags are passed to every run; see python train.py --help."
+    args, rest = p.parse_known_args(words[first:])
+    if not words[:first] or words[0] not in STUDIES:
+        raise UserError(f"{words[0] if words else 'nothing to do'}: give one of {', '.join(STUDIES)}")
+    args.study, chosen = words[0], words[1:first]
+    known = [setting.data for setting in STUDIES[args.study]]
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"{name}: unknown; {args.study} has {', '.join(known)}")
+    args.settings = [setting for setting in STUDIES[args.study] if not chosen or setting.data in chosen]
+    args.chosen = bool(chosen)
+    args.log_path = args.log_path or f"runs/{args.study}"
+    return args, rest
+
+
+def rows_of(setting: Setting, names: Sequence[str], only: str | None = None) -> dict[str, Entry]:
+    """The entries of a setting by name. Raises `UserError` for an unknown name in `only`."""
+    known = entries(names)
+    groups = {"alone": names, "balance": balance_entries()}
+    wanted = [name for row in setting.rows for name in groups.get(row, [row])]
+    if only is not None:
+        for name in only.split(","):
+            if name not in known:
+                raise UserError(f"--rows {name}: unknown; allowed: {', '.join(known)}")
+        wanted = [name for name in wanted if name in only.split(",")]
+    return {name: known[name] for name in wanted}
+
+
+def words_of(setting: Setting, entry: Entry, root: Path, rest: Sequence[str]) -> list[str]:
+    """The flags of all runs of a row which are not in their names."""
+    dataset = "demo" if (root / "demo.json").is_file() else "folder"
+    given = {word.split("=")[0] for word in rest} | {f"--{flag}" for flag, _ in entry.flags}
+    usual = [word for flag, value in schedule() if f"--{flag}" not in given for word in (f"--{flag}", value)]
+    quiet = setting.quiet if entry.method in ("baseline", "remix") and not entry.flags else ()
+    return ["--dataset", dataset, "--data_root", str(root), "--val_fraction", VAL_FRACTION, *usual, *rest, *quiet]
+
+
+def plan_run(
+    setting: Setting, entry: Entry, rate: str, seed: int, root: Path, args: Namespace, rest: list[str]
+) -> Planned:
+    flags = (*entry.flags, ("learning_rate", rate))
+    return planned(entry.method, seed, flags, words_of(setting, entry, root, rest), args.log_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ choices
+
+
+def tuning_score(run: Run) -> float:
+    """Validation accuracy over the epochs after the decay of the learning rate, on average: what chooses the rate."""
+    decay = run.config["lr_decay_step"]
+    return float(np.mean([line["val_acc"] for line in run.history if line["epoch"] >= decay]))
+
+
+def chosen_epoch(run: Run, validated: bool = True) -> dict:
+    """The numbers of the epoch with the highest validation accuracy after the warm-up, the first of equals.
+
+    All methods choose among the same epochs. Without this rule a Remix run could choose an epoch of its joint warm-up.
+    """
+    if not validated:
+        return run.history[-1]
+    first = min(WARMUP, run.config["epochs"] - 1)
+    return max((line for line in run.history if line["epoch"] >= first), key=lambda line: line["val_acc"])
+
+
+def choose_rates(finished: dict[tuple[str, str, str], Run]) -> dict[tuple[str, str], str]:
+    """{(dataset, row): rate} from {(dataset, row, rate): run}; the lower rate of equals."""
+    best: dict[tuple[str, str], tuple[float, str]] = {}
+    for (data, row, rate), run in finished.items():
+        score = tuning_score(run)
+        if (data, row) not in best or score > best[data, row][0]:
+            best[data, row] = (score, rate)
+    return {key: rate for key, (_, rate) in best.items()}
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
+class Study(NamedTuple):
+    """The finished runs: {(dataset, row): {seed: run}}, the rates, the validation scores that chose them.
+
+    `refused`: the rows that train.py refuses on a dataset, with its reason.
+    """
+
+    settings: list[Setting]
+    rows: dict[str, dict[str, Entry]]
+    runs: dict[tuple[str, str], dict[int, Run]]
+    rates: dict[tuple[str, str], str]
+    scores: dict[tuple[str, str], dict[str, float]]
+    refused: dict[tuple[str, str], str]
+
+    def rate_of(self, setting: Setting, row: str) -> str:
+        """The learning rate of a row; a row that the dataset of the rates does not have uses the baseline's."""
+        if not setting.validated:
+            return RATES[1]
+        return self.rates.get((setting.rates, row)) or self.rates[setting.rates, "baseline"]
+
+
+def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
+    """Train what is missing: first the grid of rates, then all seeds. Returns the study and the exit status."""
+    log_path = Path(args.log_path)
+    needed = {name for setting in args.settings for name in (setting.data, setting.rates)}
+    roots = {name: make(name, args.sources, args.data) for name in RECIPES if name in needed}
+    names = {name: spec_of("folder" if not (root / "demo.json").is_file() else "demo", root).names
+             for name, root in roots.items()}  # fmt: skip
+    rows = {setting.data: rows_of(setting, names[setting.data], args.rows) for setting in args.settings}
+    first = (seeds_of(args.seeds) if args.seeds else [0])[0]
+    refused: dict[tuple[str, str], str] = {}
+    for setting in args.settings:
+        for row, entry in list(rows[setting.data].items()):
+            try:
+                plan_run(setting, entry, RATES[0], first, roots[setting.data], args, rest)
+            except UserError as error:
+                if row not in balance_entries():
+                    raise
+                refused[setting.data, row] = str(error)
+                del rows[setting.data][row]
+
+    # the grid of rates: all rows that use it, those of other modalities left out
+    grid: dict[tuple[str, str, str], Planned] = {}
+    for setting in args.settings:
+        own = entries(names[setting.rates])
+        source = setting._replace(data=setting.rates, quiet=())
+        for row in rows[setting.data]:
+            for rate in RATES if row in own and setting.validated else ():
+                grid[setting.rates, row, rate] = plan_run(
+                    source, own[row], rate, first, roots[setting.rates], args, rest
+                )
+    status = run_all(list(grid.values()), log_path, args.jobs)
+    tuned = {key: read_run(log_path / run.name) for key, run in grid.items()}
+    tuned = {key: run for key, run in tuned.items() if not run.problem}
+    rates = choose_rates(tuned)
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    for (data, row, rate), run in tuned.items():
+        scores.setdefault((data, row), {})[rate] = tuning_score(run)
+    if status:
+        return Study(args.settings, rows, {}, rates, scores, refused), status
+
+    study = Study(args.settings, rows, {}, rates, scores, refused)
+    plan: dict[tuple[str, str], dict[int, Planned]] = {}
+    for setting in args.settings:
+        seeds = seeds_of(args.seeds) if args.seeds else setting.seeds
+        for row, entry in rows[setting.data].items():
+            rate = study.rate_of(setting, row)
+            plan[setting.data, row] = {seed: plan_run(setting, entry, rate, seed, roots[setting.data], args, rest)
+                                       for seed in seeds}  # fmt: skip
+    ordered = sorted(((seed, run) for runs in plan.values() for seed, run in runs.items()), key=lambda item: item[0])
+    status = run_all(list({run.name: run for _, run in ordered}.values()), log_path, args.jobs)
+    runs = {
+        key: {seed: read_run(log_path / run.name) for seed, run in by_seed.items()} for key, by_seed in plan.items()
+    }
+    finished = {key: {seed: run for seed, run in by_seed.items() if not run.problem} for key, by_seed in runs.items()}
+    return study._replace(runs=finished), status
+
+
+def run_all(runs: Iterable[Planned], log_path: Path, jobs: int | None) -> int:
+    """Train the missing ones of `runs`; returns the exit status."""
+    with alone_in(log_path):
+        return exit_status(train_missing([(run, take_stock(run, log_path)) for run in runs], log_path, jobs))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, rest = parse_args(argv)
+    study, status = train_study(args, rest)
+    chosen = {f"{data} {row}": {"rate": study.rates[data, row], "validation": found}
+              for (data, row), found in study.scores.items()}  # fmt: skip
+    write_json(Path(args.log_path) / "rates.json", chosen)
+    from report.study_page import write_page  # late: matplotlib is not needed before the end
+
+    command = " ".join([f"bash scripts/{args.study}.sh", *(setting.data for setting in args.settings if args.chosen)])
+    write_page(study, command, Path(args.log_path), args.doc or Path(args.log_path) / "study.md", args.readme)
+    return status
+
+
+if __name__ == "__main__":
+    try:
+        run_main(main)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command resumes")

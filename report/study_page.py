@@ -1,0 +1,362 @@
+"""The page of a study: a table of all datasets, a table for each, forest plot, and what explains gain and loss."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from report.figures import Effect, effect, forest
+from report.runs import (
+    Difference,
+    Group,
+    Run,
+    epoch_cost,
+    flags_of,
+    head_is_trained,
+    holm,
+    mean_by_epoch,
+    p_value,
+    paired_difference,
+    quantities,
+    seconds,
+    spread,
+)
+from report.study import EPOCHS, RATES, WARMUP, Setting, Study, chosen_epoch
+from report.tables import difference_cell, spread_cell, table
+from report.write import END, START, write_text
+from utils.errors import UserError
+from utils.run import write_json
+from utils.style import (
+    INK,
+    METHOD_COLOURS,
+    MUTED,
+    Look,
+    caption,
+    epoch_axis,
+    label_ends,
+    mark_warmup,
+    modality_colours,
+    panels,
+    save,
+    styled,
+)
+
+
+class Result(NamedTuple):
+    """A row's numbers by seed, in [0, 1]: at the chosen epoch by quantity, and of the joint head after the last epoch.
+
+    `p` is of a paired t test against the row `base`, `corrected` the same after Holm's correction over the table.
+    """
+
+    key: str
+    label: str
+    base: str
+    group: Group
+    chosen: dict[str, dict[int, float]]
+    last: dict[int, float]
+    difference: Difference | None
+    p: float | None
+    corrected: float | None
+
+    @property
+    def fused(self) -> dict[int, float]:
+        return self.chosen["multimodal"]
+
+
+def results_of(study: Study, setting: Setting) -> dict[str, Result]:
+    """The finished rows of a dataset by key, in the order of the study."""
+    found: dict[str, Result] = {}
+    for key, entry in study.rows[setting.data].items():
+        runs = study.runs.get((setting.data, key))
+        if not runs:
+            continue
+        first = next(iter(runs.values()))
+        group = Group(entry.label, first.method, flags_of(first.config), runs, first.modalities)
+        lines = {seed: chosen_epoch(run, setting.validated) for seed, run in runs.items()}
+        chosen = {}
+        for quantity, name in quantities(group.modalities).items():
+            trained = quantity not in group.modalities or head_is_trained(group.method, group.flags, quantity)
+            chosen[quantity] = {seed: line[name] for seed, line in lines.items() if trained and line[name] is not None}
+        last = {seed: run.history[-1]["test_acc"] for seed, run in runs.items()}
+        base = next((row for row in found.values() if row.label == entry.base), None)
+        pair = (chosen["multimodal"], base.fused) if base else ({}, {})
+        found[key] = Result(key, entry.label, entry.base, group, chosen, last, paired_difference(*pair),
+                            p_value(*pair), None)  # fmt: skip
+    corrected = iter(holm([row.p for row in found.values() if row.p is not None]))
+    return {key: row._replace(corrected=None if row.p is None else next(corrected)) for key, row in found.items()}
+
+
+def against(results: dict[str, Result], one: str, other: str) -> Difference | None:
+    """The paired difference of two rows' joint heads; None where one is missing."""
+    if one not in results or other not in results:
+        return None
+    return paired_difference(results[one].fused, results[other].fused)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def cell(found: Difference | None) -> str:
+    return "–" if found is None else difference_cell(found)
+
+
+def chance(p: float | None) -> str:
+    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def dataset_table(study: Study, setting: Setting, results: dict[str, Result]) -> str:
+    """All rows of a dataset in Markdown."""
+    names = next(iter(results.values())).group.modalities
+    if setting.ranked:
+        results = dict(sorted(results.items(), key=lambda item: -np.mean(list(item[1].fused.values()))))
+    plain = next((row.group for row in results.values() if row.key == "baseline"), None)
+    head = ["row", "rate", "multimodal", *names, "macro F1", "last epoch", "difference [95 %]", "p", "p (Holm)", "n",
+            "cost"]  # fmt: skip
+    lines = []
+    for key, row in results.items():
+        cells = [spread_cell(spread(row.chosen[name].values())) for name in ("multimodal", *names, "macro F1")]
+        rate = study.rate_of(setting, key)
+        cells = [row.label, rate, *cells, spread_cell(spread(row.last.values())), cell(row.difference), chance(row.p)]
+        cost = epoch_cost(row.group, plain) if plain else None
+        lines.append([*cells, chance(row.corrected), str(len(row.fused)), "–" if cost is None else f"{cost:.2f}"])
+    if setting.ranked:  # the imbalance: best minus worst modality of the same network
+        head = ["rank", *head, "imbalance"]
+        ordered = list(results.values())
+        lines = [[str(i + 1), *line, imbalance(ordered[i])] for i, line in enumerate(lines)]
+    return table(head, lines)
+
+
+def imbalance(row: Result) -> str:
+    """Accuracy of a row's best modality minus that of its worst, in points; "–" where they are not trained."""
+    means = [np.mean(list(row.chosen[name].values())) for name in row.group.modalities if row.chosen[name]]
+    return f"{100 * (max(means) - min(means)):.1f}" if len(means) > 1 else "–"
+
+
+def summary_table(found: dict[str, tuple[Setting, dict[str, Result]]], short: bool = False) -> str:
+    """One line per dataset: each modality alone, baseline, Remix and their difference, corrected over the datasets."""
+    shown = {data: pair for data, pair in found.items() if {"baseline", "remix"} <= pair[1].keys()}
+    p = {data: results["remix"].p for data, (_, results) in shown.items()}
+    corrected = dict(zip([data for data in p if p[data] is not None],
+                         holm([value for value in p.values() if value is not None]), strict=True))  # fmt: skip
+    head = ["data", "best modality alone", "baseline", "Remix", "Remix – baseline [95 %]", "p (Holm)", "n"]
+    head += [] if short else ["last epoch [95 %]", "Remix – random [95 %]"]
+    lines = []
+    for data, (setting, results) in shown.items():
+        alone = {name: results[name] for name in results["remix"].group.modalities if name in results}
+        best = max(alone.values(), key=lambda row: np.mean(list(row.fused.values())), default=None)
+        words = "–" if best is None else f"{best.key} {spread_cell(spread(best.fused.values()))}"
+        cells = [spread_cell(spread(results[key].fused.values())) for key in ("baseline", "remix")]
+        cells = [setting.title, words, *cells, cell(results["remix"].difference), chance(corrected.get(data))]
+        cells += [str(results["remix"].difference.n) if results["remix"].difference else "–"]
+        last = paired_difference(results["remix"].last, results["baseline"].last)
+        cells += [] if short else [cell(last), cell(against(results, "remix", "random"))]
+        lines.append(cells)
+    return table(head, lines)
+
+
+def finding(results: dict[str, Result]) -> str:
+    """Which differences of a table are significant, in sentences made from its numbers."""
+    tested = [row for row in results.values() if row.corrected is not None]
+    sure = [row for row in tested if row.corrected is not None and row.corrected < 0.05]
+    told = "; ".join(f"{row.label} {cell(row.difference)} against {row.base}" for row in sure) or "none"
+    words = [f"Significant at 5 % after Holm's correction over {len(tested)} differences: {told}."] if tested else []
+    if (pair := against(results, "remix", "random")) is not None:
+        words.append(f"Remix against a random modality: {cell(pair)}.")
+    if (pair := against(results, "remix", "keep_all_steps")) is not None:
+        words.append(f"Remix against keep all with the same steps: {cell(pair)}.")
+    return " ".join(words)
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def draw_forest(found: dict[str, tuple[Setting, dict[str, Result]]], path: Path) -> None:
+    """Remix against the baseline and against a random modality, a row per dataset."""
+    rows: list[Effect] = []
+    for base, title in (("baseline", "Remix – baseline"), ("random", "Remix – random modality")):
+        for setting, results in found.values():
+            if (pair := against(results, "remix", base)) is not None:
+                rows.append(effect(setting.title, pair, title))
+    look = Look(METHOD_COLOURS["remix"], "-", "o")
+    if rows:
+        forest(rows, path, "Where Remix helps", note="Joint head, epoch chosen on validation, paired over seeds.",
+               drawn=dict.fromkeys((row.label for row in rows), look))  # fmt: skip
+
+
+@styled()
+def draw_gap(found: dict[str, tuple[Setting, dict[str, Result]]], path: Path) -> Figure | None:
+    """Remix's gain over the gap between the stronger and the weaker modality alone, a point per dataset."""
+    points = []
+    for setting, results in found.values():
+        alone = [
+            np.mean(list(results[name].fused.values()))
+            for name in (results["remix"].group.modalities if "remix" in results else ())
+            if name in results
+        ]
+        pair = against(results, "remix", "baseline")
+        if len(alone) > 1 and pair is not None:
+            points.append((100 * max(alone), 100 * min(alone), effect(setting.title, pair)))
+    if not points:
+        return None
+    figure = Figure(figsize=(6.75, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(0, color=INK, lw=0.8)
+    for best, worst, row in points:
+        if row.low is not None and row.high is not None:
+            axis.plot([best - worst] * 2, [row.low, row.high], color=METHOD_COLOURS["remix"], lw=1.2)
+        axis.plot([best - worst], [row.mean], "o", color=METHOD_COLOURS["remix"], ms=5)
+        axis.annotate(row.label, (best - worst, row.mean), xytext=(5, 3), textcoords="offset points", fontsize=6.5,
+                      color=MUTED)  # fmt: skip
+    axis.set(xlabel="best minus worst modality alone (points of test accuracy)", ylabel="Remix – baseline (points)")
+    caption(figure, "Gain and imbalance of information", "Bars are 95 % t intervals over seeds.")
+    save(figure, path)
+    return figure
+
+
+@styled()
+def draw_why(cases: Sequence[tuple[Setting, dict[str, Result]]], path: Path) -> Figure:
+    """What training looks like in each case: accuracy, unimodal training losses, partition, gradient agreement."""
+    figure, axes = panels(4, len(cases), width=2.4, height=1.9)
+    ends = []
+    for (setting, results), row in zip(cases, axes, strict=True):
+        plain, remix = results["baseline"].group, results["remix"].group
+        names = remix.modalities
+        colours = modality_colours(names)
+        methods = ((plain, "joint", METHOD_COLOURS["baseline"]), (remix, "Remix", METHOD_COLOURS["remix"]))
+        ends.append((row[0], [_curve(row[0], group, "test_acc", label, colour) for group, label, colour in methods]))
+        row[0].set(title=f"{setting.title}\ntest accuracy", ylim=(0, 1))
+        ends.append(
+            (
+                row[1],
+                [
+                    _curve(row[1], group, f"train_ce_{name}", f"{name}, {label}", colours[name], line)
+                    for name in names
+                    for group, label, line in ((plain, "joint", ":"), (remix, "Remix", "-"))
+                ],
+            )
+        )
+        row[1].set(title="training loss of the\nunimodal heads", yscale="log")
+        ends.append((row[2], [_curve(row[2], remix, f"n_{name}", name, colours[name]) for name in names]))
+        row[2].set(title="clips that keep\na modality", ylim=(0, None))
+        ends.append(
+            (
+                row[3],
+                [
+                    _curve(row[3], group, f"diagnose/clash_cosine_{name}", f"{name}, {label}", colours[name], line)
+                    for name in names
+                    for group, label, line in ((plain, "joint", ":"), (remix, "Remix", "-"))
+                ],
+            )
+        )
+        row[3].set(title="cosine of joint and\nunimodal gradient")
+        for axis in row:
+            epoch_axis(axis, [1, EPOCHS])
+            mark_warmup(axis, WARMUP + 1, text=False)
+    caption(figure, "A case of gain and a case of loss", "Mean over seeds. The dashed line ends the warm-up.")
+    label_ends((axis, [end for end in own if end is not None]) for axis, own in ends)
+    save(figure, path)
+    return figure
+
+
+def _curve(axis, group: Group, key: str, label: str, colour: str, line: str = "-"):
+    epochs, means = mean_by_epoch(group, key)
+    axis.plot([epoch + 1 for epoch in epochs], means, color=colour, ls=line)
+    return (label, colour, means[-1]) if means else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def as_json(study: Study, setting: Setting, results: dict[str, Result]) -> dict:
+    rows = {row.key: {"label": row.label, "base": row.base, "rate": study.rate_of(setting, key), "chosen": row.chosen,
+                      "last": row.last, "p": row.p, "holm": row.corrected,
+                      "difference": row.difference and row.difference._asdict()}
+            for key, row in results.items()}  # fmt: skip
+    return {"data": setting.data, "title": setting.title, "rows": rows}
+
+
+def write_page(study: Study, command: str, log_path: Path, doc: Path, readme: Path | None = None) -> None:
+    """Print the tables; write them to `doc` with figures beside, study.json next to the runs, and README's table."""
+    found = {setting.data: (setting, results_of(study, setting)) for setting in study.settings}
+    found = {data: pair for data, pair in found.items() if pair[1]}
+    if not found:
+        print("no run has finished: nothing to report")
+        return
+    runs = [run for by_seed in study.runs.values() for run in by_seed.values()]
+    stem = doc.parent / doc.stem
+    draw_forest(found, Path(f"{stem}-forest"))
+    pictures = ["![Difference of Remix to the baseline and to a random modality, by dataset]"
+                f"({stem.name}-forest.png)"]  # fmt: skip
+    if draw_gap(found, Path(f"{stem}-gap")) is not None:
+        pictures += ["", f"![Gain of Remix over the gap between the modalities]({stem.name}-gap.png)"]
+    cases = [found[data] for data in ("grid_digits_m10", "grid_digits_clean")
+             if data in found and {"baseline", "remix"} <= found[data][1].keys()]  # fmt: skip
+    why: list[str] = []
+    if cases:
+        draw_why(cases, Path(f"{stem}-why"))
+        why = ["## Why", "", f"![Training with and without Remix in two cases]({stem.name}-why.png)", "",
+               *(line for setting, results in cases for line in (*diagnosis(setting, results), ""))]  # fmt: skip
+    lines = [*head_of(command, runs), "", "## All datasets", "", summary_table(found), "", LEGEND, "", *pictures, ""]
+    for setting, results in found.values():
+        lines += [f"## {setting.title}", "", dataset_table(study, setting, results), "", finding(results), ""]
+        if refused := {row: why for (data, row), why in study.refused.items() if data == setting.data}:
+            lines += ["Not possible here: " + "; ".join(f"`{row}` ({why})" for row, why in refused.items()) + ".", ""]
+        if not setting.validated:
+            lines += [f"Learning rate {RATES[1]} and the last epoch for all rows (see Deviations of the protocol).", ""]
+    lines += why
+    print("\n" + "\n".join(lines))
+    write_text(doc, "\n".join(lines).rstrip() + "\n")
+    write_json(log_path / "study.json", {data: as_json(study, *pair) for data, pair in found.items()})
+    if readme:
+        text = readme.read_text() if readme.is_file() else ""
+        if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+            raise UserError(f"{readme}: needs a line {START} and below it a line {END}, each once")
+        before, rest = text.split(START)
+        write_text(readme, f"{before}{START}\n{summary_table(found, short=True)}\n{END}{rest.split(END)[1]}")
+    print(f"\n{doc} written, figures beside")
+
+
+LEGEND = ("Test accuracy in percent at the epoch chosen on validation (last epoch: after the last one), mean ± sample "
+          "standard deviation over n seeds. Differences are paired over seeds, in points, with a 95 % t interval; p "
+          "values are of paired t tests. Cost: seconds of scoring and training per epoch over the baseline's "
+          "(other jobs ran beside). In this table Holm's correction is over the datasets, below over the rows of a "
+          "table.")  # fmt: skip
+
+
+def head_of(command: str, runs: Sequence[Run]) -> list[str]:
+    commits = sorted({str(run.config.get("git_commit"))[:12] for run in runs})
+    machines = sorted({f"{run.config['hardware']['cpu']}, {run.config['hardware']['device']}" for run in runs})
+    hours = sum(map(seconds, runs)) / 3600
+    return ["# Results", "", f"Written by `{command}` from {len(runs)} runs ({'; '.join(machines)}; commits "
+            f"{', '.join(commits)}; {hours:.1f} hours of training in all, other jobs on the same cores). "
+            "The rules were fixed before: [protocol.md](protocol.md)."]  # fmt: skip
+
+
+def diagnosis(setting: Setting, results: dict[str, Result]) -> list[str]:
+    """What the diagnostics say, after the warm-up: means over epochs, paired over seeds."""
+    rows = []
+    for key, name in (*((f"diagnose/clash_cosine_{m}", f"cosine of joint and unimodal gradient, {m}")
+                        for m in results["remix"].group.modalities),
+                      *((f"diagnose/shapley_{m}", f"Shapley value, {m}") for m in results["remix"].group.modalities),
+                      ("diagnose/ece_joint", "calibration error, joint head")):  # fmt: skip
+        found = {row: _after_warmup(results[row].group, key) for row in ("baseline", "remix")}
+        if all(found.values()):
+            pair = paired_difference(found["remix"], found["baseline"])
+            ends = "" if pair is None or pair.low is None else f" [{pair.low:+.3f}, {pair.high:+.3f}]"
+            means = [f"{np.mean(list(values.values())):.3f}" for values in found.values()]
+            rows.append([name, *means, "–" if pair is None else f"{pair.mean:+.3f}{ends}"])
+    for name in results["remix"].group.modalities:
+        total = next(iter(results["remix"].group.runs.values())).config["data"]["clips"]["train"]
+        kept = list(_after_warmup(results["remix"].group, f"n_{name}").values())
+        if kept:
+            rows.append([f"share of clips that keep {name}", "–", f"{np.mean(kept) / total:.3f}", "–"])
+    words = f"{setting.title}, mean over the epochs after the warm-up:"
+    return [words, "", table(["quantity", "baseline", "Remix", "difference [95 %]"], rows)] if rows else []
+
+
+def _after_warmup(group: Group, key: str) -> dict[int, float]:
+    found = {seed: [line[key] for line in run.history if line["epoch"] >= WARMUP and line.get(key) is not None]
+             for seed, run in group.runs.items()}  # fmt: skip
+    return {seed: float(np.mean(values)) for seed, values in found.items() if values}

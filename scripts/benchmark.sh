@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Every balance method alone and with Remix, rate chosen on validation: -> docs/benchmark.md (docs/protocol.md).
+#   bash scripts/benchmark.sh --sources DIR                     # GRID digits, multi-view digits and the demo
+#   bash scripts/benchmark.sh views3 --sources DIR
+# DIR is the parent of grid_s1, mosi, multiview_digits and spoken_digits (docs/protocol.md). Run the same command again
+# to resume after an interruption.
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+env_paths "$@"
+exec "$PYTHON" -m report.study benchmark ${ARGS[@]+"${ARGS[@]}"}
