@@ -253,7 +253,7 @@ def peak_memory(device: torch.device) -> str | None:
 
 
 def run_command(words: list[str], seconds: float) -> None:
-    """`python train.py` with these flags, as typed at the prompt. Raises `RuntimeError` with the last line of errors."""
+    """`python train.py` with these flags, as at the prompt. Raises `RuntimeError` with the last line of its errors."""
     done = subprocess.run([sys.executable, "train.py", *words], cwd=REPO, capture_output=True, text=True,
                           timeout=seconds)  # fmt: skip
     if done.returncode:

@@ -19,6 +19,7 @@ It does not simulate precision, memory, streams, NCCL, torch.compile or CUDA gra
 """
 
 import sys
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -93,7 +94,8 @@ class PretendedGPU(TorchDispatchMode):
         self.depth = 0
 
     def wait(self, why: str, operation: str) -> None:
-        self.waits.append(Wait(why, operation, caller()))
+        if threading.current_thread() is threading.main_thread():  # a thread that writes checkpoints may wait
+            self.waits.append(Wait(why, operation, caller()))
 
     # ------------------------------------------------------------------------------------------------- operations
 
@@ -112,7 +114,8 @@ class PretendedGPU(TorchDispatchMode):
         pinned = kwargs.get("pin_memory") and not made_there
         if "pin_memory" in kwargs:
             kwargs["pin_memory"] = False
-        there = made_there or any(map(on_gpu, tensors))
+        made_here = device is not None and not made_there and name.startswith(("new_", "empty_like", "zeros_like"))
+        there = made_there or (any(map(on_gpu, tensors)) and not made_here)
         self.check_generator(name, kwargs.get("generator"), there)
         if not there:
             out = func(*args, **kwargs)
@@ -250,6 +253,14 @@ class PretendedGPU(TorchDispatchMode):
 
             device = property(lambda self: self.own)  # pyright: ignore[reportAssignmentType]
 
+        class Event:
+            """All that it waits for is done, but the host does not know."""
+
+            def __init__(self, **_: Any): ...
+            def record(self, stream: Any = None) -> None: ...
+            def synchronize(self) -> None:
+                gpu.wait("synchronizes", "torch.cuda.Event.synchronize")
+
         class Autocast(torch.autocast):
             def __init__(self, device_type: str, *args: Any, **kwargs: Any):
                 super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
@@ -300,6 +311,8 @@ class PretendedGPU(TorchDispatchMode):
             "get_rng_state_all": lambda: [zeros],
             "set_rng_state_all": lambda states: None,
             "is_current_stream_capturing": lambda: False,
+            "current_stream": lambda device=None: None,
+            "Event": Event,
         }
         accelerator = {"is_available": lambda: True, "current_accelerator": lambda *_: torch.device("cuda"),
                        "current_device_index": lambda: 0, "set_device_index": lambda index: None}  # fmt: skip
