@@ -380,6 +380,9 @@ class Benchmark:
 
     def run(self) -> None:
         name = min(self.epochs, key=lambda name: self.epochs[name]["remix"])
+        self.data.clear()  # the run has a GPU of its own
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         found = whole_run(name, self.args.rows[name], self.args, self.root, self.device, self.epochs[name],
                           self.timer.left())  # fmt: skip
         self.tables["Whole run"].append(found)
