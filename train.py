@@ -17,6 +17,9 @@ from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 
+import utils.threads  # noqa: F401  (before PyTorch)
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,14 +39,15 @@ from models import FUSIONS, MODELS, UNIMODAL, MultimodalClassifier, Output, buil
 from models.batchnorm import batchnorm_of_one_clip, reestimate, synchronise_batchnorm
 from models.checkpoint import load_weights, model_weights
 from models.inference import predict
-from models.pretrained import check_files, load_pretrained
-from models.rates import parameter_groups
+from models.padding import few_sizes
+from models.pretrained import check_files, load_initial
+from models.rates import make_optimizer
 from utils import distributed
 from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision, use_huge_pages
-from utils.checkpoint import load_checkpoint
 from utils.cli import Parser, check_modalities, each, factors, id_list, number, path_name, with_default
-from utils.console import epoch_line, lap, progress, some, start_lines
+from utils.console import epoch_line, lap, progress, start_lines
 from utils.errors import UserError, run_main
+from utils.graphs import COMPILE, detached, graphed
 from utils.memory import usable_cores
 from utils.metrics import Tally
 from utils.run import Run, check_same_run, continues, environment, take_flags_of_run, update_best
@@ -149,8 +153,10 @@ def make_parser() -> Parser:
     g.add_argument("--train", action="store_true", help="train; without it, evaluate --checkpoint (default: off)")
     g.add_argument("--device", default="auto", choices=distributed.DEVICES, help="auto: CUDA if any (default: auto)")
     g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
-    g.add_argument("--precision", choices=PRECISIONS, help="precision (default: fp32 on a CPU, tf32 on a GPU)")
-    g.add_argument("--compile", action="store_true", help="compile the encoders with torch.compile (default: off)")
+    g.add_argument("--precision", choices=PRECISIONS, help="precision (default: fp32 on a CPU, bf16 on a GPU, "
+                   "tf32 where it has no bfloat16)")
+    g.add_argument("--compile", nargs="?", const=COMPILE[0], default=False, choices=COMPILE, help="torch.compile for "
+                   "the encoders (no value), CUDA graphs of whole training steps, or all (default: off)")
     g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="parent folder (default: runs)")
     g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: from flags and time)")
     g.add_argument("--resume", nargs="?", const="auto", type=path_name, metavar="RUN",
@@ -175,7 +181,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     spec, official = trained_spec(args, Path(args.data_root or root)), args.preset == "official"
     preset = PRESETS[args.preset] | {"encoder": spec.encoder, "image_size": spec.image_size, "data_root": root}
     preset["learning_rate"] = OFFICIAL_RATES.get(args.method, 1e-3) if official else spec.learning_rate
-    preset.setdefault("precision", default_precision(args.device))
+    preset.setdefault("precision", default_precision(args.device, args.gpu_ids))
     filled = {name: value for name, value in preset.items() if getattr(args, name) is None}
     args.from_preset = getattr(args, "from_preset", {}) | filled  # a resumed run has some already
     vars(args).update(filled, encoder=with_default(args.encoder or spec.encoder, spec.encoder))
@@ -255,6 +261,30 @@ def loss_terms(entropies: dict[str, Tensor], weights: dict[str, float]) -> dict[
 # ------------------------------------------------------------------------------------------------ one training epoch
 
 
+def train_step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, balance: Balance, args: Namespace, step: Step
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Train on one batch: the logits (B, C) and the cross entropy of each head, and the loss, without gradients."""
+    batch, given = step.source, step.masks(args.joint_weights)
+    balance.before_forward(step)
+    alone = batchnorm_of_one_clip(network, args.batchnorm == "running") if batch.total == 1 else nullcontext()
+    with alone, compiled(batch.total == args.batch_size):
+        output = network(batch.inputs, batch.fed, batch.mask)
+    output = balance.outputs(output, step)
+    entropies = cross_entropies(output, batch.labels, given)
+    terms = loss_terms(entropies, args.joint_weights if step.joint else args.alone_weights)
+    terms = balance.losses(terms, output, step)
+    first, *others = terms.values()
+    loss = sum(others, first)
+    optimizer.zero_grad(set_to_none=True)
+    # Gradients are averaged over processes: weight by this process's share to get the mean over the batch.
+    balance.backward(loss * step.weight, terms, output, step)
+    if args.masked_encoder == "run_heads":
+        distributed.fill_gradients(network)
+    optimizer.step()
+    return detached((output.heads, entropies, loss))
+
+
 def train_epoch(
     network: nn.Module,
     clips: Clips,
@@ -264,6 +294,7 @@ def train_epoch(
     args: Namespace,
     balance: Balance | None = None,
     after_step: Callable[[], None] = lambda: None,
+    run_step: Callable[..., tuple] = train_step,
 ) -> dict[str, float | None]:
     """Train for one epoch over `plan` and return losses and training accuracies. `after_step` stops the run by raising.
 
@@ -274,32 +305,12 @@ def train_epoch(
     views = epoch_generator(args.random_seed, epoch, "views")
     with progress(f"epoch {epoch + 1} train", sum(len(batch.clips) for batch in plan), distributed.is_main()) as bar:
         for i, batch in enumerate(clips.epoch(plan, views, args.masked_encoder != "skip")):
-            joint = len(batch.fed) > 1 and batch.mask is None
-            given = {} if batch.mask is None else dict(zip(clips.modalities, batch.mask.unbind(1), strict=True))
-            step = Step(epoch, i, batch, joint)
-            balance.before_forward(step)
-            alone = batchnorm_of_one_clip(network, args.batchnorm == "running") if batch.total == 1 else nullcontext()
-            with alone, compiled(batch.total == args.batch_size):
-                output = network(batch.inputs, batch.fed, batch.mask)
-            output = balance.outputs(output, step)
-            entropies = cross_entropies(output, batch.labels, given)
-            terms = loss_terms(entropies, args.joint_weights if joint else args.alone_weights)
-            terms = balance.losses(terms, output, step)
-            first, *others = terms.values()
-            loss = sum(others, first)
-            optimizer.zero_grad(set_to_none=True)
-            # DDP averages gradients over processes: weight by this process's share to get the mean over the batch.
-            balance.backward(loss * step.weight, terms, output, step)
-            if args.masked_encoder == "run_heads":
-                distributed.fill_gradients(network)
-            optimizer.step()
-            tally.add(i, loss, entropies, output.heads, batch.labels, batch.share * batch.total, given)
+            step = Step(epoch, i, batch, len(batch.fed) > 1 and batch.mask is None)
+            heads, entropies, loss = run_step(network, optimizer, balance, args, step)
+            tally.add(i, loss, entropies, heads, batch.labels, batch.share * batch.total, step.masks(clips.modalities))
             bar.update(batch.total)
             after_step()
-    if (bad := tally.first_not_finite()) is not None:
-        names = some([clips.names[i] for i in plan[bad].clips.tolist()])
-        raise UserError(f"epoch {epoch + 1}, batch {bad + 1} of {len(plan)}: loss not finite; clips: {names}; last.pth "
-                        "is that of the epoch before; try a lower --learning_rate")  # fmt: skip
+    tally.check_finite(epoch, [batch.clips for batch in plan], clips.names)
     return tally.numbers(("joint", *clips.modalities)) | balance.numbers()
 
 
@@ -362,32 +373,12 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
                         args.precision, device, args.unimodal, args.model, args.image_size)  # fmt: skip
     balances.replace_heads(model, args)
     synchronise_batchnorm(model, device)
-    if args.compile:
+    if args.compile and args.compile != "graphs":
         compile_in_place(list(model.encoders.values()), device)
     model.freeze(name for name, factor in factors(args.encoder_lr_decay, model.names).items() if factor == 0)
-    if args.pretrained and not args.checkpoint and not continues(args):
-        load_pretrained(model, args.pretrained, data.classes)
-    if args.checkpoint and not continues(args):
-        state = load_checkpoint(args.checkpoint)
-        if state.get("classes", data.classes) != data.classes and not args.train:
-            raise UserError(f"{data.folder.root}: classes ({some(data.classes, 6)}) differ from those of "
-                            f"{args.checkpoint} ({some(state['classes'], 6)}); use --data_root")  # fmt: skip
-        load_weights(model, state["model"], args.checkpoint)
+    if not continues(args):
+        load_initial(model, args, data.classes, data.folder.root)
     return model
-
-
-def make_optimizer(model: MultimodalClassifier, args: Namespace) -> torch.optim.Optimizer:
-    """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4 as in the official code; AdamW: 0.01."""
-    groups = parameter_groups(model, args.learning_rate, args.encoder_lr_decay, args.layer_decay)
-    if args.optimizer != "sgd":
-        kind, decay = (torch.optim.Adam, 1e-4) if args.optimizer == "adam" else (torch.optim.AdamW, 0.01)
-        return kind(groups, lr=args.learning_rate, weight_decay=decay, fused=True)
-    optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
-    # Zero momentum is what the first step starts from anyway. PyTorch's fused step fails if only some parameters have
-    # a buffer, as in the homogeneous batches of a run without warm-up.
-    for p in (p for group in groups for p in group["params"]):
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return optimizer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -416,17 +407,17 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     # data and model
     data = build_data(args, device)
     clips, names = data.clips["train"], data.spec.names
-    fed = fed_to(args, names)  # what joint batches and predictions feed
-    size = 4 * args.batch_size  # of batches without gradients
+    fed, size = fed_to(args, names), 4 * args.batch_size  # of joint batches and predictions, of predictions
     model = make_model(args, data, device)
-    network = distributed.parallel(model)
+    network = few_sizes(distributed.parallel(model, model.encoders.values()), args, device)
+    run_step = graphed(train_step, args, device)
 
     # optimizer
     optimizer = make_optimizer(model, args)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
 
     # balance methods
-    balance = balances.make_balance(Context(model, data.clips, args, optimizer, train_epoch, make_optimizer, run.check))
+    balance = balances.make_balance(Context(model, data.clips, args, optimizer, train_epoch, run.check))
 
     # resume, in this order: flags and data, weights, optimizer, scheduler, balance methods, generators, state of the
     # loop. Epochs draw from (seed, epoch, purpose) only; the global generators are restored for any other code.
@@ -459,7 +450,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         numbers: dict = {"epoch": epoch} | found | {"lr": scheduler.get_last_lr()[-1]}
         numbers["seconds_score"], clock = lap(clock)
 
-        numbers |= train_epoch(network, clips, plan, optimizer, epoch, args, balance, run.check)
+        numbers |= train_epoch(network, clips, plan, optimizer, epoch, args, balance, run.check, run_step)
         distributed.same_buffers(model)
         if args.batchnorm == "refreshed":
             reestimate(model, clips, fed, args.batch_size, args.random_seed, epoch)

@@ -48,7 +48,8 @@ def parse(text: str) -> dict[str, dict[str, str]]:
     """The chosen methods, in the order of `METHODS`, each with the options given, as typed.
 
     `ogm_ge:alpha=0.8:noise=off,pmr` -> {"pmr": {}, "ogm_ge": {"alpha": "0.8", "noise": "off"}}. "+" separates methods
-    as "," does, since `run_compare.sh --grid` splits its values at commas. Raises `UserError` for what is unknown.
+    as "," does, because `run_compare.sh --grid` splits its values at commas. Raises `UserError` for an unknown method
+    or a malformed option.
     """
     found: dict[str, dict[str, str]] = {}
     for item in text.replace("+", ",").split(","):
@@ -132,12 +133,12 @@ def _refuse(args: Namespace, names: tuple[str, ...], method: type[Method], other
 
 
 def needs_validation(args: Namespace) -> list[str]:
-    """The chosen methods that measure on a validation part."""
+    """The chosen methods that need a validation part."""
     return [name for name, own in args.balance_options.items() if METHODS[name].needs_validation(Namespace(**own))]
 
 
 def modernise(config: dict) -> dict:
-    """The config of a checkpoint with the methods' options in `balance`, where earlier versions had them as flags."""
+    """Convert a checkpoint's config: earlier versions stored the methods' options as flags, not in `balance`."""
     if "balance" not in config or "balance_options" in config:
         return config
     words = []
@@ -150,7 +151,7 @@ def modernise(config: dict) -> dict:
 
 
 def replace_heads(model: MultimodalClassifier, args: Namespace) -> None:
-    """The heads of the chosen methods, before weights are loaded, for training and evaluation alike."""
+    """Install the heads of the chosen methods. Call it before weights are loaded, in training and in evaluation."""
     for name, own in args.balance_options.items():
         METHODS[name].replace_heads(model, Namespace(**own))
 

@@ -1,4 +1,4 @@
-"""AGM: scale the signal that flows back into each modality by how far it departs from its running standing.
+"""AGM: scale the gradient that reaches each modality by how far its score departs from its running mean.
 Li et al., ICCV 2023.
 
 With a linear head and zeroed features, the mono-modal response phi_m = (f(a, v) - f(without m) + f(m alone)) / 2 is the
@@ -11,9 +11,9 @@ The gradient of the joint loss that enters phi_m is multiplied by kappa_m; the u
 in the authors' CREMA-D trainer: where an element of the joint head's gradient exceeds 1 in absolute value, the norm of
 all gradients together is clipped to `clip`. The factor is unbounded above 1 without it.
 
-The authors zero inputs, not features, so their responses are those of encoders that see a black or silent clip. Zeroed
-features need no further pass and make the responses exactly the slices, but they are not the same quantity: on the same
-weights the logarithms of the two kappas correlate with -0.60.
+The authors zero inputs, not features, so their responses come from encoders that see a black or silent clip. Zeroed
+features need no extra forward pass, and the responses are then exactly the slices. The two quantities differ: on the
+same weights, the logarithms of the two kappas have a correlation of -0.60.
 """
 
 import torch
@@ -82,7 +82,8 @@ class AGM(Method):
 def clip_if_large(parameters: list[nn.Parameter], head: list[nn.Parameter], most: float) -> Tensor:
     """Clip the norm of all gradients to `most` if an element of the head's exceeds 1; returns whether, 0 or 1.
 
-    The host does not wait for the device: where nothing exceeds 1, gradients are clipped as if their norm were 0.
+    The host does not synchronize with the device: if no element exceeds 1, the norm is taken as 0, so that clipping
+    has no effect.
     """
     large = torch.stack([gradient(p).abs().max() for p in head]).max() > LARGE
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

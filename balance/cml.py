@@ -3,10 +3,10 @@
 conf(S) = max softmax of the joint logits from the modalities S, the features of the others zero, the bias whole.
 rule=paper: loss += lambda * sum over S and m in S of mean_i relu(conf(S without m) - conf(S)), S of two or more. Pairs
     that differ by more modalities follow from these.
-rule=code: each clip loses its modalities one by one in an order of its own. The joint loss becomes the mean of the
-    cross entropies along the chain, and the hinge of two neighbours counts where the larger set predicts right, and
-    where both are wrong, in which case only the smaller set's confidence is pushed down. With two modalities the chain
-    has two links: joint, and one of them.
+rule=code: modalities are removed from each clip one by one, in a random order per clip. This gives a chain of sets. The
+    joint loss becomes the mean of the cross entropies along the chain. The hinge of two neighbouring sets counts if
+    the larger set predicts correctly, or if both are wrong; in the second case only the smaller set's confidence is
+    reduced. With two modalities the chain has two sets: both modalities, and one of them.
 The hinge is a mean over clips. The authors sum it: lambda here is theirs times the batch size, 0.1 * 64.
 """
 
@@ -53,7 +53,7 @@ class CML(Method):
     def chain(self, terms: dict[str, Tensor], output: Output, step: Step) -> dict[str, Tensor]:
         device, labels = output.joint.device, step.labels
         drawn = torch.rand(step.total, len(self.names), generator=self.generator(step, device), device=device)
-        order = step.own(drawn).argsort(dim=1).argsort(dim=1)  # (B, M): the place at which a clip loses a modality
+        order = step.own(drawn).argsort(dim=1).argsort(dim=1)  # (B, M): the position at which a modality is removed
         logits = [output.joint]
         for lost in range(1, len(self.names)):
             mask = order >= lost

@@ -16,7 +16,7 @@ from balance.method import Method, Option, Step, frozen
 from models import Output
 from utils.cli import number
 
-WHY = "DGL cuts the joint loss off from the encoders, through which the other one acts"
+WHY = "DGL stops the joint loss before the encoders, through which the other method acts"
 
 
 class DGL(Method):
@@ -44,7 +44,7 @@ class DGL(Method):
         return terms | {"dgl": added}
 
     def mean_of(self, entropies: Tensor, given: Tensor | None, step: Step) -> Tensor:
-        """The mean over the clips of all processes that are given the modality."""
+        """Mean over the clips of all processes that are fed the modality."""
         if given is None:
             return step.sum(entropies) / step.total
         return step.sum(entropies * given) / step.sum(given).clamp(min=1)

@@ -30,12 +30,12 @@ BINS = 15  # of the calibration error (Guo et al., ICML 2017)
 
 
 def gradient_clash(model: MultimodalClassifier, batches: Iterable) -> dict[str, float | None]:
-    """Do the joint loss and an encoder's own unimodal loss pull the encoder the same way?
+    """Compare the gradients of the joint loss and of the unimodal loss in each encoder.
 
-    Gradients of the mean cross entropy over all `batches`, of the joint head and of the unimodal one, each with respect
-    to all parameters of the encoder. Returns for each modality m `clash_cosine_<m>` (1 same direction, 0 unrelated, -1
-    opposite) and `clash_ratio_<m>`, the norm of the joint gradient over that of the unimodal one. None where a gradient
-    is zero or the encoder frozen. `.grad` stays untouched.
+    Gradients of the mean cross entropy over all `batches`, of the joint head and of the unimodal head, each with
+    respect to all parameters of the encoder. Returns for each modality m `clash_cosine_<m>` (1 same direction, 0
+    orthogonal, -1 opposite) and `clash_ratio_<m>`, the norm of the joint gradient divided by that of the unimodal
+    gradient. Values are None if a gradient is zero or the encoder is frozen. `.grad` is not modified.
     """
     encoders = {name: list(encoder.parameters()) for name, encoder in model.encoders.items()
                 if name not in model.frozen}  # fmt: skip
@@ -69,7 +69,7 @@ def gradient_clash(model: MultimodalClassifier, batches: Iterable) -> dict[str, 
 def reassembly_angles(
     model: MultimodalClassifier, clips: Any, keep: Tensor, batch_size: int, generator: torch.Generator
 ) -> dict[str, float | None]:
-    """How far an encoder's gradient is from what its own clips ask for, in mixed and in homogeneous batches (degrees).
+    """Angle in degrees between an encoder's actual and ideal gradient, in mixed and in homogeneous batches.
 
     The actual gradient of modality m's encoder is that of the joint head's cross entropy on a batch; the ideal one is
     that of the unimodal head's on the batch's clips that keep m (keep (N, M) bool). Nothing is masked: with a linear
@@ -77,7 +77,7 @@ def reassembly_angles(
     clash. Returns means over a few batches, None where no clip keeps m:
 
     angle_mixed_<m>    batches of `batch_size` random clips, as without reassembling
-    angle_part_<m>     of the same batches, only the clips that keep m: the control of equal size per modality
+    angle_part_<m>     only the clips of those batches that keep m: a control with as many clips of m as mixed batches
     angle_grouped_<m>  batches of `batch_size` clips that keep m, as with reassembling
 
     Cf. figure 3c of the paper, which leaves its ideal direction undefined.
@@ -134,11 +134,11 @@ def discrepancy(slices: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def shapley(head: Callable[..., Tensor], features: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
-    """Each modality's share of the joint head's accuracy, by its Shapley value in the game of zeroed features.
+    """Each modality's share of the joint head's accuracy: its Shapley value when the features of others are zeroed.
 
-    features (N, D_m). The worth of a set of modalities is the accuracy with the others' features at zero:
-    `worth_<names joined by +>`, `worth_none`. `shapley_<m>` is the weighted mean of what m adds to each set without it;
-    the Shapley values add up to the worth of all minus that of none.
+    features (N, D_m). The value of a set of modalities is the accuracy with all other features zero, returned as
+    `worth_<names joined by +>` and `worth_none`. `shapley_<m>` is the weighted mean of what m adds to each set without
+    m. The Shapley values sum to the value of all modalities minus the value of none.
     """
     names = tuple(features)
     worth = {}
@@ -160,7 +160,7 @@ def shapley(head: Callable[..., Tensor], features: dict[str, Tensor], labels: Te
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Expected calibration error in [0, 1]: |accuracy - confidence| over equal bins of confidence, weighed by clips.
+    """Expected calibration error in [0, 1]: mean |accuracy - confidence| over bins of equal width, weighted by clips.
 
     logits (N, C), labels (N,); the confidence is the highest probability (Guo et al., ICML 2017).
     """
@@ -181,8 +181,9 @@ def partition_moves(
 ) -> dict[str, float | None]:
     """Shares of clips that keep each modality, also by class, and `moved`, the share that changed since last time.
 
-    keep (N, M) bool, `before` the same at the last scoring (None at the first: `moved` is None), labels (N,). Returns
-    `kept_<m>` of every modality, and `kept_<m>/<class>` of all but the last, which is what is left, under `diagnose/`.
+    keep (N, M) bool; `before` is the partition of the previous scoring (None at the first one, `moved` is then None);
+    labels (N,). Returns `kept_<m>` of every modality and `kept_<m>/<class>` of every modality but the last (which has
+    the remainder), under `diagnose/`.
     """
     moved = (keep != before).any(dim=1).double().mean().item() if before is not None else None
     numbers: dict[str, float | None] = {"moved": moved}
@@ -214,7 +215,7 @@ def diagnose_model(
             hits = [in_double(logits[name].argmax(1) == labels).mean().item() for name in model.names]
             if len(hits) == 2:
                 numbers["unimodal_gap"] = hits[0] - hits[1]
-            if model.late:  # else a feature of zeros does not mask the modality: the other features come from it, too
+            if model.late:  # otherwise zero features do not mask the modality: the other features depend on it, too
                 numbers |= shapley(model.head, features, labels)
             numbers |= gradient_clash(model, probe)
     return numbers

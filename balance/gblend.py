@@ -1,8 +1,8 @@
 """Gradient blending: weigh the unimodal and joint losses by generalisation over squared overfitting.
 Wang, Tran, Feiszli, CVPR 2020.
 
-For each k of the modalities and joint, a copy of the network is trained alone with its own loss for n epochs. With mean
-losses L^T on train and L^V on held-out clips, both in evaluation mode, before (0) and after (1):
+For each head k (every modality, and joint), a copy of the network is trained for n epochs with the loss of k alone.
+With mean losses L^T on train and L^V on held-out clips, both in evaluation mode, before (0) and after (1) training:
     overfitting O = L^V - L^T, dO = O(1) - O(0), generalisation G = L^V(0) - L^V(1), w_k = G_k / dO_k^2, sum 1.
 The held-out clips are the validation part, never test. A modality whose held-out loss rose has G < 0 and weight 0; dO^2
 has a floor; if nothing generalised, the weights are uniform.
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from balance.method import Balance, Context, Method, Option, Step
 from models import Output
 from models.inference import predict
+from models.rates import make_optimizer
 from remix import batches_of
 from utils import distributed
 from utils.cli import number
@@ -72,7 +73,8 @@ class GBlend(Method):
     def estimate(self, epoch: int) -> Tensor:
         """Weights (M + 1,) in the order of `losses_of`, sum 1. Costs M + 1 trainings of `probe` epochs.
 
-        As many near the end of the run as before, so that a run that is made longer later is the same up to there.
+        Estimates near the end of the run also train `probe` epochs, so that a run that is extended later has the same
+        first part.
         """
         epochs = self.opt.probe or self.opt.every
         before, after = [], []
@@ -90,10 +92,11 @@ class GBlend(Method):
         """
         run, args = self.context, self.context.args
         network = copy.deepcopy(self.model)
-        optimizer = run.make_optimizer(network, args)
+        optimizer = make_optimizer(network, args)
         for group, rate in zip(optimizer.param_groups, [g["lr"] for g in run.optimizer.param_groups], strict=True):
             group["lr"] = rate
-        trained, alone, clips = distributed.parallel(network), Balance([OneLoss(run, head)]), run.clips["train"]
+        trained = distributed.parallel(network, network.encoders.values())
+        alone, clips = Balance([OneLoss(run, head)]), run.clips["train"]
         for e in range(epoch, epoch + epochs):
             plan = batches_of(len(clips), args.batch_size, fed, epoch_generator(args.random_seed, e, "plan"))
             run.train_epoch(trained, clips, plan, optimizer, e, args, alone, run.check)
@@ -113,7 +116,7 @@ class GBlend(Method):
         given = args.joint_weights if step.joint else args.alone_weights
         replaced = 1 + sum(given[name] for name in step.fed)
         own = [float(self.weights[self.losses_of.index(name)]) for name in names]
-        # A batch of one modality whose two weights are both 0 would be wasted: it is weighed evenly.
+        # A batch of one modality whose two weights are both 0 would have no gradient: use equal weights.
         own = own if sum(own) > 0 else [1.0] * len(own)
         scale = (self.opt.sum or replaced) / sum(own)
         logits = output.heads

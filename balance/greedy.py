@@ -1,13 +1,13 @@
-"""Greedy: where one modality learns through the other, give it the mean of its gates for some steps.
+"""Greedy: if one modality learns mostly through the other, replace its gates by their mean for some steps.
 Wu et al., ICML 2022.
 
-For `--model mmtm`. The bypass of modality m are the shared squeeze layers and m's gate layers, its main path is its
-encoder with its unimodal head. On every regular step, for each of these groups, mu = sum |g|^2 / sum |theta|^2 is added
-up from the first step on, and
+For `--model mmtm`. The bypass of modality m consists of the shared squeeze layers and m's gate layers; its main path
+is its encoder with its unimodal head. On every regular step, mu = sum |g|^2 / sum |theta|^2 of each of these groups is
+added to a running sum that starts at the first step, and
     s_m = log10(sum mu_bypass,m / sum mu_main,m),    d = s_1 - s_2.
 After the warm-up, if |d| > alpha, re-balancing steps follow, in which the modality with the larger s has its gates
 replaced by their running mean over the regular steps, without gradient. Then one regular step measures again.
-`policy=random` draws each step instead: regular, the one, or the other, a third each.
+`policy=random` draws the kind of each step instead: regular, or re-balancing of either modality, probability 1/3 each.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ class Greedy(Method):
         Option("policy", str, "guided", "by the speeds, or drawn for each step", choices=("guided", "random")),
         Option("decay", number(float, 0, 1), 1.0, "factor on the sums of mu at each regular step; below 1 they forget"),
     )
-    acts_in = ("joint",)  # elsewhere a modality has no other to learn through
+    acts_in = ("joint",)  # in other networks no modality can learn through another
     two_modalities = True
 
     def __init__(self, context: Context):

@@ -1,4 +1,4 @@
-"""InfoReg: hold the leading encoder near where its epoch began, while it still gathers information fast.
+"""InfoReg: pull the leading encoder towards its weights at the start of the epoch, while its Fisher trace grows fast.
 Huang et al., CVPR 2025.
 
 The trace T_m(e) of encoder m in epoch e: the mean square of each convolution's and linear map's gradient, added up over
@@ -46,7 +46,7 @@ class InfoReg(Method):
         given = [float(part) for part in self.opt.beta.split("/")]
         self.beta = torch.tensor(given * (len(self.names) if len(given) == 1 else 1), device=device)  # (M,)
         self.history: list[Tensor] = []  # T (M,) of the last joint epochs
-        self.trace: Tensor | None = None  # T (M,) of the joint epoch that runs or has just run
+        self.trace: Tensor | None = None  # T (M,) of the current or latest joint epoch
         self.growth = torch.ones(len(self.names), device=device)  # k (M,)
         self.start: dict[str, list[Tensor]] = {}
 
@@ -89,7 +89,7 @@ class InfoReg(Method):
 
 
 def fisher_trace(encoder: nn.Module) -> Tensor:
-    """The mean square of each weight's gradient, added up: of convolutions and linear maps, not of BatchNorm."""
+    """Sum over the weights of convolutions and linear maps (not BatchNorm) of the gradient's mean square; a scalar."""
     return sum(p.grad.square().mean() for p in encoder.parameters() if p.dim() > 1 and p.grad is not None)  # pyright: ignore[reportReturnType]
 
 

@@ -48,8 +48,8 @@ class Context(NamedTuple):
     """The parts of a run that a method can use.
 
     model: the bare network; clips: the parts train, test and, where there is one, val (no method reads test); args:
-    every flag of train.py; optimizer: the run's; train_epoch and make_optimizer: train.py's own, for methods that train
-    a copy; check(): raises if the run was asked to stop.
+    every flag of train.py; optimizer: the run's; train_epoch: train.py's own, for methods that train a copy;
+    check(): raises if the run was asked to stop.
     """
 
     model: MultimodalClassifier
@@ -57,7 +57,6 @@ class Context(NamedTuple):
     args: Namespace
     optimizer: torch.optim.Optimizer
     train_epoch: Callable[..., Any]
-    make_optimizer: Callable[..., torch.optim.Optimizer]
     check: Callable[[], None]
 
 
@@ -157,6 +156,10 @@ class Step(NamedTuple):
         """(B,) bool: which clips of a mixed batch are given the modality `name` of all `names`; None: all are."""
         return None if self.mask is None else self.mask[:, names.index(name)]
 
+    def masks(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Of a mixed batch, which clips (B,) bool are given each of all modalities `names`; of another batch, {}."""
+        return {} if self.mask is None else dict(zip(names, self.mask.unbind(1), strict=True))
+
     def mean(self, values: Tensor, given: Tensor | None = None) -> Tensor:
         """The mean over this process's clips of values (B,), counting 0 for the clips not in `given` (B,) bool."""
         return values.mean() if given is None else (values * given).mean()
@@ -165,17 +168,17 @@ class Step(NamedTuple):
 class Method:
     """A balance method that does nothing: every hook returns its input."""
 
-    name = ""  # as typed after --balance
+    name = ""  # the name given to --balance
     options: tuple[Option, ...] = ()
     acts_in: tuple[str, ...] = ("joint", "homogeneous")
     owns: frozenset[str] = frozenset()  # of "head", "backward", "loss weights", "plan": each has one owner in a run
     conflicts: dict[str, str] = {}  # noqa: RUF012  # method it cannot be combined with -> why
-    needs_fusion = False  # it calls the joint head on features of its own: not for a joint head that takes more
+    needs_fusion = False  # it calls the joint head on features alone: not for joint heads that need other inputs
     needs_heads = False  # of unimodal heads: it reads or changes their losses
     needs_slices = False  # a fusion whose logits are one part per modality: concat, sum, decision
-    two_modalities = False  # defined by "the other modality" alone: there is no published rule for more than two
+    two_modalities = False  # defined for exactly two modalities: no rule for more is published
     splits_joint = False  # its plan has no joint batches: methods that act only in those are refused with it
-    compiles = True  # False: what it does to the network's pass is lost, or fails, where that is compiled
+    compiles = True  # False: its changes to the forward pass are lost, or fail, in a compiled network
     scales_gradients = False  # a constant factor on a gradient cancels in Adam: the run prints a note
 
     def __init__(self, context: Context):
@@ -198,7 +201,7 @@ class Method:
 
     @classmethod
     def replace_heads(cls, model: MultimodalClassifier, opt: Namespace) -> None:
-        """Put other heads in, for training and inference alike; parameters added here are trained and saved.
+        """Replace heads of the network, for training and inference; parameters added here are trained and saved.
 
         `OFFICIAL_NAMES` of models/checkpoint.py apply to their names. Raises `UserError` for a network it does not fit.
         """
@@ -222,12 +225,12 @@ class Method:
         return output
 
     def losses(self, terms: dict[str, Tensor], output: Output, step: Step) -> dict[str, Tensor]:
-        """Edit the terms whose sum is trained on, each a mean over this process's clips; more may be added."""
+        """Edit the loss terms, each a mean over this process's clips; terms may be added. Their sum is minimised."""
         return terms
 
     def backward(self, loss: Tensor, terms: dict[str, Tensor], step: Step) -> None:
-        """Fill `.grad`; called for the owner of "backward" alone. Must call `loss.backward()`, which under several
-        processes is what averages the gradients."""
+        """Compute `.grad`; called only for the owner of "backward". Must call `loss.backward()`, because that call
+        averages the gradients over processes."""
         loss.backward()
 
     def after_backward(self, output: Output, step: Step) -> None:
@@ -353,7 +356,7 @@ def label_scores(logits: dict[str, Tensor], step: Step) -> Tensor:
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
-    """No gradient reaches the parameters of `modules` from what is computed in the block; what flows through does."""
+    """Freeze the parameters of `modules` in the block. Gradients still flow through the modules to their inputs."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -371,12 +374,12 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average a separately computed gradient over processes, as DistributedDataParallel does."""
+    """Average a separately computed gradient over processes, as `loss.backward()` averages those in `.grad`."""
     return sum_over_ranks(values) / world_size()
 
 
 def never_joint(args: Namespace, first: int = 0, option: str = "") -> str | None:
-    """Why a method of joint batches would never act from epoch `first` (given by `option`) on; None if it would."""
+    """Why a method of joint batches never acts from epoch `first` (set by `option`) onward; None if it does act."""
     joint = args.warmup if args.method == "remix" else args.epochs
     if first < joint:
         return None

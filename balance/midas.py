@@ -1,4 +1,4 @@
-"""MIDAS: train on the audio of one clip with the video of another, labelled by how sure each modality is of its own.
+"""MIDAS: train on the audio of one clip with the video of another; soft labels from each modality's confidence.
 Hwang, Choi, Whang, NeurIPS 2025.
 
 Clips i and j = pi(i) of a batch, pi random, y_i != y_j; o = head(z_1,i, z_2,j), p_m the unimodal heads' probabilities:
@@ -6,8 +6,9 @@ Clips i and j = pi(i) of a batch, pi random, y_i != y_j; o = head(z_1,i, z_2,j),
     q_1 = softmax(o)[y_i] / (softmax(o)[y_i] + softmax(o)[y_j]), q_2 = 1 - q_1
     w: the modality with the lower mean c; a_w <- max(1, a_w + step * mean(c_w - q_w)), and the other's a counts 1
     loss += lambda * mean of cos (a_1 c_1 CE(o, y_i) + a_2 c_2 CE(o, y_j))
-and the same of (z_1,j, z_2,i). cos is the cosine of the feature put in and the one it replaces, at least 0: what is
-hard to tell apart weighs more. No gradient flows through c, q, a and cos. The mean is over all pairs of both kinds.
+and the same for (z_1,j, z_2,i). cos is the cosine similarity of the inserted feature and the one it replaces, at least
+0, so that pairs that are hard to distinguish weigh more. No gradient flows through c, q, a and cos. The mean is over
+all pairs of both kinds.
 """
 
 import torch
@@ -25,7 +26,7 @@ class MIDAS(Method):
     options = (
         Option("lambda", number(float, 0), 1.0, "weight of the misaligned pairs", by_dataset={"KineticSound": 5.0}),
         Option("step", number(float, 0), 0.05, "step of the weak modality's weight"),
-        Option("starts", number(int, 0), 5, "first epoch it acts in: unimodal heads must be worth something"),
+        Option("starts", number(int, 0), 5, "first epoch in which it acts; unimodal heads must be trained before"),
     )
     acts_in = ("joint",)
     needs_heads = True
@@ -62,7 +63,7 @@ class MIDAS(Method):
         return terms | {"midas": strength * losses.sum() / apart.sum().clamp(min=1) / step.weight}
 
     def weak_weights(self, unimodal: Tensor, multimodal: Tensor, apart: Tensor) -> Tensor:
-        """(2,): a of the modality that is less sure, after its step, and 1 for the other. c, q (n, 2), apart (n,)."""
+        """(2,): the updated a of the less confident modality, and 1 for the other. c, q (n, 2), apart (n,)."""
         count = apart.sum().clamp(min=1)
         means, gaps = ((apart[:, None] * values).sum(0) / count for values in (unimodal, unimodal - multimodal))
         weak = means < means.flip(0)  # (2,): none where both are equally sure

@@ -9,7 +9,8 @@ w = softmax over m of -e_m, e_m the entropy of softmax(F z_m) of the clip ("dyna
 of F's weight is multiplied by P (D, D), which starts as the identity. After each step, with r (D,) the batch's mean
 feature and k = P r,
     P <- P - k k^T / (a + r . k),    a = 0.1^(1 + batch / batches of the epoch).
-`none` is what the released code trains: it looks for the head's weight under a name that the head does not have.
+`none` is what the released code does: it looks up the head's weight under a name that does not exist, so no projection
+is applied.
 """
 
 from argparse import Namespace
@@ -62,7 +63,7 @@ class MLA(Method):
 
     @classmethod
     def replace_heads(cls, model: MultimodalClassifier, opt: Namespace) -> None:
-        """The first modality's head for all of them, and as fusion head. The same names; the joint weight is (C, D)."""
+        """Use the first modality's head for all, and as fusion head. Names stay; the joint weight is (C, D)."""
         if len(set(model.widths.values())) > 1:
             widths = ", ".join(f"{name} {width}" for name, width in model.widths.items())
             raise UserError(f"--balance mla: its shared head needs encoders of equal width; here: {widths}; "
@@ -137,6 +138,6 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def projected(p: Tensor, feature: Tensor, a: float) -> Tensor:
-    """P after a step on clips of the mean `feature` (D,): with a = 0 nothing along it is left."""
+    """P after a step on clips with mean `feature` (D,). With a = 0 the component along `feature` is removed."""
     k = p @ feature
     return p - torch.outer(k, k) / (a + feature @ k)

@@ -28,7 +28,7 @@ class MMCosine(Method):
         # Decision averages the unimodal heads' logits, which are cosines then.
         kinds = {Concat: CosineConcat, Sum: CosineSum, Decision: Decision, nn.Linear: CosineLinear}
         for head in (model.head, *model.heads.values()):
-            # Only what forward does changes, so the object stays: its parameters, names and devices with it.
+            # Only forward changes, so the module object is kept, with its parameters, names and devices.
             head.__class__ = kinds[type(head)]
             head.scale = opt.scale
 

@@ -40,7 +40,7 @@ class OPM(Method):
         return never_joint(args, opt.starts, "starts")
 
     def before_forward(self, step: Step) -> None:
-        """Hook the joint head for this batch: the drop stands between its features and it."""
+        """Register a hook on the joint head for this batch, which drops features before the head sees them."""
         draws = self.generator(step)
         chance, *_ = torch.rand(1, generator=draws).tolist()
         if step.epoch < self.opt.starts or chance >= self.opt.p:

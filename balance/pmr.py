@@ -1,4 +1,4 @@
-"""PMR: class prototypes give each modality a loss of its own; push the slow one, calm the fast one early.
+"""PMR: a prototype loss per modality strengthens the slow one; an entropy term slows the fast one in early epochs.
 Fan et al., CVPR 2023.
 
 c_m[k] = mean feature of class k over about a tenth of train, recomputed before each epoch (eval mode), with
@@ -6,7 +6,7 @@ c <- eps c_old + (1 - eps) c_new from the third set on (the second replaces the 
 as in the authors' code). q_m = softmax_k(-||z_m - c_m[k]||), PCE_m = -mean log q_m[y],
 rho = sum q_a[y] / sum q_v[y]; beta = clip(1/rho - 1, 0, 1), gamma = clip(rho - 1, 0, 1) (Eq. 11):
     loss += alpha beta PCE_a + alpha gamma PCE_v, and in the first epochs -= mu gamma H(q_a) + mu beta H(q_v)   (Eq. 13)
-In a homogeneous batch only the fed modality's terms stand, and rho is the epoch's: from the clips of the prototypes.
+A homogeneous batch has only the fed modality's terms. Its rho is the epoch's, from the clips of the prototypes.
 """
 
 import torch
@@ -81,7 +81,7 @@ class PMR(Method):
         slow = coefficients(ratio, self.opt.rule)
         added = ratio.new_zeros(())
         for name, (log_q, q) in found.items():
-            ahead = slow[1 - self.names.index(name)]  # what the other lags behind
+            ahead = slow[1 - self.names.index(name)]  # how far the other modality lags behind
             added = added - self.opt.alpha * slow[self.names.index(name)] * log_q.gather(1, labels).mean()
             if step.epoch < self.opt.entropy_epochs:
                 entropy = -(q * log_q.masked_fill(~present, 0.0)).sum(1).mean()

@@ -7,8 +7,8 @@ Stage t of joint epochs trains modality u = t mod M in two phases, each with a f
         mean_i -(w1 - w2 p_i) log softmax(phi_u)[y_i] / C
         + alpha * mean (softmax(phi_u) - softmax(phi_v))^2 from stage 1 on, v the modality before u: consolidation
     phase 2: everything, CE(Phi).
-In Remix's epochs a batch of u is phase 1 for u: the others, not masked but frozen, say how right they are on its clips.
-Phase 2 would need clips in all modalities and is left out there.
+In Remix's epochs a batch of u is phase 1 for u. The other encoders are not masked but frozen: their predictions on the
+clips are needed for p. Phase 2 would need clips in all modalities and is omitted there.
 """
 
 from argparse import Namespace
@@ -35,7 +35,7 @@ class ReconBoost(Method):
     name = "reconboost"
     options = (
         Option("w1", number(float, 0), 5.0, "weight of a clip that the others get wrong"),
-        Option("w2", number(float, 0), 1.0, "what is taken off where they are right; w1 at most"),
+        Option("w2", number(float, 0), 1.0, "reduction of the weight where the others are correct; at most w1"),
         Option("alpha", number(float, 0), 0.5, "weight of the consolidation"),
         Option("phase1", number(int, 1), 4, "epochs of one modality in a stage"),
         Option("phase2", number(int, 0), 4, "epochs of all modalities in a stage"),
@@ -94,14 +94,14 @@ class ReconBoost(Method):
             self.reestimate(self.model, self.names, epoch)
 
     def restart(self) -> None:
-        """Give every parameter a fresh optimizer: zeros are what it starts from."""
+        """Reset the optimizer's state of every parameter to zeros, its initial value."""
         for state in self.context.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
 
     def plan(self, plan: list[Batch], epoch: int) -> list[Batch]:
-        """Feed all modalities to batches of one: the others are needed to say how right they are."""
+        """Feed all modalities in batches of one modality: the loss needs the others' predictions."""
         alone = all(len(batch.fed) == 1 for batch in plan)
         self.kept = [batch.fed[0] for batch in plan] if alone else None
         return [batch._replace(fed=self.names) for batch in plan]
@@ -134,12 +134,7 @@ class ReconBoost(Method):
         if self.opt.alpha > 0 and (self.kept is not None or self.stage(step.epoch)[0] > 0):
             before = self.names[self.names.index(learner) - 1]
             loss = loss + self.opt.alpha * F.mse_loss(logits[learner].softmax(1), logits[before].softmax(1))
-        # The ensemble is part of the graph, so that DistributedDataParallel sees all parameters it waits for.
-        return {learner: loss + 0 * terms["joint"]}
-
-    def after_backward(self, output: Output, step: Step) -> None:
-        if self.learner(step):
-            self.rate.grad = None  # not part of phase 1, weight decay included
+        return {learner: loss}  # nothing reaches `rate`: it is not part of phase 1, weight decay included
 
 
 class Ensemble(nn.Module):

@@ -45,7 +45,7 @@ class Relearn(Method):
 
     @classmethod
     def refuse(cls, args, opt) -> str | None:
-        last = min(args.epochs, args.lr_decay_step) - 1  # a reset stands before an epoch of the first learning rate
+        last = min(args.epochs, args.lr_decay_step) - 1  # resets precede epochs at the initial learning rate
         if opt.resets and opt.every + 1 > last:
             return (
                 f"would never reset: every={opt.every}, and a reset must come before the learning rate "
@@ -62,7 +62,7 @@ class Relearn(Method):
         if done <= 0 or done % self.opt.every or self.resets >= self.opt.resets:
             return
         if epoch >= self.context.args.lr_decay_step:
-            return  # at a tenth of the learning rate a reset encoder would not be learned again
+            return  # at a tenth of the learning rate a reset encoder would not recover
         self.resets += 1
         weights = self.diagnose(epoch)
         for name, weight in zip(self.names, weights, strict=True):

@@ -1,4 +1,4 @@
-"""Resample (SMV): value each modality for each clip, feed clips again with the modality that contributes too little.
+"""Resample (SMV): estimate each modality's contribution per clip; feed clips again with the one that contributes less.
 Wei et al., CVPR 2024.
 
 Before each epoch from `warmup` on, one pass over train in evaluation mode without augmentation: v(S) = |S| if the joint
@@ -88,7 +88,7 @@ class Resample(Method):
         if len(plan[0].fed) == 1:
             keep = kept(plan, self.names, len(copies))
             copies = keep * copies
-            # The random numbers of Remix's own batches: without copies these come out again.
+            # The same random numbers as for Remix's own batches: without copies the result is the same.
             order = epoch_generator(args.random_seed, epoch, "plan")
             plan = reassemble(keep + copies, self.names, args.batch_size, args.reassemble, order)
         elif copies.any():
@@ -99,7 +99,7 @@ class Resample(Method):
         return plan
 
     def losses(self, terms: dict[str, Tensor], output: Output, step: Step) -> dict[str, Tensor]:
-        """Unimodal losses weigh the same for an original and for a copy, what they weigh in joint batches."""
+        """Give the unimodal losses of originals and copies the weight that they have in joint batches."""
         assert step.mask is not None
         columns = dict(zip(self.names, step.mask.unbind(1), strict=True))
         weights = self.context.args.joint_weights

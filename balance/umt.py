@@ -18,6 +18,7 @@ from balance.gblend import OneLoss
 from balance.method import Balance, Context, Method, Option, Step
 from models import MultimodalClassifier, Output
 from models.checkpoint import official_name
+from models.rates import make_optimizer
 from remix import batches_of
 from utils import distributed
 from utils.checkpoint import load_checkpoint
@@ -43,7 +44,7 @@ class UMT(Method):
     @classmethod
     def refuse(cls, args, opt) -> str | None:
         if opt.teachers and opt.epochs:
-            return "epochs are those of teachers that are trained; leave epochs or teachers out"
+            return "epochs applies only if teachers are trained here; leave epochs or teachers out"
         if opt.teachers and not args.resume:
             if "{}" not in opt.teachers:
                 return f"teachers={opt.teachers}: put {{}} in place of the modality's name: runs/demo_{{}}_seed0"
@@ -81,9 +82,9 @@ class UMT(Method):
         run, args = self.context, self.context.args
         epochs = self.opt.epochs or args.epochs
         network, clips = copy.deepcopy(self.model), run.clips["train"]
-        optimizer = run.make_optimizer(network, args)
+        optimizer = make_optimizer(network, args)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
-        trained, alone = distributed.parallel(network), Balance([OneLoss(run, name)])
+        trained, alone = distributed.parallel(network, network.encoders.values()), Balance([OneLoss(run, name)])
         for epoch in range(epochs):
             plan = batches_of(len(clips), args.batch_size, (name,), epoch_generator(args.random_seed, epoch, "plan"))
             run.train_epoch(trained, clips, plan, optimizer, epoch, args, alone, run.check)

@@ -43,8 +43,8 @@ def measure(folder: Path, epochs: int) -> list[dict]:
     rows, begin, every = [], time.monotonic(), max(1, epochs // SAMPLES)
 
     class Watched(Run):
-        def epoch(self, metrics: dict) -> None:
-            super().epoch(metrics)
+        def epoch(self, metrics: dict, last: bool = False) -> None:
+            super().epoch(metrics, last)
             if metrics["epoch"] % every == 0 or metrics["epoch"] + 1 == epochs:
                 rows.append({"epoch": metrics["epoch"], "seconds": time.monotonic() - begin} | usage())
 

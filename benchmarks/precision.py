@@ -2,14 +2,17 @@
 
     python -m benchmarks.precision                                            # demo, 3 seeds, scored after 2, 4, ... 20
     python -m benchmarks.precision --seeds 0 --after 10,20 -- --dataset CREMAD      # arguments after -- go to train.py
+    python -m benchmarks.precision --checkpoints 'runs/*/last.pth'                  # finished runs, without training
 
 Trains with train.py in float32, in steps with --resume. After each step, the same weights score all training clips in
-both precisions. `margin` is the difference of a clip's two lowest KLs (bits; median over all clips, and over clips that
-changed).
+both precisions; a CPU without bfloat16 instructions emulates them with the same rounding. `margin` is the difference of
+a clip's two lowest KLs (bits; median over all clips, and over clips that changed), `KL difference` that of a clip's KL
+in the two precisions (bits; median over clips and modalities).
 """
 
 import argparse
 import contextlib
+import glob
 import os
 import statistics
 import tempfile
@@ -24,7 +27,7 @@ from benchmarks.scaling import numbers
 from dataset.build import Data, build_data
 from models.inference import predict
 from utils.cli import Parser
-from utils.errors import run_main
+from utils.errors import UserError, run_main
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--after", type=numbers, default=[2, 4, 8, 12, 16, 20], help="epochs to score (default: 2,4,8,12,16,20)"
     )
+    p.add_argument("--checkpoints", metavar="GLOB", help="score these instead of training (default: none)")
     p.add_argument("rest", nargs="*", help="flags of train.py, after -- (default: --warmup 2)")
     return p.parse_args(argv)
 
@@ -53,16 +57,28 @@ def compare(checkpoint: Path, args: argparse.Namespace, data: Data, device: torc
         "changed": int(changed.sum()),
         "clips": len(changed),
         "share": f"{changed.float().mean().item():.3%}",
+        "KL difference": f"{(low_is_hard['fp32'] - low_is_hard['bf16']).abs().median().item():.2g}",
         "margin of all": f"{margin.median().item():.3g}",
         "margin of changed": f"{margin[changed].median().item():.3g}" if changed.any() else None,
     }
 
 
-def main(argv: list[str] | None = None) -> None:
-    ours = parse_args(argv)
-    rest = ours.rest or ["--warmup", "2"]
-    rows, device = [], torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    about = machine(device)
+def compare_finished(pattern: str, device: torch.device) -> tuple[list[dict], argparse.Namespace]:
+    """A row for each checkpoint, by its training set, and the flags of the last. Raises `UserError` without any."""
+    rows, args = [], None
+    for path in sorted(glob.glob(pattern)):
+        args = train.parse_args(["--checkpoint", path, "--device", device.type])
+        found = compare(Path(path), args, build_data(args, device), device)
+        rows.append({"data": Path(args.data_root).name, "epochs": args.trained["epoch"] + 1, **found})
+        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    if args is None:
+        raise UserError(f"--checkpoints {pattern}: no such file")
+    return rows, args
+
+
+def train_and_compare(ours: argparse.Namespace, device: torch.device) -> tuple[list[dict], argparse.Namespace]:
+    """A row for each scoring of each seed, and the flags of training."""
+    rows, rest = [], ours.rest or ["--warmup", "2"]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         flags = ["--train", *rest, "--precision", "fp32", "--log_path", folder,
                  "--cache", "device" if device.type == "cuda" else "ram"]  # fmt: skip
@@ -76,6 +92,14 @@ def main(argv: list[str] | None = None) -> None:
                                 "--resume", "auto"])  # fmt: skip
                 rows.append({"seed": seed, "after epochs": epochs, **compare(run / "last.pth", args, data, device)})
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    return rows, args
+
+
+def main(argv: list[str] | None = None) -> None:
+    ours = parse_args(argv)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    about = machine(device)
+    rows, args = compare_finished(ours.checkpoints, device) if ours.checkpoints else train_and_compare(ours, device)
     shares = [row["changed"] / row["clips"] for row in rows]
     summary = [{"median share": f"{statistics.median(shares):.3%}", "highest": f"{max(shares):.3%}",
                 "scorings": len(shares), "dataset": args.dataset, "encoder": args.encoder}]  # fmt: skip

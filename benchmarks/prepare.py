@@ -27,6 +27,7 @@ from dataset.prepare.engine import Clip, Options, prepare_clips
 from dataset.specs import AUDIO, AUDIO_RECIPES, get_spec
 from utils.cli import Parser, number
 from utils.errors import run_main
+from utils.memory import usable_cores
 
 MODELS = 6  # different videos; the other clips are copies of them, for encoding takes ten times as long as preparing
 RECIPE = AUDIO_RECIPES["logstft"]
@@ -101,7 +102,7 @@ def measure(clips: list[Clip], folder: Path, workers: tuple[int, ...], repeats: 
 
 def compare(raw: Path, other: Path, folder: Path, count: int, repeats: int) -> dict:
     """Clips per second of the command line, start of the processes included, here and in the checkout `other`."""
-    here, workers = Path(__file__).parents[1], os.cpu_count() or 1
+    here, workers = Path(__file__).parents[1], usable_cores()
     rates: dict[str, list[float]] = {"here": [], "other": []}
     busy: dict[str, list[float]] = {"here": [], "other": []}
     for repeat in range(repeats):
@@ -170,7 +171,7 @@ def main() -> None:
     total = sum(get_spec("CREMAD").counts or ())
     with tempfile.TemporaryDirectory() as folder:
         clips = make_raw(Path(folder) / "raw", args.clips)
-        rows = measure(clips, Path(folder), tuple(sorted({1, os.cpu_count() or 1})), args.repeats)
+        rows = measure(clips, Path(folder), tuple(sorted({1, usable_cores()})), args.repeats)
         if args.against is not None:
             other = Path(args.against).resolve()
             about["comparison"] = compare(Path(folder) / "raw", other, Path(folder), len(clips), args.repeats)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from dataset.clips import Clips, Feed, choose_cache, make_clips, step_bytes
+from dataset.clips import Clips, Feed, choose_cache, make_clips, room_for_fixed, step_bytes
 from dataset.folder import Folder, Part, load_folder, split_by_actor, split_validation
 from dataset.lists import read_record
 from dataset.specs import DatasetSpec, description, get_spec, spec_of
@@ -73,10 +73,14 @@ def build_data(args: Namespace, device: torch.device, only: tuple[str, ...] | No
     used = {name: part for name, part in parts.items() if only is None or name in only}
     spec = folder.spec
     feed = Feed(spec.modalities, args.image_size, device, args.cache, args.num_workers, spec.crop_area, spec.mirror,
-                args.pack_size, args.precision == "official")  # fmt: skip
+                args.pack_size, args.precision == "official",
+                torch.bfloat16 if args.precision == "bf16" else torch.float32)  # fmt: skip
     step = step_bytes(args.batch_size, feed, folder.shapes)
+    if args.compile in ("graphs", "all"):  # the memory of CUDA graphs is kept apart from that of eager steps
+        step *= 2
     cache = choose_cache(folder.root, used, folder.shapes, feed, step)
     feed = feed._replace(cache=cache[0])
+    feed = feed._replace(keep_fixed=cache[0] != "none" and room_for_fixed(used, folder.shapes, feed, step))
     clips = {name: make_clips(folder.root, name, part, folder.shapes, feed) for name, part in used.items()}
     if folder.known is not None:
         if feed.cache != "none" and distributed.is_first_here():

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.augment import FLOW_CHANNELS, Views, crop_resize, draw_views, normalise, pil_resize
+from dataset.fixed import FixedFrames, Resized
 from dataset.folder import Part
 from dataset.pack import (
     Pack,
@@ -85,7 +86,7 @@ class Feed(NamedTuple):
 
     `crop_area` and `mirror` as in `draw_views`; `pack_size`, in pixels, is the shorter side frames are kept at (None:
     as stored), on either path alike. With `as_pil` frames are resized and normalised as PIL and torchvision do it, to
-    the last bit.
+    the last bit. `dtype` is that of images on a GPU. With `keep_fixed` resident clips resize evaluation frames once.
     """
 
     modalities: tuple[Modality, ...]
@@ -97,6 +98,8 @@ class Feed(NamedTuple):
     mirror: bool = True
     pack_size: int | None = None
     as_pil: bool = False
+    dtype: torch.dtype = torch.float32
+    keep_fixed: bool = True
 
 
 class Clips:
@@ -153,23 +156,27 @@ class Clips:
             start += total
         # To the device once for the whole epoch: a copy in each batch would make the host wait for it each time.
         clips = order[torch.cat(shares)].to(self.device)
-        per_batch = [len(mine) for mine in shares]
-        batches = zip(jobs, clips.split(per_batch), self.labels[clips].split(per_batch), self._load(jobs), strict=True)
+        per_batch, loads = [len(mine) for mine in shares], self._load(jobs, generator is None)
+        batches = zip(jobs, clips.split(per_batch), self.labels[clips].split(per_batch), loads, strict=True)
         for job, mine, labels, loaded in batches:
             inputs = {name: self._shaped(name, loaded[name]) for name in job.load}
             mask = None if job.mask is None else _send(job.mask, self.device)
             yield ClipBatch(mine, job.fed, inputs, labels, job.total, job.share, mask)
 
     def _shaped(self, name: str, values: Tensor | Sequences) -> Tensor | Sequences:
-        """Pixels (B*T, c, S, S) in [0, 255] normalised to (B, T, c, S, S); arrays (B, F, W) to (B, 1, F, W)."""
+        """Pixels (B*T, c, S, S) in [0, 255], normalised: (B, T, c, S, S); arrays (B, F, W): (B, 1, F, W)."""
         if isinstance(values, Sequences):
             return values
         if name in self.counts:
-            return normalise(values, self.feed.as_pil).unflatten(0, (-1, self.modalities[name].frames))
+            normalised = normalise(values, self.feed.as_pil, self.feed.dtype)
+            return normalised.unflatten(0, (-1, self.modalities[name].frames))
         return values[:, None] if values.dim() == 3 else values
 
-    def _load(self, jobs: list[Job]) -> Iterator[Mapping[str, Tensor | Sequences]]:
-        """For each job and modality, arrays (B, ...), pixels (B*T, c, S, S) in [0, 255] or sequences, on the device."""
+    def _load(self, jobs: list[Job], fixed: bool) -> Iterator[Mapping[str, Tensor | Sequences]]:
+        """For each job and modality, arrays (B, ...), pixels (B*T, c, S, S) in [0, 255] or sequences, on the device.
+
+        `fixed`: the views are those of evaluation, the same in every epoch.
+        """
         raise NotImplementedError
 
 
@@ -188,22 +195,46 @@ class ResidentClips(Clips):
         for name, sizes in self.sizes.items():
             kept = torch.tensor(self.arrays[name].shape[-2:])
             self.scale[name] = kept / sizes if (sizes != kept).any() else None
+        size = feed.image_size
+        self.resized = {name: Resized.of(tuple(self.arrays[name].shape[-2:]), size, feed.device, feed.as_pil)
+                        for name in self.counts}  # fmt: skip
+        # Evaluation frames that are worth keeping: those whose resize is work, and that uint8 holds.
+        self.fixed: dict[str, FixedFrames] = {}
+        for name, how in self.resized.items():
+            if feed.keep_fixed and how.whole and not how.asis:
+                frames = self.modalities[name].frames, self.arrays[name].shape[1], size, size
+                self.fixed[name] = FixedFrames(len(self), frames, feed.device)
 
-    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor | Sequences]]:
+    def _load(self, jobs: list[Job], fixed: bool) -> Iterator[dict[str, Tensor | Sequences]]:
         clips = _to_device([job.clips for job in jobs], self.store)
-        images = {name: self._placed(name, jobs) for name in self.counts}
+        places = _to_device([job.clips for job in jobs], self.device) if fixed and self.fixed else clips
+        kept = {name: own for name, own in self.fixed.items() if fixed}
+        images = {name: self._placed(name, jobs) for name in self.counts
+                  if name not in kept or not all(kept[name].have(job.clips) for job in jobs)}  # fmt: skip
         for i, (job, clip) in enumerate(zip(jobs, clips, strict=True)):
             loaded = {}
             for name in job.load:
                 if name in self.lengths:
                     loaded[name] = self._sequences(name, job.clips)
+                elif name in kept and kept[name].have(job.clips):
+                    loaded[name] = kept[name].take(places[i])
                 elif name in images:
                     row, box, flip = (values[i] for values in images[name])
-                    frames, size = self._take(self.arrays[name], row), self.feed.image_size
-                    loaded[name] = crop_resize(frames, box, flip, size, self.feed.as_pil)
+                    loaded[name] = self._pixels(name, row, box, flip, fixed)
+                    if name in kept:
+                        kept[name].put(job.clips, places[i], loaded[name])
                 else:
                     loaded[name] = self._take(self.arrays[name], clip)
             yield loaded
+
+    def _pixels(self, name: str, rows: Tensor, boxes: Tensor, flips: Tensor, fixed: bool) -> Tensor:
+        """Pixels (B*T, c, S, S) of frames of one modality; evaluation frames as uint8 where their levels are whole."""
+        frames, how = self._take(self.arrays[name], rows), self.resized[name]
+        if fixed and how.asis:
+            return frames
+        dtype = torch.float32 if fixed else self.feed.dtype
+        pixels = crop_resize(frames, boxes, flips, self.feed.image_size, self.feed.as_pil, dtype)
+        return pixels.round().to(torch.uint8) if fixed and how.whole else pixels
 
     def _placed(self, name: str, jobs: list[Job]) -> tuple[tuple[Tensor, ...], ...]:
         """Rows (B*T,), boxes (B*T, 4) and flips (B*T,) of one modality of images, for each job."""
@@ -288,7 +319,7 @@ class FileClips(Clips):
             pin_memory=feed.device.type == "cuda",
         )
 
-    def _load(self, jobs: list[Job]) -> Iterator[dict[str, Tensor | Sequences]]:
+    def _load(self, jobs: list[Job], fixed: bool) -> Iterator[dict[str, Tensor | Sequences]]:
         self.jobs[:] = jobs
         for loaded, mistake in self.loader:
             if mistake:
@@ -415,6 +446,18 @@ def choose_cache(
         why = f"{gigabytes(held)} would be over {SHARE_OF_RAM:.0%} of the {gigabytes(free)} of memory free"
     agreed = SLOWEST_FIRST[lowest(SLOWEST_FIRST.index(own), device)]
     return agreed, f"--cache auto: {why}" if agreed == own else "--cache auto: another process has less memory free"
+
+
+def room_for_fixed(parts: dict[str, Part], shapes: dict[str, tuple[int, ...]], feed: Feed, step: float) -> bool:
+    """Whether the resized evaluation frames of `parts` fit beside the clips: on the GPU with a step of `step` bytes,
+    else in half of the host's free memory, for every process of this machine."""
+    packed = sum(pack_bytes(part, stored_sizes(part, feed), shapes) for part in parts.values())
+    fixed = sum(len(part.clips) * modality.frames * part.files[modality.name].channels * feed.image_size**2
+                for part in parts.values() for modality in feed.modalities if modality.kind == "frames")  # fmt: skip
+    if feed.device.type == "cuda":
+        held = packed if feed.cache == "device" else 0
+        return held + fixed + step < torch.cuda.mem_get_info(feed.device)[0]
+    return packed + local_processes() * fixed < SHARE_OF_RAM * available_ram()
 
 
 def _as_tensor(array) -> Tensor:

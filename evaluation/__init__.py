@@ -1,1 +1,1 @@
-"""What is measured of a network: numbers of an epoch, the evaluation of a checkpoint, predictions, clips, export."""
+"""Evaluation of a network: metrics of an epoch or a checkpoint, predictions, classification of raw clips, export."""

@@ -17,7 +17,7 @@ from utils.console import result_table
 from utils.errors import UserError
 from utils.files import atomic_path, writing
 
-KIND = "evaluation of a checkpoint"  # what our own files say of themselves; no other is ever overwritten
+KIND = "evaluation of a checkpoint"  # marks files written by this module; other files are never overwritten
 FORMAT = 1
 
 
@@ -61,11 +61,11 @@ def table(args: Namespace, data: Data, test: Predictions) -> list[str]:
 
 
 def measured(args: Namespace, data: Data, model: MultimodalClassifier, parts: dict[str, Predictions]) -> dict:
-    """Contents of the JSON file: origin of the numbers, and under `heads` those of each head and source.
+    """Contents of the JSON file: the origin of the metrics and, under `heads`, the metrics of each head and source.
 
-    `heads["multimodal"]["head"]` and, for each fed modality, `heads[modality][source]` are as `measure` gives them,
-    None where there is none: a head that was not trained, slices of a fusion head without parts, a probe without the
-    training clips.
+    `heads["multimodal"]["head"]` and, for each fed modality, `heads[modality][source]` are results of `measure`. A
+    result is None if it does not exist: for a head that was not trained, for slices if the joint logits are no sum of
+    one part per modality, and for a probe without the training clips.
     """
     test, classes, trained = parts["test"], data.classes, trained_heads(args)
     heads: dict[str, dict] = {"multimodal": {"head": measure(test.logits["joint"], test.labels, classes)}}
@@ -121,9 +121,9 @@ def beside(checkpoint: Path) -> Path:
 
 
 def save_numbers(path: Path, found: dict) -> None:
-    """Write the numbers, or say in a line why they are not: what was printed is what was asked for.
+    """Write the metrics to a JSON file. A failure prints one line and raises no error: the table is already printed.
 
-    A file of an earlier evaluation is replaced, any other one is left alone.
+    A file of an earlier evaluation is replaced. Any other file is left unchanged.
     """
     try:
         foreign = path.exists() and not is_ours(path)
@@ -133,7 +133,7 @@ def save_numbers(path: Path, found: dict) -> None:
     except UserError as error:
         print(f"note: {error}")
     else:
-        print(f"{path}: {'left alone, for no evaluation wrote it' if foreign else 'all numbers'}")
+        print(f"{path}: {'left alone: not written by an evaluation' if foreign else 'all numbers'}")
 
 
 def is_ours(path: Path) -> bool:

@@ -32,14 +32,14 @@ class Heads(nn.Module):
     def forward(self, inputs: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """inputs of every modality, as a `ClipBatch` has them; mask (B, M) bool says which modalities a clip has.
 
-        Returns logits (B, C) of "joint" and of every modality. The input of a modality that a clip does not have counts
-        for nothing, and its head's logits mean nothing.
+        Returns logits (B, C) of "joint" and of every modality. If a clip lacks a modality, the input of that modality
+        is ignored, and the logits of its head are meaningless.
         """
         return self.network(inputs, self.network.names, mask).heads
 
 
 def example_inputs(folder: Folder, image_size: int) -> dict[str, Tensor]:
-    """Zeros of the shapes that the network takes, for two clips. Raises `UserError` for sequences."""
+    """Example inputs for two clips: zeros in the network's input shapes. Raises `UserError` for sequences."""
     inputs = {}
     for modality in folder.spec.modalities:
         if modality.kind == "sequence":
@@ -56,7 +56,7 @@ def example_inputs(folder: Folder, image_size: int) -> dict[str, Tensor]:
 
 def export_network(network: MultimodalClassifier, inputs: dict[str, Tensor]) -> ExportedProgram:
     """The program of `Heads` in evaluation mode and float32, for any number of clips at a time."""
-    # A copy: in the plain memory format, which is the one that files hold, and without autocast.
+    # Export a copy without autocast, in the default (contiguous) memory format, as stored arrays are.
     network = copy.deepcopy(network).cpu().eval().to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     network.bf16 = False
     batch = Dim("batch", min=1)
@@ -80,6 +80,6 @@ def describe(folder: Folder, inputs: dict[str, Tensor], record: dict) -> dict:
 
 
 def save_program(path: Path, program: ExportedProgram, about: dict) -> None:
-    """Write the program and `about` to `path`, completely or not at all."""
+    """Write the program and `about` to `path` atomically."""
     with writing(path), atomic_path(path) as temporary:
         torch.export.save(program, temporary, extra_files={ABOUT: json.dumps(about)})

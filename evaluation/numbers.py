@@ -21,7 +21,7 @@ def fed_to(args: Namespace, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def trained_heads(args: Namespace) -> tuple[str, ...]:
-    """The modalities whose unimodal logits a loss reaches in some epoch; other heads stay as they were drawn."""
+    """Modalities whose unimodal head is trained by a loss in some epoch; other heads keep their initial weights."""
     if args.unimodal == "masked" or args.fusion_method in SHARED_HEADS:  # the joint loss trains what gives the logits
         return fed_to(args, tuple(args.joint_weights))
     alone = [name for name, weight in args.alone_weights.items() if weight > 0]

@@ -59,7 +59,7 @@ def predict_part(
 def as_arrays(
     parts: dict[str, Predictions], classes: list[str], modalities: tuple[str, ...], trained: tuple[str, ...]
 ) -> dict[str, np.ndarray]:
-    """The content of a file of predictions; logits of heads that were not trained are left out.
+    """Arrays of a predictions file. Logits of untrained heads are omitted.
 
     `classes` (C,) and `modalities` (M,) are names. For each part: `<part>_clips` (N,) names, `<part>_labels` (N,) class
     indices, `<part>_logits_joint` and `<part>_logits_<modality>` (N, C), `<part>_slice_<modality>` and
@@ -76,7 +76,7 @@ def as_arrays(
 
 
 def save_predictions(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write `arrays` to `path`, completely or not at all: `numpy.load(path)` reads them."""
+    """Write `arrays` to `path` atomically; `numpy.load(path)` reads them."""
     refuse_existing(path)
     with writing(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  (NumPy types allow_pickle as one of them)

@@ -13,7 +13,7 @@ from utils.cli import agree
 from utils.errors import UserError
 from utils.run import modern
 
-# What makes another network or another input of a checkpoint.
+# Flags that change the network or its input.
 AS_TRAINED = ("method", "model", "encoder", "fusion_method", "unimodal", "image_size", "pack_size", "alpha", "beta",
               "gamma1", "gamma2", "balance")  # fmt: skip
 
@@ -22,10 +22,10 @@ AS_TRAINED = ("method", "model", "encoder", "fusion_method", "unimodal", "image_
 
 
 def take_flags_of_checkpoint(args: Namespace, typed: dict) -> None:
-    """Take network and input of the checkpoint to evaluate from its config, where they were not given.
+    """Set the network and input flags that were not given from the config of the checkpoint to evaluate.
 
-    `args.trained` becomes what it says of its classes and its data. Raises `UserError` if another network or input was
-    given; a checkpoint that says nothing (the official code's) is evaluated with the flags as given.
+    `args.trained` is set to the checkpoint's description of its classes and data. Raises `UserError` if a given flag
+    contradicts the checkpoint. A checkpoint without a config (the official code's) is evaluated with the given flags.
     """
     state = load_checkpoint(args.checkpoint, mapped=True)
     args.trained = {name: state[name] for name in ("classes", "input", "epoch") if name in state}
@@ -41,7 +41,7 @@ def take_flags_of_checkpoint(args: Namespace, typed: dict) -> None:
 
 
 def check_evaluation(args: Namespace) -> None:
-    """Raise `UserError` for flags of evaluation that do not go together."""
+    """Raise `UserError` for evaluation flags that cannot be combined."""
     for name in ("predictions", "clip"):
         if args.train and getattr(args, name):
             raise UserError(f"--{name}: needs a trained network; use --checkpoint FILE, without --train")
@@ -52,7 +52,7 @@ def check_evaluation(args: Namespace) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise `UserError` for a file of predictions that is there already, or that is none by its name."""
+    """Raise `UserError` if the predictions file already exists, or if its name does not end in .npz."""
     if path.exists():
         raise UserError(f"--predictions {path}: already exists; delete it, or choose another name")
     if path.suffix != ".npz":
@@ -63,7 +63,7 @@ def refuse_existing(path: Path) -> None:
 
 
 def trained_spec(args: Namespace, root: Path) -> DatasetSpec:
-    """The spec of the data in `root`; for --clip, or where there is no such folder, as the checkpoint describes it."""
+    """The spec of the data in `root`; with --clip, or if `root` does not exist, the spec stored in the checkpoint."""
     known = args.trained.get("input")
     if known is not None and (args.clip or not root.is_dir()):
         return described(args.dataset, known)
@@ -71,10 +71,10 @@ def trained_spec(args: Namespace, root: Path) -> DatasetSpec:
 
 
 def trained_folder(args: Namespace) -> tuple[Folder, dict]:
-    """The training folder of `--checkpoint`, without its clips, and its prepare.json ({}: made by others).
+    """The training folder of `--checkpoint`, without its clips, and its prepare.json ({}: made by other tools).
 
-    Both come from the checkpoint (`Data.input`). One of an earlier version holds neither, so the folder is read; raises
-    `UserError` if it is not there.
+    Both come from the checkpoint (`Data.input`). Checkpoints of earlier versions contain neither, so the folder itself
+    is read. Raises `UserError` if that folder does not exist.
     """
     known, root = args.trained.get("input"), Path(args.data_root)
     if known is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models import MultimodalClassifier
 
-# What a unimodal number was measured with, by the name it is printed under.
+# Source of a unimodal accuracy, as printed -> its definition.
 SOURCES = {
     "head": "the modality's own head on its features",
     "slice": "the modality's part of the joint logits: its weights and its share of the bias, as in OGM-GE",
@@ -31,7 +31,7 @@ def slices(model: MultimodalClassifier, features: dict[str, Tensor]) -> dict[str
 def masked(model: MultimodalClassifier, features: dict[str, Tensor], fed: tuple[str, ...]) -> dict[str, Tensor]:
     """The joint head's logits (N, C) from each fed modality alone, the other features being masked.
 
-    {} where modalities meet before their features: those of one modality alone would need another pass.
+    {} if modalities interact before their features: the features of one modality alone would need another forward pass.
     """
     return {} if not model.late else {name: model.masked(features, name) for name in fed}
 
@@ -56,8 +56,8 @@ class Labelled(NamedTuple):
 def linear_probe(train: Labelled, test: Tensor, n_classes: int, val: Labelled | None = None) -> Probe | None:
     """Logistic regression on the standardised features of `train`, applied to `test` (N, D).
 
-    L2 penalty. C is the one of `COSTS` with the best accuracy on `val`, the smallest of equals; without a validation
-    part it is `COST`. None where the training clips are of one class.
+    L2 penalty. C is the value in `COSTS` with the best accuracy on `val` (the smallest one on a tie), or `COST` without
+    a validation part. Returns None if all training clips have the same class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -3,7 +3,7 @@
     pip install ".[examples]" && python examples/lightning_module.py     # no data needed; under a minute on a CPU
 
 The model and the data are those of own_loop.py. Two flags of the Trainer matter: `reload_dataloaders_every_n_epochs=1`
-asks for a plan before each epoch, and `use_distributed_sampler=False` leaves the batches as they are.
+requests a new plan before each epoch, and `use_distributed_sampler=False` keeps the planned batches unchanged.
 """
 
 import sys
@@ -26,7 +26,7 @@ class RemixModule(lightning.LightningModule):
         self.model, self.clips, self.batch_size, self.warmup = model, clips, batch_size, warmup
 
     def train_dataloader(self) -> DataLoader:
-        """Joint batches in the warm-up, then every clip in the modality that is hardest for it."""
+        """Joint batches during warm-up, then batches of one modality: each clip is fed its hardest modality."""
         rank, processes = self.trainer.global_rank, self.trainer.world_size
         self.sampler = RemixBatchSampler(len(self.clips), self.batch_size, NAMES, rank=rank, world_size=processes)
         self.sampler.set_epoch(self.current_epoch)

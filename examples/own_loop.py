@@ -2,7 +2,8 @@
 
     pip install . && python examples/own_loop.py     # no data needed; seconds on a CPU
 
-The two modalities are made of noise and class means: "fast" is easy to learn, "slow" is weak but known better at test.
+The two modalities are class means plus noise. "fast" has little noise in training and much at test; "slow" has the
+same noise in both, so it is learned later but is more accurate at test.
 """
 
 import torch

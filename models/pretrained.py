@@ -1,20 +1,36 @@
 """Pretrained weights from local files (`--pretrained`): torchvision, timm, and checkpoints of this project."""
 
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import official_name, plain_name
+from models.checkpoint import load_weights, official_name, plain_name
 from models.classifier import MultimodalClassifier
 from models.encoders import takes
 from models.timm_encoders import adapted
-from utils.checkpoint import load_tensors
+from utils.checkpoint import load_checkpoint, load_tensors
 from utils.cli import per_modality
 from utils.console import some
 from utils.distributed import is_main
 from utils.errors import UserError
+
+
+def load_initial(model: MultimodalClassifier, args: Namespace, classes: list[str], root: Path) -> None:
+    """Load the weights of `--checkpoint`, else of `--pretrained`, where they are given. `root` is the training folder.
+
+    Raises `UserError` for weights that do not fit or, to be evaluated, were trained for other classes.
+    """
+    if args.pretrained and not args.checkpoint:
+        load_pretrained(model, args.pretrained, classes)
+    if args.checkpoint:
+        state = load_checkpoint(args.checkpoint)
+        if state.get("classes", classes) != classes and not args.train:
+            raise UserError(f"{root}: classes ({some(classes, 6)}) differ from those of {args.checkpoint} "
+                            f"({some(state['classes'], 6)}); use --data_root")  # fmt: skip
+        load_weights(model, state["model"], args.checkpoint)
 
 
 def load_pretrained(model: MultimodalClassifier, text: str, classes: list[str]) -> None:

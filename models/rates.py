@@ -1,7 +1,9 @@
-"""Parameter groups: a learning-rate multiplier per encoder (0 freezes it) and layer-wise decay."""
+"""The optimizer and its parameter groups: a learning-rate multiplier per encoder (0 freezes it), layer-wise decay."""
 
 import re
+from argparse import Namespace
 
+import torch
 from torch import nn
 from torch.nn import Parameter
 
@@ -10,6 +12,20 @@ from models.timm_encoders import layer_ids
 from utils.cli import factors
 
 STAGE = re.compile(r"layer(\d+)\.")  # torchvision's names in ResNets; what comes before is the stem, stage 0
+
+
+def make_optimizer(model: MultimodalClassifier, args: Namespace) -> torch.optim.Optimizer:
+    """Adam (betas .9/.999, eps 1e-8) or SGD (momentum .9), weight decay 1e-4 as in the official code; AdamW: 0.01."""
+    groups = parameter_groups(model, args.learning_rate, args.encoder_lr_decay, args.layer_decay)
+    if args.optimizer != "sgd":
+        kind, decay = (torch.optim.Adam, 1e-4) if args.optimizer == "adam" else (torch.optim.AdamW, 0.01)
+        return kind(groups, lr=args.learning_rate, weight_decay=decay, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, weight_decay=1e-4, fused=True)
+    # Zero momentum is what the first step starts from anyway. PyTorch's fused step fails if only some parameters have
+    # a buffer, as in the homogeneous batches of a run without warm-up.
+    for p in (p for group in groups for p in group["params"]):
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def parameter_groups(

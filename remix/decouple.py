@@ -23,7 +23,7 @@ def decouple(difficulty: Tensor, keep: str = "hard") -> Tensor:
         raise ValueError(f"keep {keep!r}: allowed are {', '.join(KEEP)}")
     if keep == "all":
         return torch.ones_like(difficulty, dtype=torch.bool)
-    # argmin leaves open which of equal values it returns: of the reversed columns, take the first that is lowest.
+    # argmin does not specify which of several equal minima it returns. Reverse the columns and take the first minimum.
     values = (difficulty if keep == "hard" else -difficulty).flip(1)
     lowest = values == values.min(dim=1, keepdim=True).values  # (N, M)
     last = difficulty.shape[1] - 1 - lowest.int().argmax(dim=1)  # (N,)

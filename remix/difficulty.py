@@ -17,10 +17,11 @@ def kl_from_uniform(logits: Tensor) -> Tensor:
     """KL(softmax(logits) || uniform) in bits, (N, C) -> (N,): 0 for a uniform prediction, log2(C) for a certain one.
 
     Probabilities are clipped to [1e-9, 1] as in the official code (paper section 3.2), which fixes C to 6; here C is
-    the number of columns. The arithmetic is the official one to the last bit: softmax and clipping in float32 (float64
-    for float64 logits), then p log2(p / (1 / C)) in float64, added up class by class. Clips of which a head is certain
-    differ in the last bits alone, so adding up in another order assigns many of them differently. For the same reason
-    the sum is computed on the CPU: a GPU's logarithm may differ in the last bit.
+    the number of columns. The result is bit-identical to the official code: softmax and clipping in float32 (float64
+    for float64 logits), then p log2(p / (1 / C)) in float64, summed class by class. Where heads are certain, the values
+    of a clip differ between modalities in the last bits only. Another order of summation would therefore change which
+    modality many of these clips keep. For the same reason the sum is computed on the CPU: a GPU's logarithm can differ
+    in the last bit.
 
     Memory: four float64 values per class of `ROWS` clips, whatever N is.
     """

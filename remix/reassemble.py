@@ -16,8 +16,8 @@ ABLATIONS = ("off", "unmasked")
 class Batch(NamedTuple):
     """Clip indices (b,), int64 on the CPU, and the names of the modalities that are fed to the network.
 
-    mask (b, M) bool on the CPU says which of all M modalities each clip is fed in a mixed batch, whose clips differ in
-    that; None: every clip is fed `fed`.
+    mask (b, M) bool on the CPU: the modalities that each clip of a mixed batch is fed, which differ between its clips.
+    None: every clip is fed `fed`.
     """
 
     clips: Tensor
@@ -47,14 +47,14 @@ def reassemble(
 ) -> list[Batch]:
     """Homogeneous batches from the partition `keep` (N, M) bool over the modalities `names`.
 
-    A clip enters one batch for each modality that it keeps. Of whole numbers instead of bools (for the orders of
-    `ORDERS` alone) each is how often the clip enters that modality's batches.
+    A clip enters one batch for each modality that it keeps. `keep` can also be integers (only for the orders in
+    `ORDERS`): how many times the clip enters the batches of each modality.
 
     sequential  all batches of the last modality, then those of the one before it, down to the first (the official
                 code's order: video, then audio).
     shuffled    the same batches in random order.
     alternate   the lists of batches interleaved evenly, so that each modality is spread over the whole epoch.
-    off         mixed batches of all clips in random order, each clip masked for itself: decouple only (paper Table 5).
+    off         mixed batches of all clips in random order, with a mask per clip: decouple only (paper Table 5).
     unmasked    the batches of "sequential", fed all modalities: reassemble only (paper Table 5).
 
     Raises `ValueError` for another `order`.

@@ -85,11 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.people:
         compare_people(args.people, args.partition, args.out)
     elif args.model:
-        from report.pictures import picture_model  # late: only this needs scikit-learn, the network and the clips
+        from report.pictures import picture_model  # lazy import: only --model needs scikit-learn and the network
 
         picture_model(args.model, args.out or args.model / "pictures", args.data_root, args.format)
     elif args.clips:
-        from report.clips import clips_sheet  # late: only this needs OpenCV
+        from report.clips import clips_sheet  # lazy import: only --clips needs OpenCV
 
         print(", ".join(map(str, clips_sheet(args.clips, args.out or Path("report-clips"), args.format))), "written")
     elif args.share:

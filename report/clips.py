@@ -54,7 +54,7 @@ def clips_sheet(root: Path, out: Path, formats: Sequence[str] = ("png",)) -> lis
 
 
 def recorded(root: Path, modalities: Sequence[Modality]) -> tuple[Modality, ...]:
-    """The modalities with the recipe of sound that prepare.json names: it tells which axis is time."""
+    """The modalities, with the audio recipe from prepare.json, which determines the time axis."""
     recipe = read_record(root, "prepare.json").get("audio_recipe")
     return tuple(replace(m, recipe=recipe_of(recipe)) if recipe and m.name == AUDIO else m for m in modalities)
 
@@ -143,14 +143,14 @@ def _write(figure: Figure, left: float, top: float, width: float, one: Example) 
     size, page = (6.5, 5.5), figure.get_figheight()
     for i, line in enumerate((one.title, *one.remarks.split("\n"))):
         points = size[i > 0]
-        letters = int(width * 72 / ((0.56 if i else 0.66) * points))  # of the mean width of a letter
+        letters = int(width * 72 / ((0.56 if i else 0.66) * points))  # 0.56, 0.66: mean width of a letter
         shown = line if len(line) <= letters else f"{line[: letters - 1]}…"
         figure.text(left / PAGE, (top - (i + 0.5) * LINE) / page, shown, fontsize=points, va="center",
                     fontweight="normal" if i else "bold", color=MUTED if i else INK)  # fmt: skip
 
 
 def _aspect(values: np.ndarray) -> float:
-    """Width over height of a strip of frames (T, H, W, 3); 0 for other arrays."""
+    """Aspect ratio (width / height) of a strip of frames (T, H, W, 3); 0 for other arrays."""
     if values.ndim < 4:
         return 0.0
     count, height, width = values.shape[:3]
@@ -183,6 +183,6 @@ def _draw(axis: Axes, values: np.ndarray) -> None:
             axis.plot(row, color=colour, lw=0.8)
         axis.margins(x=0)
     else:
-        low, high = np.percentile(values, [2, 99.5])  # else the lowest value of a recipe takes the whole scale
+        low, high = np.percentile(values, [2, 99.5])  # otherwise a recipe's lowest value dominates the scale
         axis.imshow(values, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=max(high, low + 1e-6),
                     interpolation="nearest")  # fmt: skip

@@ -42,7 +42,7 @@ OURS = {"method": "--methods", "random_seed": "--seeds", "run_name": "--log_path
 
 
 class Planned(NamedTuple):
-    """One run: its name, the words after `train.py`, and the flags train.py makes of them."""
+    """One run: its name, the command-line arguments of train.py, and the flags that train.py parses from them."""
 
     name: str
     argv: list[str]
@@ -53,7 +53,7 @@ class Planned(NamedTuple):
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
-    """The flags of this command, and the remaining words, which are for train.py."""
+    """Parse the flags of this command; return them and the remaining arguments, which go to train.py."""
     p = Parser(prog="run_compare.sh", description=__doc__,
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("--methods", metavar="A,B",
@@ -77,7 +77,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
     """All runs in the order they start: every method of a seed before the next seed.
 
-    An interrupted comparison is then one with fewer seeds. Raises `UserError` for anything that train.py refuses.
+    With this order, an interrupted comparison is a complete comparison of fewer seeds. Raises `UserError` for anything
+    that train.py refuses.
     """
     seeds, axes = seeds_of(args.seeds), [_axis(text) for text in args.grid]
     for flag in (word.split("=")[0].removeprefix("--") for word in rest if word.startswith("--")):
@@ -85,7 +86,7 @@ def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
             raise UserError(f"--{flag}: set for each run by this command; use {OURS.get(flag, '--grid alone')} instead")
     methods = _methods(args.methods, train.parse_args(["--train", "--method", "baseline", *rest]))
     plan: dict[str, Planned] = {}
-    cells = list(itertools.product(*(values for _, values in axes)))  # of the grid; one, empty, without a grid
+    cells = list(itertools.product(*(values for _, values in axes)))  # one, empty, without --grid
     for seed, method, values in itertools.product(seeds, methods, cells):
         grid = [(flag, value) for (flag, _), value in zip(axes, values, strict=True)]
         run = planned(method, seed, grid, rest, args.log_path)
@@ -137,7 +138,7 @@ def _items(text: str, flag: str) -> list[str]:
 
 
 def seeds_of(text: str) -> list[int]:
-    """The values of `--seeds`. Raises `UserError` for what is no list of different whole numbers."""
+    """The values of `--seeds`. Raises `UserError` unless they are distinct integers."""
     items = _items(text, "--seeds")
     if not all(item.isdecimal() for item in items):
         raise UserError(f"--seeds {text}: give whole numbers, such as 0,1,2")
@@ -175,11 +176,11 @@ def take_stock(run: Planned, log_path: Path) -> str:
     foreign = [file.name for file in files if not any(file.match(pattern) for pattern in BEGINNINGS)]
     if foreign:
         raise UserError(f"{folder}: has {foreign[0]} but no run to resume; move it away, or choose another --log_path")
-    return "start"  # train.py clears what a run left that was stopped before its first checkpoint
+    return "start"  # train.py removes the files of a run that was stopped before its first checkpoint
 
 
 def of_other_code(folder: Path) -> bool:
-    """Whether a run was made by another commit than the present one; False if either is unknown."""
+    """Whether a run was made by a commit other than the current one; False if either is unknown."""
     made, now = read_run(folder).config.get("git_commit"), git_commit()
     return None not in (made, now) and made != now
 
@@ -187,7 +188,7 @@ def of_other_code(folder: Path) -> bool:
 def refuse_other_flags(run: Planned, config: dict, folder: Path) -> None:
     """Raises `UserError` naming the flags in which the run in `folder` differs from the planned one."""
     skip = HOW | NOT_FLAGS | unread(run.flags["method"])
-    skip -= {"diagnose"} if run.flags.get("diagnose") else set()  # if asked for, it must be there
+    skip -= {"diagnose"} if run.flags.get("diagnose") else set()  # required if it was requested
     before = defaults_of(config) | config
     changed = [name for name, value in run.flags.items() if name not in skip and before.get(name) != value]
     if changed:
@@ -196,7 +197,7 @@ def refuse_other_flags(run: Planned, config: dict, folder: Path) -> None:
 
 
 def defaults_of(config: dict) -> dict:
-    """The present defaults for a run's dataset. A run older than a flag is taken to have had the flag's default."""
+    """The current defaults for a run's dataset. Runs that are older than a flag are assumed to have had its default."""
     where = [f"--{name}={config[name]}" for name in ("dataset", "data_root") if name in config]
     return json.loads(json.dumps(train.flags(train.parse_args(["--train", *where]))))
 
@@ -248,7 +249,7 @@ def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict]) -
     slots: list[Worker | None] = [None] * len(envs)
     epochs = sum(run.flags["epochs"] - len(read_metrics(log_path / run.name)) for run, _ in todo)
     bar = Progress(f"run 0/{len(todo)}", epochs, "epoch", keep=True)
-    # Raise instead of ending at once, so that the runs are stopped too.
+    # Raise an exception instead of exiting immediately, so that the runs are stopped too.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         while waiting or any(slots):
@@ -264,7 +265,7 @@ def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict]) -
             time.sleep(0.5)
     finally:
         bar.close()
-        for worker in filter(None, slots):  # all of them before waiting for any
+        for worker in filter(None, slots):  # signal all of them before waiting for any
             worker.ask_to_stop()
         for worker in filter(None, slots):
             worker.process.wait()
@@ -311,8 +312,8 @@ def environments(jobs: int | None, device: str, gpu_ids: str | None = None) -> l
 def alone_in(log_path: Path) -> Iterator[None]:
     """Lock `log_path` for this process. Raises `UserError` if another comparison has it.
 
-    The system releases the lock when this process ends, however it ends. After SIGKILL, which cannot be handled, its
-    runs may still be training: end them before the same command is given again.
+    The operating system releases the lock when this process exits for any reason. SIGKILL cannot be handled, so the
+    runs may still be training after it: stop them before running the same command again.
     """
     log_path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(log_path / ".compare.lock")
@@ -363,7 +364,7 @@ def train_missing(stock: list[tuple[Planned, str]], log_path: Path, jobs: int | 
 
 
 def exit_status(failures: list[Worker]) -> int:
-    """Print what became of each run that did not finish; 0, 1, or `INTERRUPTED` where all of them can be resumed."""
+    """Print the outcome of each unfinished run. Returns 0 (none), `INTERRUPTED` if all can be resumed, else 1."""
     for worker in failures:
         print(f"{'' if worker.was_interrupted() else 'error: '}{verdict(worker)}", file=sys.stderr)
     if all(worker.was_interrupted() for worker in failures):
@@ -381,7 +382,7 @@ def note_command(log_path: Path, command: list[str], plan: list[Planned]) -> Non
 
 def report(args: Namespace, plan: list[Planned], log_path: Path) -> None:
     """The report on the planned runs, if at least one is finished."""
-    from report.write import make_report  # late: matplotlib is not needed before the end
+    from report.write import make_report  # lazy import: matplotlib is only needed at the end
 
     runs = [read_run(log_path / run.name) for run in plan if (log_path / run.name / "config.json").exists()]
     if all(run.problem for run in runs):

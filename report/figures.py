@@ -41,11 +41,11 @@ from utils.style import (
     styled,
 )
 
-CURVES = 5  # groups in one panel at most; more have a panel each
+CURVES = 5  # largest number of groups in one panel; with more, each has its own panel
 
 
 def looks_of(groups: Iterable[Group]) -> dict[str, Look]:
-    """Label -> colour, line and marker. Those of a method do not depend on what else is shown."""
+    """Label -> colour, line and marker. The style of a method is the same in every figure."""
     groups = list(groups)
     return looks([group.label for group in groups], groups[0].modalities if groups else ())
 
@@ -144,7 +144,7 @@ def _draw_effect(axis: Axes, row: Effect, y: float, look: Look, limits: tuple[fl
 
 
 def _beside(axis: Axes, y: float, numbers: str, n: str, colour: str = INK) -> None:
-    """The two columns right of the plot, in row y."""
+    """Write the two text columns to the right of the plot, in row y."""
     where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
     style = {"fontsize": 7, "va": "center_baseline", "color": colour}
     axis.annotate(numbers, (1, y), xytext=(10, 0), ha="left", **where, **style)
@@ -220,8 +220,9 @@ def seeds_text(groups: Iterable[Group]) -> str:
 def plot_compared_curves(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figure:
     """Test accuracy over epochs, a panel per head: mean of a group's seeds, band of one standard deviation.
 
-    Beside multimodal methods a network of one modality alone is a dashed level, its accuracy after the last epoch: what
-    that modality can reach. Of more than `CURVES` groups each has a panel of its own, with the baseline in grey.
+    With multimodal methods in the figure, a network trained on one modality alone is a dashed horizontal line at its
+    accuracy after the last epoch, as the ceiling of that modality. With more than `CURVES` groups, each group has its
+    own panel, with the baseline in grey.
     """
     names = groups[0].modalities
     levels = [group for group in groups if group.method in names]
@@ -246,7 +247,7 @@ def _panels_with_labels(columns: int, groups: Iterable[Group]) -> tuple[Figure, 
 
 
 def _plot_heads(axes: list[Axes], curves: list[Group], levels: list[Group], drawn: dict[str, Look]) -> None:
-    """In the panel of each head a curve for each group of `curves`, a level for each of `levels`."""
+    """Draw in each head's panel a curve for each group of `curves` and a horizontal line for each of `levels`."""
     names = curves[0].modalities
     ends: list[list[End]] = []  # of each panel
     for axis, head in zip(axes, ("multimodal", *names), strict=True):
@@ -308,7 +309,7 @@ def _plot_small_multiples(groups: list[Group], title: str, note: str, drawn: dic
 
 
 def _mark_starts(axis: Axes, groups: list[Group], text: bool = True) -> None:
-    """A line before each epoch in which runs of `groups` start to remix; none before the first epoch."""
+    """Draw a vertical line at the end of each warm-up in `groups`; none for runs that remix from the first epoch."""
     starts = {next((line["epoch"] for line in run.history if line["phase"] == "remix"), 0)
               for group in groups for run in group.runs.values()}  # fmt: skip
     for i, first in enumerate(sorted(starts - {0})):
@@ -319,7 +320,7 @@ def _mark_starts(axis: Axes, groups: list[Group], text: bool = True) -> None:
 def plot_shares(groups: list[Group], title: str, drawn: dict[str, Look]) -> Figure | None:
     """Share of clips that keep a modality over epochs, a line per run; None if no group remixes.
 
-    A panel per modality; of two the first, since the other one is the rest.
+    A panel per modality; with two modalities only the first, because the shares sum to 1.
     """
     names = groups[0].modalities
     shown = names if len(names) > 2 else names[:1]

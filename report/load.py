@@ -14,7 +14,7 @@ from utils.run import read_config
 def load_run(folder: Path | str, data_root: Path | str | None = None) -> tuple[Namespace, Data, MultimodalClassifier]:
     """The flags, data and network (last.pth) of a run. `data_root` names the data if they have moved.
 
-    Raises `UserError` for a run or data that are not there, and for data of other classes than the run's.
+    Raises `UserError` if the run or the data do not exist, or if the data have other classes than the run.
     """
     root = ["--data_root", str(data_root)] if data_root else []
     args = train.parse_args(["--resume", str(folder), *root])

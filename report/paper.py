@@ -63,7 +63,7 @@ SCHEDULES = {
     "CREMAD": ("--learning_rate", "5e-5"),
     "KineticSound": ("--learning_rate", "5e-5"),
 }
-SEEDS = {"table1": "0,1,2,3,4", "table5": "0,1,2,3,4", "gates": "0,1,2,3,4"}  # on the demo; elsewhere as the paper
+SEEDS = {"table1": "0,1,2,3,4", "table5": "0,1,2,3,4", "gates": "0,1,2,3,4"}  # demo; others: the paper's three
 PUBLISHED = ("CREMAD", "KineticSound")  # the order of `Row.published`
 
 
@@ -106,7 +106,7 @@ def pair(label: str, flags: tuple[tuple[str, str], ...], plain: tuple, remixed: 
 
 
 NOTHING = (None, None)
-WATCHED = ("--diagnose",)  # of the runs that figure 3 is made of
+WATCHED = ("--diagnose",)  # flags of the runs that figure 3 shows
 CONCAT, CONCAT_REMIX = pair("Concat", (), (64.52, 50.23), (72.72, 55.63), WATCHED)
 SUM, SUM_REMIX = pair("Sum", fused("sum"), (63.44, 51.66), (71.51, 54.09))
 DECISION, DECISION_REMIX = pair("Decision", fused("decision"), (67.47, 52.47), (70.70, 54.86))
@@ -174,9 +174,9 @@ TABLES = {
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
-    """The flags of this command, and the remaining words, which are for train.py.
+    """Parse the flags of this command; return them and the remaining arguments, which go to train.py.
 
-    The tables come first: behind a flag of train.py, a word is that flag's value.
+    Tables must come first: an argument after a flag of train.py is read as that flag's value.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
@@ -232,7 +232,7 @@ def make_plan(args: Namespace, rest: list[str]) -> dict[str, dict[str, dict[int,
 
 
 def in_order(plan: dict[str, dict[str, dict[int, Planned]]]) -> list[Planned]:
-    """Every run once, the first seed of all rows before the second: an interrupted command has fewer seeds."""
+    """Every run once, ordered by seed, so that an interrupted command has all rows of fewer seeds."""
     by_seed = sorted(((seed, run) for rows in plan.values() for runs in rows.values() for seed, run in runs.items()),
                      key=lambda item: item[0])  # fmt: skip
     return list({run.name: run for _, run in by_seed}.values())
@@ -244,8 +244,9 @@ def in_order(plan: dict[str, dict[str, dict[int, Planned]]]) -> list[Planned]:
 class Result(NamedTuple):
     """A row's numbers: accuracies by quantity (fractions, by seed), best on test, and the difference to its base.
 
-    `p` is of a paired t test over seeds, `holm` the same after Holm's correction over the table's differences; `fed`
-    the clips fed per epoch over the training clips, after the warm-up; `seconds` of a whole run.
+    `p` is the p value of a paired t test over seeds, `holm` the same after Holm's correction over the table's
+    differences. `fed` is the number of clips fed per epoch after the warm-up, divided by the number of training clips.
+    `seconds` is the duration of a whole run.
     """
 
     row: Row
@@ -273,7 +274,7 @@ def results_of(rows: Sequence[Row], groups: dict[str, Group]) -> list[Result]:
 
 
 def fed_per_clip(group: Group) -> float:
-    """Clips fed per epoch after the warm-up over the training clips: the paper's factor (its Table 2)."""
+    """Clips fed per epoch after the warm-up, divided by the training clips: the factor in Table 2 of the paper."""
     found = []
     for run in group.runs.values():
         after = [line for line in run.history if line["epoch"] >= run.config.get("warmup", 0)] or run.history
@@ -325,7 +326,7 @@ def table_of(key: str, results: list[Result], dataset: str) -> str:
 
 
 def finding(key: str, results: list[Result]) -> str:
-    """What a table shows, in sentences made from its numbers: significance, the paper's order, the mean gain."""
+    """Sentences on a table, generated from its numbers: significance, agreement with the paper's order, mean gain."""
     told = []
     tested = [result for result in results if result.holm is not None]
     if tested:
@@ -455,7 +456,7 @@ def draw_figure3(groups: dict[str, Group], path: Path) -> list[str]:
 
 
 def _line(axis: Axes, group: Group, key: str, label: str, colour: str, line: str = "-") -> End | None:
-    """Draw the mean of a number; returns its name, colour and last value, None where no epoch has it."""
+    """Draw the mean curve of a metric. Returns its name, colour and last value, or None if no epoch has it."""
     epochs, means = mean_by_epoch(group, key)
     marker = "o" if len(epochs) <= 30 else ""
     axis.plot([epoch + 1 for epoch in epochs], means, color=colour, ls=line, marker=marker, ms=2.5, label=label)

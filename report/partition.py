@@ -22,7 +22,7 @@ class Clip(NamedTuple):
 def read_partition(path: Path, modalities: Sequence[str] = ()) -> dict[str, Clip]:
     """{clip: Clip} of a run's partition.csv, or of the one in the folder `path`.
 
-    Raises `UserError` for a file that is not one, or that has no column for one of `modalities`.
+    Raises `UserError` if the file is no partition.csv, or lacks a column of one of `modalities`.
     """
     path = path / "partition.csv" if path.is_dir() else path
     rows = read_csv(path, ["clip", "label", *(f"kl_{name}" for name in modalities), "kept"])

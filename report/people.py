@@ -24,8 +24,10 @@ SENSE_OF = {AUDIO: "voice", VIDEO: "face"}
 
 
 class Vote(NamedTuple):
-    """People on one clip by one sense. right: the intended emotion's share of the winning votes, 1 alone, 1/k of a
-    tie of k, 0 if not among them. level: `right` times the intensity people saw in it, in [0, 1]: finer, fewer ties.
+    """Human votes on one clip from one sense.
+
+    right: the intended emotion's share among the emotions with most votes: 1 if it is the only one, 1/k in a tie of k,
+    0 if it is not among them. level: `right` times the perceived intensity, in [0, 1]; finer, so it has fewer ties.
     """
 
     right: float
@@ -80,11 +82,11 @@ def compare_with_people(clips: dict[str, Clip], votes: dict[str, dict[str, Vote]
 
 
 def correlations(pairs: list[tuple[Clip, dict[str, Vote]]]) -> list[dict]:
-    """Spearman's rho between the model's sureness (KL) and people's ease, for each modality and each sense.
+    """Spearman's rho between the model's confidence (KL) and the human votes, for each modality and each sense.
 
-    `rho` over all clips; `within`, over the clips of one emotion at a time, their mean weighed by clips: emotions that
-    are hard for both would give a correlation by themselves. Positive: what people find easy the model finds easy.
-    None where one side is constant.
+    `rho` is over all clips. `within` is the mean over emotions of rho within one emotion, weighted by clips, because
+    emotions that are hard for both would alone cause a correlation. Positive: clips that are easy for people are easy
+    for the model. None if either side is constant.
     """
     labels = np.array([clip.label for clip, _ in pairs])
     rows = []
@@ -110,11 +112,11 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float | None:
 
 
 def agreement(pairs: list[tuple[Clip, dict[str, Vote]]], measure: str) -> dict:
-    """How often Remix keeps the modality people found harder, over the clips where people found one harder.
+    """How often Remix keeps the modality that is harder for people, over the clips where one is harder.
 
-    `agrees` that share; `chance` the same if what is kept had nothing to do with people, given how often audio is
-    kept (`keeps_audio`) and the voice is harder (`voice_harder`, which is also what always keeping audio would reach);
-    `kappa` (agrees - chance) / (1 - chance); `p` of Fisher's exact test, two-sided.
+    `agrees` is that share. `chance` is its expected value if the kept modality were independent of the votes, given how
+    often audio is kept (`keeps_audio`) and how often the voice is harder (`voice_harder`, also the share that always
+    keeping audio would reach). `kappa` is (agrees - chance) / (1 - chance), `p` from Fisher's exact test, two-sided.
     """
     told = [(clip.kept[0], vote["voice"], vote["face"]) for clip, vote in pairs if len(clip.kept) == 1]
     told = [(kept, getattr(voice, measure) < getattr(face, measure)) for kept, voice, face in told

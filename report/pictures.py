@@ -31,7 +31,7 @@ from utils.style import JOINT_COLOUR, MODALITY_COLOURS, caption, modality_colour
 EXAMPLES = 6  # clips of a section
 CLASS_COLOURS = (*MODALITY_COLOURS, "#d55e00", "#332288", "#882255", "#999999")
 MARKERS = ("o", "s", "^", "P")  # one for each round through the colours
-SHOWN = 2000  # clips of a t-SNE: more take minutes and hide one another
+SHOWN = 2000  # largest number of clips in a t-SNE; more take minutes and overlap
 
 
 # ------------------------------------------------------------------------------------------------- a run's model
@@ -40,8 +40,8 @@ SHOWN = 2000  # clips of a t-SNE: more take minutes and hide one another
 def picture_model(folder: Path, out: Path, data_root: Path | None, formats: Sequence[str] = ("png",)) -> None:
     """Pictures of a run's trained model to `out`: unimodal, tsne, confusion and, after Remix, classes and clips.
 
-    Prints the unimodal accuracies by what they are measured with, a linear probe among them. Needs the data the run was
-    trained on, at `data_root` if it has moved. Raises `UserError` for missing files.
+    Prints the unimodal accuracies by source (head, slice, masked, linear probe). Needs the run's training data, at
+    `data_root` if they have moved. Raises `UserError` for missing files.
     """
     run = read_run(folder)
     if not run.config:

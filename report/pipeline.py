@@ -123,7 +123,7 @@ def _tile(d: Drawing, name: str, clip: int, x: float, y: float, w: float = CELL[
 def _box(
     d: Drawing, x: float, y: float, w: float, h: float, lines: Iterable[str], colour: str, on: bool = True
 ) -> None:
-    """A part of the network, dashed where it is not used."""
+    """A block of the network; dashed if it is unused."""
     lines = list(lines)
     d.rect(x, y, w, h, colour if on else "none", colour, opacity=0.14, dashed=not on, r=6)
     for i, line in enumerate(lines):
@@ -251,7 +251,7 @@ def pipeline(theme: str) -> str:
     middle = TOP + len(keep) * ROW / 2 - 4
     for left, right in ((172, SCORE), (SCORE + 116, KEEP), (KEEP + 116, BATCHES), (BATCHES + 210, TRAIN)):
         d.path(f"M{left + 10} {middle}H{right - 10}", arrow=True)
-    low, text = HEIGHT - 20, ((SCORE + 58 + TRAIN + 135) / 2, 104)  # the way back, with a text in its middle
+    low, text = HEIGHT - 20, ((SCORE + 58 + TRAIN + 135) / 2, 104)  # return arrow with a centred label
     d.path(f"M{TRAIN + 135} {low - 18}V{low - 8}q0 8 -8 8H{text[0] + text[1]}")
     d.path(f"M{text[0] - text[1]} {low}H{SCORE + 66}q-8 0 -8 -8V{low - 18}", arrow=True)
     d.text(text[0], low + 4.5, "score again before every epoch", 12.5, "muted", "middle")

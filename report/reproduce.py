@@ -73,9 +73,9 @@ BATCHES, REPEATS = {"gpu": 16, "cpu": 2}, {"gpu": 2, "cpu": 1}
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
-    """The flags of this command, and the remaining words, which are for train.py.
+    """Parse the flags of this command; return them and the remaining arguments, which go to train.py.
 
-    The dataset and RAW come first: behind a flag of train.py, a word is that flag's value.
+    The dataset and RAW must come first: an argument after a flag of train.py is read as that flag's value.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     usage = "reproduce.sh cremad|ks RAW [flags]"
@@ -116,7 +116,8 @@ def _choice(flag: str, text: str, allowed: Sequence[str]) -> list[str]:
 def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
     """All runs in the order they start: every setting of a seed before the next seed.
 
-    An interrupted reproduction is then one with fewer seeds. Raises `UserError` for anything that train.py refuses.
+    With this order, an interrupted reproduction is a complete one of fewer seeds. Raises `UserError` for anything that
+    train.py refuses.
     """
     for flag in (word.split("=")[0].removeprefix("--") for word in rest if word.startswith("--")):
         if flag in FIXED:
@@ -134,7 +135,7 @@ def make_plan(args: Namespace, rest: list[str]) -> list[Planned]:
 class Record:
     """`<training folder>/.prepare/checked.json`: the command that prepared the folder, and what the check found.
 
-    It holds for the lists and the journal of finished clips that were there then.
+    It is valid only while the lists and the journal of finished clips are unchanged.
     """
 
     def __init__(self, root: Path, words: list[str]):
@@ -164,14 +165,14 @@ def prepare_words(args: Namespace, root: Path) -> list[str]:
 
 
 def find_raw(args: Namespace, root: Path) -> Job:
-    """The clips of RAW and their split. Raises `UserError` where RAW is not the download, or the lists are missing."""
+    """The clips of RAW and their split. Raises `UserError` if RAW is not the raw download, or lists are missing."""
     if args.raw.resolve() == root.resolve():
         raise UserError(f"{args.raw}: is the training folder itself; give the raw download, or another --data_root")
     return ENTRIES[args.dataset].job(prepare_args(prepare_words(args, root)), args.raw, root)
 
 
 def prepare_and_check(args: Namespace, root: Path, record: Record, allow_missing: bool) -> None:
-    """Prepare, then decode everything. Raises `UserError` for clips that are missing, unless that is allowed."""
+    """Prepare, then decode everything. Raises `UserError` for missing clips, unless --allow_missing is given."""
     print(f"\npreparation: {args.raw} -> {root}", flush=True)
     status = prepare(prepare_words(args, root))
     if status == 130:
@@ -401,7 +402,7 @@ def estimate_lines(
 
 
 def check_disk(needs: dict[Path, float]) -> None:
-    """Raise `UserError` where files of these sizes (bytes) do not fit on the disks of these folders."""
+    """Raise `UserError` if files of these sizes (bytes) do not fit on the disks of these folders."""
     disks: dict[int, list[Path]] = {}
     there = {path: next(p for p in (path, *path.absolute().parents) if p.exists()) for path in needs}
     for path, place in there.items():
@@ -414,9 +415,9 @@ def check_disk(needs: dict[Path, float]) -> None:
 
 
 def estimate(args: Namespace, job: Job | None, root: Path, stock: list[tuple[Planned, str]]) -> None:
-    """Print what the remaining work takes. Raises `UserError` where the disk has no room for it.
+    """Print the time and disk space of the remaining work. Raises `UserError` if the disk is too full for it.
 
-    What was measured is kept in `<log_path>/estimate.json`, so that resuming does not measure again.
+    The measurements are saved in `<log_path>/estimate.json`, so that resuming does not repeat them.
     """
     print(f"{args.dataset}: {len(stock)} runs: {', '.join(METHODS)}; presets {', '.join(args.presets)}; "
           f"splits {', '.join(args.splits)}; seeds {args.seeds}", flush=True)  # fmt: skip
@@ -453,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
     record = Record(root, prepare_words(args, root))
     ready = record.holds(allow_missing)
     job = None if ready else find_raw(args, root)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raised, so that what was started is stopped too
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise, to stop child processes
     try:
         with alone_in(log_path):
             remove_leftovers(log_path)

@@ -19,15 +19,15 @@ from dataset.specs import AUDIO, VIDEO
 from utils.errors import UserError
 from utils.run import HOW, modern, read_metrics
 
-# Settings with a name of their own: a method of `report.compare`, and the label of their row. Joint training without
-# the unimodal losses, and the control that remixes without choosing.
+# Named settings, used as a method of `report.compare` and as a row label: joint training without the unimodal losses,
+# and the control that assigns random modalities.
 VARIANTS = {
     "joint_only": ("baseline", {"alpha": 0.0, "beta": 0.0}),
     "remix_random": ("remix", {"score": "random"}),
 }
-ORDER = ("baseline", "joint_only", "remix", "remix_random")  # of the rows; the modalities follow, then all others
+ORDER = ("baseline", "joint_only", "remix", "remix_random")  # first rows; the modalities follow, then all others
 
-# Also not compared: the seed, which differs within a group, and the data, which separates the tables.
+# Flags that do not define a group: besides `HOW`, the seed (differs within a group) and the data (one table each).
 IRRELEVANT = HOW | {"random_seed", "dataset", "data_root", "n_classes", "allow_missing"}
 NOT_FLAGS = {"from_preset", "data", "versions", "git_commit", "hardware", "command"}
 REMIX_ONLY = {"warmup", "score", "keep", "rescore_every", "reassemble", "masked_encoder"}
@@ -99,7 +99,7 @@ class Run(NamedTuple):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Names in the dataset's order. Older runs do not record them; there they are those with a test accuracy."""
+        """Names in the dataset's order. For older runs, which do not record them: those with a test accuracy."""
         named = self.config.get("data", {}).get("modalities")
         if named is None:
             last = self.history[-1] if self.history else {}
@@ -210,7 +210,7 @@ def balance_methods(text: str) -> list[str]:
 
 
 def dataset_of(config: dict) -> str:
-    """What a run was measured on: the dataset, its folder and its split where they are not the usual ones."""
+    """The dataset of a run, with its folder and its split if they are not the default ones."""
     name, split = config["dataset"], config.get("data", {}).get("split", {}).get("name")
     if "data_root" not in config.get("from_preset", {}):
         root = Path(config["data_root"]).name
@@ -324,7 +324,7 @@ def _rank(group: Group) -> int:
 
 
 def protocol_line(run: Run, protocol: str) -> dict | None:
-    """The epoch's numbers a protocol reports; None without a validation part. The first of equally good epochs."""
+    """The metrics of the epoch that a protocol selects, the first one on a tie; None without a validation part."""
     if protocol == "last":
         return run.history[-1]
     part = protocol.removeprefix("best_")
@@ -367,7 +367,7 @@ def spread(numbers: Iterable[float]) -> Spread | None:
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
     """Mean of ours - theirs over the seeds both have, with a 95 % t interval; None if they share no seed.
 
-    Pairing removes what a seed does to both: the same initial weights and the same order of clips.
+    Pairing removes the effects of a seed that both share: the initial weights and the order of clips.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     found = spread(ours[seed] - theirs[seed] for seed in seeds)
@@ -378,7 +378,7 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
 
 
 def p_value(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
-    """Of a two-sided paired t test over the seeds both have; None with fewer than two or without any spread."""
+    """p value of a two-sided paired t test over the common seeds; None for fewer than two seeds or zero variance."""
     pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     if len(pairs) < 2 or np.ptp(pairs) == 0:
         return None
@@ -409,9 +409,9 @@ def reference_of(group: Group, groups: list[Group]) -> Group | None:
 
 
 def differing_flags(group: Group, reference: Group) -> list[str]:
-    """Flags that both methods read and in which they differ, except what makes the group its own method.
+    """Flags that both methods read and in which they differ, except those that define the group's method.
 
-    That is its variant's flags, and its balance methods with their options.
+    The latter are the flags of its variant, and its balance methods with their options.
     """
     names = _unequal(group.flags, reference.flags) - _variant(group.method, group.flags)[1]
     names -= unread(group.method) | unread(reference.method)
@@ -423,7 +423,7 @@ def differing_flags(group: Group, reference: Group) -> list[str]:
 def ablations(groups: list[Group]) -> list[tuple[Group, Group, str]]:
     """(group, the group it is compared with, the flag that differs), one flag away from their method's centre.
 
-    The centre is the group of a method with the most such neighbours, at least two: it is what is ablated.
+    The centre is the group of a method with the most such neighbours, at least two: the ablated setting.
     """
 
     def flag_between(one: Group, other: Group) -> str | None:
@@ -448,7 +448,7 @@ def mean_by_epoch(group: Group, key: str) -> tuple[list[int], list[float]]:
 
 
 def seconds(run: Run) -> float:
-    """Seconds of a run: scoring, training and evaluation of all epochs, over as many attempts as it took."""
+    """Seconds of scoring, training and evaluation over all epochs of a run, including resumed attempts."""
     return sum(line.get(f"seconds_{part}") or 0 for line in run.history for part in ("score", "train", "eval"))
 
 
@@ -473,7 +473,7 @@ def epoch_cost(group: Group, reference: Group) -> float | None:
 
 
 def command_of(group: Group) -> str:
-    """A line of shell that repeats the group's runs, from the command of its first one."""
+    """A shell command that repeats the group's runs, derived from the command of its first run."""
     drop = {"--random_seed", "--log_path", "--run_name", "--num_workers", "--gpu_ids", "--device", "--cache",
             "--resume", "--diagnose"}  # fmt: skip
     kept, dropped = [], False

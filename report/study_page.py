@@ -135,23 +135,25 @@ def imbalance(row: Result) -> str:
 
 
 def summary_table(found: dict[str, tuple[Setting, dict[str, Result]]], short: bool = False) -> str:
-    """One line per dataset: each modality alone, baseline, Remix and their difference, corrected over the datasets."""
+    """One line per dataset: baseline, Remix and their difference, corrected over the datasets; `short` is README's."""
     shown = {data: pair for data, pair in found.items() if {"baseline", "remix"} <= pair[1].keys()}
     p = {data: results["remix"].p for data, (_, results) in shown.items()}
     corrected = dict(zip([data for data in p if p[data] is not None],
                          holm([value for value in p.values() if value is not None]), strict=True))  # fmt: skip
-    head = ["data", "best modality alone", "baseline", "Remix", "Remix – baseline [95 %]", "p (Holm)", "n"]
-    head += [] if short else ["last epoch [95 %]", "Remix – random [95 %]"]
+    full = ["best modality alone", "p (Holm)", "last epoch [95 %]", "Remix – random [95 %]"]
+    head = ["data", "baseline", "Remix", "Remix – baseline [95 %]", "n", *([] if short else full)]
     lines = []
     for data, (setting, results) in shown.items():
-        alone = {name: results[name] for name in results["remix"].group.modalities if name in results}
-        best = max(alone.values(), key=lambda row: np.mean(list(row.fused.values())), default=None)
-        words = "–" if best is None else f"{best.key} {spread_cell(spread(best.fused.values()))}"
-        cells = [spread_cell(spread(results[key].fused.values())) for key in ("baseline", "remix")]
-        cells = [setting.title, words, *cells, cell(results["remix"].difference), chance(corrected.get(data))]
-        cells += [str(results["remix"].difference.n) if results["remix"].difference else "–"]
-        last = paired_difference(results["remix"].last, results["baseline"].last)
-        cells += [] if short else [cell(last), cell(against(results, "remix", "random"))]
+        plain, remix = results["baseline"], results["remix"]
+        cells = [spread_cell(spread(row.fused.values())) for row in (plain, remix)]
+        cells = [text.split(" ±")[0] for text in cells] if short else cells
+        cells = [setting.title, *cells, cell(remix.difference), str(remix.difference.n if remix.difference else 0)]
+        if not short:
+            alone = {name: results[name] for name in remix.group.modalities if name in results}
+            best = max(alone.values(), key=lambda row: np.mean(list(row.fused.values())), default=None)
+            cells += ["–" if best is None else f"{best.key} {spread_cell(spread(best.fused.values()))}"]
+            cells += [chance(corrected.get(data)), cell(paired_difference(remix.last, plain.last)),
+                      cell(against(results, "remix", "random"))]  # fmt: skip
         lines.append(cells)
     return table(head, lines)
 

@@ -29,7 +29,7 @@ from report.runs import (
     values,
 )
 
-UNLIKE = "†"  # behind a difference to a baseline with other flags
+UNLIKE = "†"  # marks a difference to a baseline with other flags
 
 # ----------------------------------------------------------------------------------------------------------- numbers
 
@@ -37,8 +37,8 @@ UNLIKE = "†"  # behind a difference to a baseline with other flags
 def measure(group: Group, groups: list[Group]) -> list[dict]:
     """A group's row for each quantity and protocol: n, mean, std and the paired difference, as fractions.
 
-    `unlike` names the flags in which the group and its reference differ beside the method: their difference is not
-    like for like.
+    `unlike` names the flags, other than the method, in which the group and its reference differ. If it is not empty,
+    the difference is not like for like.
     """
     reference = reference_of(group, groups)
     unlike = differing_flags(group, reference) if reference else []
@@ -67,7 +67,7 @@ def spread_cell(found: Spread | None) -> str:
 
 
 def _difference_cell(row: dict, n: int) -> str:
-    """`+3.1 [+1.2, +5.0]`, or why there is no interval; marked where it is not like for like."""
+    """`+3.1 [+1.2, +5.0]`, or the reason for a missing interval; marked if the comparison is not like for like."""
     found, mark = row["difference"], UNLIKE if row["unlike"] else ""
     if found is None:
         return "–"
@@ -162,7 +162,7 @@ def _without_empty(head: list[str], rows: list[list[str]]) -> tuple[list[str], l
 def ablation_table(groups: list[Group]) -> str | None:
     """One flag at a time: the paired difference to the centre, with its standard error; None without an ablation.
 
-    A difference larger than its standard error is in bold. One standard error is a low bar, and n is small.
+    A difference larger than its standard error is in bold. This is a weak criterion, since n is small.
     """
     found, heads = ablations(groups), ["multimodal", *groups[0].modalities]
     head, rows = ["changed", *(f"{quantity} [± SE]" for quantity in heads), "n"], []

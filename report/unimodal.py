@@ -11,7 +11,7 @@ COLOURS = dict(zip(SOURCES, MUTED_PALETTE, strict=False))
 
 @styled()
 def plot_unimodal(heads: dict[str, dict], title: str) -> Figure:
-    """Accuracies of `heads` (as `evaluation.checkpoint.measured` gives them), a group of bars for each modality."""
+    """Plot the accuracies of `heads` (see `evaluation.checkpoint.measured`), one group of bars per modality."""
     names = [name for name in heads if name != "multimodal"]
     shown = [source for source in SOURCES if any(heads[name][source] for name in names)]
     figure, axes = panels(1, width=1.3 + 1.8 * len(names), height=2.3)

@@ -58,7 +58,7 @@ def make_report(
 
 
 def write_csv(path: Path, datasets: dict[str, list[Group]]) -> None:
-    """A line for each dataset, group, quantity and protocol: fractions, empty where there is no number.
+    """Write one row per dataset, group, quantity and protocol: fractions in [0, 1], empty for missing values.
 
     `not_like_for_like` names the flags in which a group and its reference differ beside the method.
     """
@@ -120,6 +120,6 @@ def replace_block(readme: Path, datasets: dict[str, list[Group]]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `path` completely or not at all, in UTF-8."""
+    """Write `path` atomically, in UTF-8."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -186,3 +186,6 @@ env_pick() {
 }
 
 env_pick
+
+# Threads that wait for others sleep early, so that training shares the cores with other processes (utils/threads.py).
+[ -n "${GOMP_SPINCOUNT+set}${OMP_WAIT_POLICY+set}" ] || export GOMP_SPINCOUNT=1000

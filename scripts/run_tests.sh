@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 lint=0 types=0
 "$PYTHON" -m ruff check . || lint=1
 "$PYTHON" -m ruff format --check . || lint=1
-PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$PYTHON" -m pyright --pythonpath "$PYTHON" || types=1 # asks for no newer one
+PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$PYTHON" -m pyright --pythonpath "$PYTHON" || types=1 # do not suggest a newer pyright
 # One test file per process, because its tests share fixtures; one thread per process, because they share the cores.
 tests=0
 OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n auto --maxprocesses 4 --dist loadfile "$@" || tests=$?

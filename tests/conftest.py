@@ -1,9 +1,10 @@
 """Tests are of the CPU, on a machine with GPUs too, but for those that need one."""
 
 import os
+import sys
 
 import pytest
-from helpers import make_folder
+from helpers import bare_pictures, make_folder
 
 
 def pytest_addoption(parser):
@@ -13,6 +14,25 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.getoption("--gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first test imports PyTorch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bare_pictures():
+    """See `bare_pictures`; tests/test_figures.py draws, `drawn` below lets a run draw, and so does a process."""
+    if "torch" not in sys.modules:  # no test of this session trains
+        yield
+        return
+    with bare_pictures():
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Runs of this test end in their true pictures."""
+    from utils import plots, summary
+
+    for name in ("plot_curves", "plot_confusion"):
+        monkeypatch.setattr(summary, name, getattr(plots, name))
 
 
 @pytest.fixture(scope="module")

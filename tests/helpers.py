@@ -1,9 +1,13 @@
 """Tiny training folders for tests, made in a second, and runs on them."""
 
+import atexit
+import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -66,6 +70,21 @@ def run(data: Path, runs: Path, name: str, *flags: str) -> Path:
     return runs / name
 
 
+@contextlib.contextmanager
+def bare_pictures():
+    """Runs of this process end in empty pictures: drawing takes two thirds of so short a run. All files are there."""
+    from matplotlib.figure import Figure
+
+    from utils import summary  # late, as above
+
+    drawn = summary.plot_curves, summary.plot_confusion
+    summary.plot_curves = summary.plot_confusion = lambda *_: Figure(figsize=(1, 1))
+    try:
+        yield
+    finally:
+        summary.plot_curves, summary.plot_confusion = drawn
+
+
 def shown_in_table(out: str) -> list[str]:
     """The numbers of the last row of the table that an evaluation prints."""
     lines = out.splitlines()
@@ -73,13 +92,35 @@ def shown_in_table(out: str) -> list[str]:
     return lines[head + 1].split()[1:]
 
 
+@functools.cache
+def _forks() -> subprocess.Popen:
+    """tests/pairs.py, started once: it has to import PyTorch, and a fork of this process could meet its threads."""
+    command = [sys.executable, str(REPO / "tests" / "pairs.py")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, cwd=REPO, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)  # the end of its input ends it
+    return server
+
+
+def in_processes(folder: Path, *commands: list[str], alone: bool = False) -> list[tuple[list[int], str, str]]:
+    """Run each command, as two processes of one group if not `alone`; exit statuses, output and errors of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    server = _forks()
+    if server.poll() is not None:  # a test before this one broke it
+        _forks.cache_clear()
+        server = _forks()
+    late = threading.Timer(600, server.kill)
+    late.start()
+    try:
+        print(json.dumps({"folder": str(folder), "commands": commands, "alone": alone}), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+    finally:
+        late.cancel()
+    assert answer, "tests/pairs.py ended, or took more than 600 s"
+    return [(status, *((folder / f"{i}.{end}").read_text() for end in ("out", "err")))
+            for i, status in enumerate(json.loads(answer))]  # fmt: skip
+
+
 def in_two_processes(folder: Path, *commands: list[str]) -> list[tuple[list[int], str, str]]:
     """Run each command as two processes of one group; exit statuses, standard output and error of each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(REPO / "tests" / "pairs.py"), str(folder), json.dumps(commands)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    statuses = json.loads(done.stdout.splitlines()[-1])
-    return [(status, *((folder / f"{i}.{end}").read_text() for end in ("out", "err")))
-            for i, status in enumerate(statuses)]  # fmt: skip
+    return in_processes(folder, *commands)

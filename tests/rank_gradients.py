@@ -6,8 +6,10 @@ python tests/rank_gradients.py FOLDER <flags of train.py>
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
@@ -34,6 +36,18 @@ class Doubles:
             yield batch._replace(inputs={name: values.double() for name, values in batch.inputs.items()})
 
 
+def counted(sent: list[int]):
+    """Inside, append the bytes of each tensor of gradients that is reduced over processes: only these are awaited."""
+    reduce = dist.all_reduce
+
+    def all_reduce(values, *args, async_op=False, **options):
+        if async_op:
+            sent.append(values.nbytes)
+        return reduce(values, *args, async_op=async_op, **options)
+
+    return mock.patch.object(dist, "all_reduce", all_reduce)
+
+
 def states(argv: list[str]) -> dict:
     """After each step of an epoch every gradient and buffer; then the epoch's numbers, and what scoring makes of it."""
     args = train.parse_args(argv)
@@ -41,20 +55,26 @@ def states(argv: list[str]) -> dict:
     data = build_data(args, device)
     clips, names = Doubles(data.clips["train"]), data.spec.names
     torch.manual_seed(0)
-    network = (data.spec.modalities, data.folder.shapes, len(data.classes), args.encoder)
-    model = train.build_model(*network, model=args.model).double()
+    shape = (data.spec.modalities, data.folder.shapes, len(data.classes), args.encoder)
+    model = train.build_model(*shape, model=args.model).double()
     synchronise_batchnorm(model, device)
-    optimizer, steps, scored = train.make_optimizer(model, args), [], {}
+    network = distributed.parallel(model, model.encoders.values())
+    optimizer, steps, sent, scored = train.make_optimizer(model, args), [], [], {}
 
     def note() -> None:
         gradients = {name: p.grad if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-        steps.append({"gradients": gradients, "buffers": {name: b.clone() for name, b in model.named_buffers()}})
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+        steps.append({"gradients": gradients, "buffers": buffers, "sent": sent.copy()})
+        sent.clear()
 
-    # Joint, homogeneous of either modality, shares that differ (7 clips), a clip that every process has whole.
+    # Joint, homogeneous of either modality, mixed; shares that differ (odd sizes); a clip that every process has whole.
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(1))
-    sizes, fed = (8, 8, 7, 1), (names, names[:1], names[1:], names)
+    sizes, fed = (6, 5, 5, 7, 1), (names, names[:1], names[1:], names, names)
     plan = [Batch(part, own) for part, own in zip(order.split(sizes), fed, strict=True)]
-    numbers = train.train_epoch(distributed.parallel(model), clips, plan, optimizer, 0, args, after_step=note)
+    kept = torch.eye(2, dtype=torch.bool)[torch.arange(7) % 3 % 2]  # (7, 2): 5 clips keep the first modality
+    plan[3] = plan[3]._replace(mask=kept)
+    with counted(sent):
+        numbers = train.train_epoch(network, clips, plan, optimizer, 0, args, after_step=note)
     distributed.same_buffers(model)
     run = SimpleNamespace(check=lambda: None, writes=False, partition=lambda *found: scored.update(kl=found[3]))
     _, keep, counts = train.plan_epoch(model, data._replace(clips={"train": clips}), names, None, 0, args, run)

@@ -92,7 +92,7 @@ class Trained:
         self.net = network(CLASSES, fusion=self.args.fusion_method, model=self.args.model).to(dtype)
         replace_heads(self.net, self.args)
         self.optimizer = train.make_optimizer(self.net, self.args)
-        tools = train.train_epoch, train.make_optimizer, lambda: None
+        tools = train.train_epoch, lambda: None
         self.balance = make_balance(Context(self.net, clips, self.args, self.optimizer, *tools))
 
     def epochs(self, fed: tuple[str, ...] = BOTH, epochs=EPOCHS) -> "Trained":

@@ -124,7 +124,7 @@ def test_what_needs_both_modalities_is_off_in_homogeneous_batches(name, clips, p
     ("lfm,gblend", "gblend,lfm: both replace the loss weights"),
     ("umt:teachers=runs/audio", "umt: teachers=runs/audio: put {} in place of the modality's name"),
     ("umt:teachers=none_{}", r"umt: teachers=none_{}: none_audio does not exist; train it with --method audio"),
-    ("umt:teachers={}:epochs=2", "umt: epochs are those of teachers that are trained"),
+    ("umt:teachers={}:epochs=2", "umt: epochs applies only if teachers are trained"),
     ("umt --unimodal masked", "umt: needs unimodal heads"),
     ("inforeg:beta=1/2/3", "inforeg: beta=1/2/3: give one number for all modalities, or one each for audio, video"),
     ("inforeg:beta=x", "inforeg:beta=x: 'x' is not a number; one per modality, or one for all"),
@@ -135,7 +135,7 @@ def test_what_needs_both_modalities_is_off_in_homogeneous_batches(name, clips, p
     ("reconboost --reassemble off", "reconboost: --reassemble off makes no batches of one modality"),
     ("reconboost --fusion_method sum", "reconboost: it has a joint head of its own; leave --fusion_method sum out"),
     ("reconboost --compile", "reconboost: cannot act in a compiled network"),
-    *((f"dgl,{other}", "DGL cuts the joint loss off") for other in ("agm", "opm", "mmpareto", "cml", "midas")),
+    *((f"dgl,{other}", "DGL stops the joint loss before") for other in ("agm", "opm", "mmpareto", "cml", "midas")),
 ])  # fmt: skip
 def test_mistakes_are_one_line(flags, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -185,7 +185,7 @@ def test_cml_costs_nothing_where_confidence_falls(clips):
 def test_cml_of_three_modalities_compares_sets_that_differ_by_one():
     net = network(three=True)
     args = Namespace(balance_options={"cml": {"lambda": 2.0, "rule": "paper"}})
-    method = METHODS["cml"](Context(net, {}, args, *(None,) * 4))
+    method = METHODS["cml"](Context(net, {}, args, *(None,) * 3))
     features = {name: 3 * torch.randn(6, 128) for name in net.names}
     output = Output(net.head(features), {}, features)
     found = method.losses({}, output, joint_step([0] * 6))["cml"].item()

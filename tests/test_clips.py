@@ -11,9 +11,10 @@ from helpers import make_folder
 from networks import network
 
 import remix
+from dataset import augment, fixed
 from dataset import clips as clips_module
 from dataset import pack as pack_module
-from dataset.clips import Feed, FileClips, ResidentClips, choose_cache, make_clips, step_bytes
+from dataset.clips import Feed, FileClips, ResidentClips, choose_cache, make_clips, room_for_fixed, step_bytes
 from dataset.folder import load_folder
 from dataset.pack import open_pack, pack_bytes, stored_size
 from dataset.specs import get_spec
@@ -259,3 +260,77 @@ def test_a_file_that_vanishes_or_breaks_is_one_line(tmp_path):
     np.save(arrays[1], np.full(SHAPES["audio"], np.nan, np.float32))
     with pytest.raises(UserError, match=f"{part.clips[1]}.*NaN"):
         list(clips.epoch(remix.batches_of(8, 4, ("audio",), None)))
+
+
+# ------------------------------------------------------------------------------------------- evaluation frames, kept
+
+
+def frames_of(clips, plan, seed=None):
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return torch.cat([batch.inputs["video"] for batch in clips.epoch(plan, generator)])
+
+
+@pytest.mark.parametrize("as_pil", [False, True])
+def test_evaluation_frames_are_resized_once_and_stay_the_same(tmp_path, monkeypatch, as_pil):
+    folder = load_folder(make_folder(tmp_path / "data", train=9, size=(90, 120)), get_spec("folder"))
+    part, plan = folder.parts["train"], remix.batches_of(9, 4, BOTH, None)
+    options = feed("ram")._replace(as_pil=as_pil)
+    plain = make_clips(folder.root, "train", part, folder.shapes, options._replace(keep_fixed=False))
+    kept = make_clips(folder.root, "train", part, folder.shapes, options)
+    assert not plain.fixed and set(kept.fixed) == {"video"}
+    expected = [frames_of(plain, plan), frames_of(plain, plan, 3)]
+    shuffled = remix.batches_of(9, 4, BOTH, torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert torch.equal(frames_of(kept, plan[:1]), expected[0][:4])  # fills four clips, in a pass without gradients
+    order = torch.cat([batch.clips for batch in shuffled])
+    assert torch.equal(frames_of(kept, shuffled), expected[0][order])  # some are there, some are not
+    calls = []
+    resize = clips_module.crop_resize
+    monkeypatch.setattr(clips_module, "crop_resize", lambda *args: calls.append(1) or resize(*args))
+    assert torch.equal(frames_of(kept, plan), expected[0]) and torch.equal(
+        frames_of(kept, shuffled), expected[0][order]
+    )
+    assert not calls
+    assert torch.equal(frames_of(kept, plan, 3), expected[1]) and len(calls) == len(plan)  # training: crops as ever
+
+
+def test_frames_stored_at_the_fed_size_are_not_resized_for_evaluation(tmp_path, monkeypatch):
+    folder = load_folder(make_folder(tmp_path / "data", train=6, size=(32, 32)), get_spec("folder"))
+    clips = make_clips(folder.root, "train", folder.parts["train"], folder.shapes, feed("ram"))
+    plan = remix.batches_of(6, 4, BOTH, None)
+    (first, second) = ([batch.inputs["video"] for batch in clips.epoch(plan)] for _ in range(2))
+    rows = torch.stack([clips.arrays["video"][row] for row in (0, 1)])  # three frames, two segments of one
+    assert torch.equal(first[0][0], clips_module.normalise(rows.float())) and torch.equal(first[1], second[1])
+    whole, no = torch.tensor([[0, 0, 32, 32]] * 2), torch.zeros(2, dtype=torch.bool)
+    assert torch.equal(clips_module.crop_resize(rows, whole, no, 32), rows.float()) and not clips.fixed
+
+
+def test_small_frames_keep_their_fractions_on_a_cpu_and_are_rounded_on_a_gpu(folder, monkeypatch):
+    plan = remix.batches_of(9, 4, BOTH, None)
+    cpu, _ = load(folder, "ram", plan, part="test")
+    assert not cpu.fixed
+    exact = frames_of(cpu, plan)
+    for module in (augment, fixed):
+        monkeypatch.setattr(module, "saves_traffic", lambda device: True)
+    gpu, _ = load(folder, "ram", plan, part="test")
+    rounded = [frames_of(gpu, plan), frames_of(gpu, plan)]
+    assert gpu.fixed["video"].done.all() and torch.equal(*rounded)
+    levels = (rounded[0] - exact).abs() * 255 * torch.tensor(augment.IMAGENET_STD)[:, None, None]
+    assert 0 < levels.max() < 0.51
+
+
+def test_evaluation_frames_are_kept_only_where_they_fit(folder, monkeypatch):
+    packed = 30 * 3 * 3 * 40 * 48 + 30 * 4 * 33 * 20
+    views = 30 * 2 * 3 * 32 * 32
+
+    def room(free, cache="ram", device=CPU, step=0):
+        monkeypatch.setattr(clips_module, "available_ram", lambda: free)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+        return room_for_fixed(folder.parts, folder.shapes, feed(cache)._replace(device=device), step)
+
+    gpu = torch.device("cuda", 0)
+    assert room(2 * (packed + views) + 9) and not room(2 * (packed + views) - 9)
+    assert room(packed + views + 9, "device", gpu) and not room(packed + views + 9, "device", gpu, step=10)
+    assert room(views + 9, "ram", gpu) and not room(views - 9, "ram", gpu)
+    monkeypatch.setattr(clips_module, "local_processes", lambda: 2)
+    assert not room(2 * (packed + views) + 9) and room(2 * (packed + 2 * views) + 9)

@@ -16,7 +16,7 @@ from helpers import TINY, make_folder, run, shown_in_table
 
 import remix
 import train
-from benchmarks import common, epoch, interruptions, saving, scaling
+from benchmarks import common, contention, epoch, interruptions, saving, scaling
 from benchmarks.common import MODALITIES, flops_per_clip
 from dataset.build import build_data
 from models import MODELS, build_model
@@ -270,6 +270,16 @@ def test_the_memory_benchmark_sees_a_process_grow_and_those_below_it():
         child.kill()
         child.wait()
     assert scaling.memory(child.pid) is None
+
+
+def test_the_contention_benchmark_compares_with_the_same_process_alone():
+    shares = [contention.fair_share(threads, busy, 2) for threads in (1, 2) for busy in (1, 2, 4)]
+    assert shares == pytest.approx([1, 2 / 3, 2 / 5, 2 / 3, 1 / 2, 1 / 3])
+    found = {(2, "default", 0): [100.0, 200.0], (2, "default", 2): [10.0, 40.0],
+             (2, "passive", 0): [90.0, 190.0], (2, "passive", 2): [45.0, 95.0]}  # fmt: skip
+    _, default, passive = contention.rows(found, contention.parse_args(["--threads", "2", "--busy", "2"]), 2)
+    assert default["kept beside 2"] == "0.15 (0.10 to 0.20)" and passive["kept beside 2"] == "0.50 (0.50 to 0.50)"
+    assert (passive["clips/s alone"], passive["/ default"]) == ("140", "0.93 (0.90 to 0.95)")
 
 
 def test_growth_is_fitted_by_a_line():

@@ -1,9 +1,11 @@
-"""What a container leaves of the machine's memory, against made-up files of both versions of control groups."""
+"""What a container leaves of the machine's memory and cores: made-up files of both versions of control groups."""
+
+import os
 
 import pytest
 
-from utils import memory
-from utils.memory import available_ram, gigabytes
+from utils import acceleration, memory
+from utils.memory import available_ram, gigabytes, usable_cores
 
 GB = 10**9
 
@@ -66,8 +68,36 @@ def test_version_1(host):
     assert available_ram() == 0
 
 
+def test_a_quota_of_cpu_time_is_worth_so_many_cores(host, monkeypatch):
+    """The tightest of nested groups, rounded up; none is no limit."""
+    monkeypatch.setattr(memory.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    host("proc/self/cgroup", "0::/slurm/job_7")
+    assert usable_cores() == 64
+    host("cgroup/slurm/job_7/cpu.max", "max 100000")
+    assert usable_cores() == 64
+    host("cgroup/slurm/job_7/cpu.max", "1600000 100000")
+    host("cgroup/slurm/cpu.max", "250000 100000")
+    assert usable_cores() == 3
+    host("proc/self/cgroup", "4:cpu,cpuacct:/job\n0::/")
+    assert usable_cores() == 64
+    for quota, cores in ((-1, 64), (150_000, 2), (5_000, 1), (12_800_000, 64)):
+        host("cgroup/cpu/job/cpu.cfs_quota_us", quota)
+        host("cgroup/cpu/job/cpu.cfs_period_us", 100_000)
+        assert usable_cores() == cores
+    host("cgroup/cpu/job/cpu.cfs_quota_us", 150_000)
+    asked = []
+    monkeypatch.setattr(acceleration.torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(acceleration.torch, "get_num_threads", lambda: 64)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    acceleration.limit_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user's
+    acceleration.limit_threads()
+    assert asked == [2]
+
+
 def test_on_this_machine():
     assert 1e8 < available_ram() < 1e14
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
 
 
 def test_gigabytes():

@@ -35,7 +35,7 @@ from models import build_model
 from models.batchnorm import batchnorm_of_one_clip
 from models.checkpoint import model_weights
 from utils.acceleration import PRECISIONS, set_precision
-from utils.distributed import fill_gradients
+from utils.distributed import fill_gradients, parallel
 from utils.run import Run
 from utils.seeding import epoch_generator
 
@@ -275,21 +275,21 @@ def test_the_masked_head_is_stepped_under_data_parallel_alone(clips, masked_enco
         assert (after[name] - value).abs().max() < TOLERANCE, name
 
 
-def test_distributed_data_parallel_leaves_the_masked_head_without_a_gradient(clips, tmp_path):
+def test_several_processes_leave_the_masked_head_without_a_gradient(clips, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        net = nn.parallel.DistributedDataParallel(network(3), find_unused_parameters=True)  # as `distributed.parallel`
+        net = parallel(network(3))
         (batch,) = clips["train"].epoch([remix.Batch(torch.arange(4), VIDEO)], load_masked=True)
         output = net(batch.inputs, VIDEO)
         (output.joint.sum() + output.logits["video"].sum()).backward()
     finally:
         dist.destroy_process_group()
-    gradients = {name: parameter.grad for name, parameter in net.module.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in net.named_parameters()}
     without = {name for name, gradient in gradients.items() if gradient is None}
     assert without == {"heads.audio.weight", "heads.audio.bias"}
     assert not gradients["encoders.audio.conv1.weight"].any()
     fill_gradients(net)
-    assert not any(net.module.get_parameter(name).grad.any() for name in without)
+    assert not any(net.get_parameter(name).grad.any() for name in without)
 
 
 @pytest.mark.parametrize("fed", [BOTH, AUDIO, VIDEO])
@@ -338,6 +338,9 @@ def test_a_gpu_computes_as_pytorch_does_by_default(monkeypatch):
         for precision in PRECISIONS:
             set_precision(precision, torch.device("cuda"))
             found[precision] = str(eval(STATE))
+            # Both of PyTorch's interfaces can be read, and say the same.
+            newer = [kind.fp32_precision for kind in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+            assert [state == "tf32" for state in newer] == [precision != "fp32", precision in ("tf32", "bf16")]
             assert torch.backends.cudnn.deterministic == (precision == "official")
     torch.set_float32_matmul_precision(matmul)
     assert found["official"] == fresh.stdout.strip() == "(True, 'highest', False)"

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from utils.threads import SPINS
+
 REPO = Path(__file__).resolve().parents[1]
 BASH = shutil.which("bash")
 
@@ -255,6 +257,15 @@ def test_a_failed_installation_is_told_in_one_line(machine, says, told):
     assert result.returncode == 2
     assert told in result.stderr.splitlines()[-1]
     assert result.stderr.count("error: ") == 1
+
+
+def test_threads_spin_as_in_train_py_unless_the_user_says_how(machine):
+    machine.have("requirements.txt")
+    machine.environ = {k: v for k, v in machine.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    script = 'source "$REPO/scripts/_env.sh"; echo "${GOMP_SPINCOUNT-none}"'
+    assert machine.run(script).stdout == SPINS
+    assert machine.run(script, GOMP_SPINCOUNT="7").stdout == "7"
+    assert machine.run(script, OMP_WAIT_POLICY="active").stdout == "none"
 
 
 def test_tests_get_their_packages_in_venv_and_never_in_the_current_environment(machine):

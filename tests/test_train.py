@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +31,7 @@ from utils import distributed
 from utils.errors import UserError
 from utils.partitions import Partitions
 from utils.seeding import epoch_generator
+from utils.threads import SPINS
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +221,7 @@ def test_training_numbers_are_plain_means_over_the_clips_that_a_head_was_fed(dat
                          for name, value in expected.items()}  # fmt: skip
 
 
-def test_heads_that_no_loss_reaches_have_no_numbers(data, runs, capsys):
+def test_heads_that_no_loss_reaches_have_no_numbers(data, runs, capsys, drawn):
     """They stay as they were drawn: an accuracy of theirs would be of chance."""
     folder = run(data, runs, "headless", "--method", "baseline", "--epochs", "1", "--alpha", "0", "--beta", "0")
     out = capsys.readouterr().out.splitlines()
@@ -245,7 +248,7 @@ def test_heads_that_no_loss_reaches_have_no_numbers(data, runs, capsys):
 
 
 @pytest.mark.parametrize("method", ["audio", "video"])
-def test_one_modality_alone(data, runs, method):
+def test_one_modality_alone(data, runs, method, drawn):
     folder = run(data, runs, method, "--method", method, "--epochs", "2")
     other = "video" if method == "audio" else "audio"
     for line in metrics(folder):
@@ -468,7 +471,7 @@ def test_two_processes_write_the_predictions_of_one(pairs, runs):
 
 @pytest.mark.parametrize("model", SYNCHRONISED)
 def test_two_processes_equal_one(pairs, model):
-    """Gradients and BatchNorm statistics of joint and homogeneous batches, step by step, and the partition after them.
+    """Gradients and statistics of joint, homogeneous and mixed batches, step by step, and the partition after them.
 
     In float64, so that nothing but the order of sums differs.
     """
@@ -479,6 +482,10 @@ def test_two_processes_equal_one(pairs, model):
     for rank in (0, 1):
         two = torch.load(pairs["out"] / model / f"rank{rank}.pth", weights_only=True)
         for i, (a, b) in enumerate(zip(one["steps"], two["steps"], strict=True)):
+            reached = {name: g.nbytes for name, g in a["gradients"].items() if g is not None}
+            encoders = {name.split(".")[1] for name in reached if name.startswith("encoders.")}
+            if i < 5:  # one reduction for each encoder that ran and one for the rest, of nothing else
+                assert len(b["sent"]) == len(encoders) + 1 and sum(b["sent"]) == sum(reached.values()), i
             for kind in ("gradients", "buffers"):
                 assert a[kind].keys() == b[kind].keys()
                 for name, value in a[kind].items():
@@ -620,12 +627,60 @@ def test_fewer_test_clips_than_processes(pairs, runs):
     assert metrics(runs / "few")[-1]["test_acc"] in (0, 1)
 
 
+def usable_gpus(monkeypatch, count: int, capability: tuple[int, int] = (9, 0)) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capability)
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "tf32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_bf16_is_the_default_of_gpus_that_have_it(capability, precision, monkeypatch):
+    usable_gpus(monkeypatch, 1, capability)
+    assert train.parse_args(["--train"]).precision == precision
+    assert train.parse_args(["--train", "--device", "cpu"]).precision == "fp32"
+    assert train.parse_args(["--train", "--preset", "official"]).precision == "official"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0) if gpu == 1 else capability)
+    assert train.parse_args(["--train", "--gpu_ids", "1"]).precision == "bf16"
+    assert train.parse_args(["--train", "--gpu_ids", "0,1"]).precision == precision  # all of them have to
+
+
+def test_a_driver_that_cannot_be_used_is_one_line(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
+
+    usable_gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    for flags in (["--train"], ["--train", "--device", "cuda", "--precision", "fp32"]):
+        with pytest.raises(UserError, match=r"driver .* is too old \(found version 11040\).*--device cpu") as caught:
+            train.main(flags)
+        assert "\n" not in str(caught.value)
+    assert train.parse_args(["--train", "--device", "cpu"]).precision == "fp32"
+
+
+def test_nccl_is_given_its_gpu(monkeypatch):
+    """Without it NCCL guesses from the rank, which is wrong for `--gpu_ids 1,0`, and warns at each barrier."""
+    asked = {}
+    usable_gpus(monkeypatch, 2)
+    monkeypatch.setattr(
+        distributed.dist, "init_process_group", lambda backend, **words: asked.update(words, on=backend)
+    )
+    monkeypatch.setattr(distributed.dist, "new_group", lambda **_: None)
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    distributed.start("auto", "1,0")
+    assert (asked["on"], asked["device_id"]) == ("nccl", torch.device("cuda", 0))
+    distributed.start("cpu")
+    assert (asked["on"], asked["device_id"]) == ("gloo", None)
+
+
 @pytest.mark.parametrize(
     ("flags", "rank", "gpu"), [([], 1, 1), (["--gpu_ids", "2,3"], 1, 3), (["--gpu_ids", "2"], 0, 2)]
 )
 def test_each_process_of_torchrun_takes_the_gpu_it_is_given(flags, rank, gpu, monkeypatch):
     taken = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    usable_gpus(monkeypatch, 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(rank + 1))
@@ -641,8 +696,7 @@ def test_each_process_of_torchrun_takes_the_gpu_it_is_given(flags, rank, gpu, mo
 def test_several_gpus_start_torchrun_only_where_train_py_was_typed(monkeypatch):
     started = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    usable_gpus(monkeypatch, 2)
     monkeypatch.setattr(distributed.os, "execv", lambda program, words: started.append(words))
     assert distributed.start("auto", None, relaunch=True) == torch.device("cuda", 0) and not started
     assert distributed.start("auto", "1,0", relaunch=False) == torch.device("cuda", 1) and not started
@@ -699,10 +753,14 @@ def test_mistakes_are_one_line(flags, message, tmp_path, data):
 
 
 def test_a_mistake_exits_with_status_2_and_no_stack_trace():
-    done = subprocess.run(
-        [sys.executable, "train.py", "--train", "--epochs", "x"], cwd=REPO, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    """And libgomp, asked to say so when it is loaded, has been told how long threads spin."""
+    free = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "train.py", "--train", "--epochs", "x"], cwd=REPO, capture_output=True,
+                          text=True, env=free | {"OMP_DISPLAY_ENV": "VERBOSE"})  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line and not line.startswith(("OPENMP DISPLAY", "  "))]
+    assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: "), done.stderr
+    spins = set(re.findall(r"GOMP_SPINCOUNT = '(.*)'", done.stderr))  # none where PyTorch has another OpenMP
+    assert spins == ({SPINS} if sys.platform == "linux" else set()) or "GOMP_" not in done.stderr
 
 
 def test_the_official_command_is_understood():

@@ -9,13 +9,45 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.memory import usable_cores
 
 PRECISIONS = ("fp32", "tf32", "bf16", "official")
 
 
-def default_precision(device: str) -> str:
-    """For a value of `--device`: tf32 on a CUDA GPU, PyTorch's own default for convolutions there, else fp32."""
-    return "tf32" if device in ("auto", "cuda") and torch.cuda.device_count() else "fp32"
+def gpu_count(device: str) -> int:
+    """The number of CUDA GPUs for a value of `--device`.
+
+    Raises `UserError` where PyTorch counts GPUs and cannot use them: it asks the driver for their number without
+    starting CUDA, which may be too new for that driver.
+    """
+    count = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if count:
+        try:
+            torch.cuda.init()
+        except Exception as error:  # RuntimeError, AssertionError, DeferredCudaCallError, by the cause
+            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(f"--device {device}: PyTorch {torch.__version__} cannot use the GPU ({why}); update the "
+                            "driver, install a PyTorch build for it, or use --device cpu") from None  # fmt: skip
+    return count
+
+
+def has_bfloat16(gpu: int | torch.device) -> bool:
+    """Whether a CUDA GPU computes in bfloat16: Ampere and later (PyTorch would emulate it on older ones)."""
+    return torch.cuda.get_device_capability(gpu)[0] >= 8
+
+
+def default_precision(device: str, gpu_ids: str | None = None) -> str:
+    """For the values of `--device` and `--gpu_ids`: bf16 where all these GPUs have it, else tf32; fp32 on a CPU."""
+    if not (count := gpu_count(device)):
+        return "fp32"
+    chosen = range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if gpu_ids is None else map(int, gpu_ids.split(","))
+    return "bf16" if all(has_bfloat16(gpu) for gpu in chosen if gpu < count) else "tf32"
+
+
+def limit_threads() -> None:
+    """Use no more CPU threads than this process may use cores: PyTorch's own default does not know of CPU quotas."""
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > (cores := usable_cores()):
+        torch.set_num_threads(cores)
 
 
 def device_name(device: torch.device) -> str:
@@ -42,10 +74,14 @@ def set_precision(precision: str, device: torch.device) -> None:
     fp32 forbids it, tf32 allows it, official allows it in convolutions alone: PyTorch's defaults, which the official
     code keeps. That code also asks cuDNN for deterministic algorithms. bf16 is the network's own affair: with it, what
     stays in float32 is computed as by tf32. Raises `UserError` where the GPU has no bfloat16.
+
+    These are the only TF32 settings of the project, and both belong to PyTorch's older interface, which keeps the newer
+    one (`fp32_precision`) up to date. Written through the newer one, they could no longer be read through the older,
+    which `torch.backends.cudnn.flags` and torch._dynamo do (RuntimeError in torch 2.11).
     """
     if device.type != "cuda":
         return
-    if precision == "bf16" and torch.cuda.get_device_capability(device)[0] < 8:
+    if precision == "bf16" and not has_bfloat16(device):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"--precision bf16: {name} does not support bfloat16; use --precision fp32")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
@@ -67,8 +103,10 @@ def use_huge_pages() -> None:
 def compile_in_place(modules: list[nn.Module], device: torch.device) -> None:
     """Compile `modules` where they are, so that their parameters keep their names; each when it is first called.
 
-    Every shape gets code of its own. Raises `UserError` where PyTorch cannot compile.
+    Every shape gets code of its own, which is kept in ~/.cache/torchinductor unless TORCHINDUCTOR_CACHE_DIR is set:
+    PyTorch's own place is below /tmp. Raises `UserError` where PyTorch cannot compile.
     """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.expanduser("~/.cache/torchinductor"))
     try_to_compile(device)
     for module in modules:
         module.compile(dynamic=False)

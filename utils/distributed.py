@@ -3,15 +3,17 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from utils.acceleration import gpu_count, limit_threads
 from utils.errors import Told, UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -25,11 +27,12 @@ def start(device: str = "cpu", gpu_ids: str | None = None, relaunch: bool = Fals
     `device` is one of `DEVICES`; "auto" is a CUDA GPU if there is one, else the CPU. `gpu_ids` names CUDA GPUs of this
     machine, one for each of its processes; by default a single process takes the first visible one. With several of
     them and `relaunch`, the program is re-executed under torchrun, one process per GPU. Raises `UserError` for GPUs
-    that are not there or too few for the processes.
+    that are not there or too few for the processes, and for a driver that PyTorch cannot use.
     """
     if device == "mps":
         return _mps(gpu_ids)
-    available = torch.cuda.device_count() if device != "cpu" else 0
+    limit_threads()
+    available = gpu_count(device)
     if device == "cuda" and not available:
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or leave the flag out")
     here, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
@@ -50,7 +53,9 @@ def start(device: str = "cpu", gpu_ids: str | None = None, relaunch: bool = Fals
     if gpus:
         torch.cuda.set_device(found)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=30))
+        # With its GPU named, NCCL connects at once, and barriers need not guess the GPU from the rank.
+        backend, own = ("nccl", found) if gpus else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=own)
         global _hosts
         _hosts = dist.new_group(backend="gloo") if gpus else None
     return found
@@ -96,14 +101,62 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def parallel(model: nn.Module) -> nn.Module:
-    """The network as this process trains it: under DistributedDataParallel where there are several processes.
+def parallel(model: nn.Module, apart: Iterable[nn.Module] = ()) -> nn.Module:
+    """Have `backward` average the gradients of `model` over the processes, where there are several; returns `model`.
 
-    In a homogeneous batch the masked encoders have no gradients, on purpose; the processes agree on which ones.
+    After each `backward`, the gradients that it computed go through one flat all-reduce for each module of `apart` and
+    one for the rest. Parameters that it did not reach (those of masked encoders) are not communicated, and their
+    gradients stay as they are. DistributedDataParallel with `find_unused_parameters` would search the graph in every
+    step, send zeros for them and wait for the device. All processes must reach the same parameters.
+    `torch.autograd.grad` averages nothing. Broadcasts rank 0's parameters and buffers first.
     """
-    if world_size() == 1:
-        return model
-    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    if dist.is_initialized():
+        for values in (*model.parameters(), *model.buffers()):
+            dist.broadcast(values.detach(), 0)
+        _Average(model, apart)
+    return model
+
+
+class _Average:
+    """Average gradients over processes: hooks on the parameters collect them, a callback reduces them."""
+
+    def __init__(self, model: nn.Module, apart: Iterable[nn.Module]):
+        self.reached: dict[int, Tensor] = {}  # gradients of the backward pass that runs, by the parameter's number
+        own = {id(p): place for place, module in enumerate(apart, 1) for p in module.parameters()}
+        self.places = [own.get(id(p), 0) for p in model.parameters()]  # module that each parameter is reduced with
+        for number, parameter in enumerate(model.parameters()):
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(partial(self.collect, number))
+
+    def collect(self, number: int, parameter: Tensor) -> None:
+        """Called by autograd for each parameter whose `.grad` is complete."""
+        assert parameter.grad is not None
+        if not self.reached:
+            torch.autograd.Variable._execution_engine.queue_callback(self.reduce)  # at the end of this pass
+        self.reached[number] = parameter.grad
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Replace the collected gradients by their means. The host does not wait for the device."""
+        groups: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        for number, gradient in sorted(self.reached.items()):  # the same order on every process
+            groups.setdefault((self.places[number], gradient.dtype), []).append(gradient)
+        self.reached = {}
+        works = []
+        for own in groups.values():
+            flat = own[0].new_empty(sum(gradient.numel() for gradient in own))
+            torch._foreach_copy_(_views(flat, own), own)  # pyright: ignore[reportPrivateImportUsage]
+            works.append((flat, dist.all_reduce(flat, async_op=True)))
+        for own, (flat, work) in zip(groups.values(), works, strict=True):
+            work.wait()
+            means = _views(flat.div_(world_size()), own)
+            torch._foreach_copy_(own, means)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _views(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Consecutive parts of `flat` with the shapes and strides of dense tensors: a copy is then one kernel for all."""
+    parts = flat.split([values.numel() for values in like])
+    return [part.as_strided(values.shape, values.stride()) for part, values in zip(parts, like, strict=True)]
 
 
 def fill_gradients(network: nn.Module) -> None:
@@ -111,7 +164,8 @@ def fill_gradients(network: nn.Module) -> None:
 
     That is what DataParallel does on several GPUs: its `Broadcast` is differentiated as a whole and returns zeros for
     parameters that no loss reaches. Adam's momentum and weight decay then move them. On one GPU DataParallel calls the
-    module itself, and DistributedDataParallel leaves unused parameters alone: their gradients stay None.
+    module itself, and `parallel` leaves unused parameters alone, as DistributedDataParallel does: their gradients stay
+    None.
     """
     for parameter in network.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -134,8 +188,8 @@ def gather_in_order(values: Tensor, total: int) -> Tensor:
     """Rows of all processes as one batch of `total`, where process r holds rows r, r + world_size, ...; with gradient.
 
     With fewer rows than processes each of them holds all, and gets them back. A loss that every process computes from
-    the result has the right gradient after DistributedDataParallel's average: the backward pass adds up the processes'
-    gradients, which are equal.
+    the result has the right gradient after the average over processes (`parallel`): the backward pass adds up the
+    processes' gradients, which are equal.
     """
     if world_size() == 1 or total < world_size():
         return values

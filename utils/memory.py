@@ -1,5 +1,6 @@
 """Available memory and CPU cores, with container and job limits, and formatting of byte counts."""
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,22 @@ LIMIT_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memo
 
 
 def usable_cores() -> int:
-    """The processor cores that this process may run on: its affinity where the system has one, else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processor cores that this process may use: its affinity where the system has one, else all; at most as many
+    as the CPU quota of its container or job is worth, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *map(math.ceil, _quotas())]))
+
+
+def _quotas() -> Iterator[float]:
+    """Cores' worth of CPU time that each control group of this process may take."""
+    for folder in _control_groups("cpu"):
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # version 2, 1
+            try:
+                quota, period = (int(word) for name in files for word in (folder / name).read_text().split())
+            except (OSError, ValueError):  # no such version, or no limit ("max")
+                continue
+            if quota > 0 and period > 0:  # version 1 has -1 for no limit
+                yield quota / period
 
 
 def load_average() -> float | None:
@@ -38,7 +53,7 @@ def available_ram() -> int:
 
 def _left_in_containers() -> Iterator[int]:
     """Free memory of each control group of this process. Cached files count as free: the kernel drops them."""
-    for folder in _control_groups():
+    for folder in _control_groups("memory"):
         for limit, used in LIMIT_FILES:
             try:
                 left = int((folder / limit).read_text()) - int((folder / used).read_text())
@@ -50,17 +65,18 @@ def _left_in_containers() -> Iterator[int]:
             yield left + sum(counts.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active"))
 
 
-def _control_groups() -> Iterator[Path]:
-    """Folders of this process's memory control group and those above it, in either version of the interface."""
+def _control_groups(controller: str) -> Iterator[Path]:
+    """Folders of this process's control group and those above it, for "memory" or "cpu", in either version of the
+    interface."""
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = CGROUPS / "memory" if controllers else CGROUPS
+        root = CGROUPS / controller if controllers else CGROUPS
         group = root / path.lstrip("/")
         yield from (folder for folder in (group, *group.parents) if folder == root or root in folder.parents)
 

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from utils.acceleration import in_double
+from utils.console import some
 from utils.distributed import sum_over_ranks
+from utils.errors import UserError
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -53,17 +55,22 @@ class Tally:
         """Count batch `i`: its mean loss and each head's cross entropy, means over `n` clips. logits (B, C).
 
         `given` (B,) bool: in a mixed batch, the clips that are fed to a head; the others have no cross entropy there.
+        All heads are counted together: on a GPU every operation here is a launch in every step.
         """
         if self.losses is None:
             self.losses = torch.zeros(self.batches, device=loss.device)
-        self.losses[i] = loss.detach() * n
-        for name, entropy in entropies.items():
-            if name not in self.trained:
-                continue
-            correct = (logits[name].argmax(1) == labels).float()
-            fed = given[name].float() if given and name in given else torch.ones_like(correct)
-            own = torch.stack([entropy.detach().float(), (correct * fed).mean(), fed.mean()]) * n
-            self.heads[name] = self.heads[name] + own if name in self.heads else own
+        torch.mul(loss, n, out=self.losses[i])
+        names = [name for name in entropies if name in self.trained]
+        right = torch.stack([logits[name] for name in names]).argmax(2) == labels  # (heads, B)
+        if given:
+            everyone = torch.ones_like(labels, dtype=torch.bool)
+            fed = torch.stack([given.get(name, everyone) for name in names])
+            counted = [(right & fed).float().mean(1), fed.float().mean(1)]
+        else:
+            counted = [right.float().mean(1), torch.ones(len(names), device=loss.device)]
+        own = torch.stack([torch.stack([entropies[name] for name in names]).float(), *counted], dim=1) * n
+        for name, row in zip(names, own, strict=True):
+            self.heads[name] = self.heads[name].add_(row) if name in self.heads else row.clone()
 
     def numbers(self, heads: tuple[str, ...]) -> dict[str, float | None]:
         """`train_loss`, the mean loss of a clip, and for each of `heads` `train_ce_<head>` and `train_acc_<head>`.
@@ -82,9 +89,15 @@ class Tally:
                 numbers[f"train_acc_{name}"] = correct / count if count else None
         return numbers
 
-    def first_not_finite(self) -> int | None:
-        """The first batch whose loss is not finite, None if all are. All processes must call it."""
+    def check_finite(self, epoch: int, plan: list[Tensor], names: list[str]) -> None:
+        """Raise `UserError` naming the first batch of `plan`, indices of clips in `names`, whose loss is not finite.
+
+        All processes must call it.
+        """
         if self.losses is None:
-            return None
+            return
         bad = (~sum_over_ranks(self.losses.clone()).isfinite()).nonzero().flatten().tolist()
-        return bad[0] if bad else None
+        if bad:
+            clips = some([names[i] for i in plan[bad[0]].tolist()])
+            raise UserError(f"epoch {epoch + 1}, batch {bad[0] + 1} of {len(plan)}: loss not finite; clips: {clips}; "
+                            "last.pth is that of the epoch before; try a lower --learning_rate")  # fmt: skip

@@ -19,7 +19,7 @@ from dataset.specs import SPECS
 from utils.cli import Parser, number, path_name
 from utils.errors import UserError, run_main
 
-# Flags that not everything takes; a table and a folder per class take these.
+# Flags that only some sources accept. A table and a folder per class accept these.
 SPECIAL = ("split", "split_dir", "split_url", "role", "annotations", "test_fraction", "val_fraction")
 OWN = ("test_fraction", "val_fraction")
 TEST_FRACTION = 0.2
@@ -106,7 +106,7 @@ def _check_job(args) -> None:
 
 
 def _fill_in(args) -> None:
-    """The defaults of the flags that not everything takes, and which fractions were given."""
+    """Fill in the defaults of the source-specific flags, and record which fractions were given."""
     args.given_fractions = [f"--{name}" for name in OWN if getattr(args, name) is not None]
     args.test_fraction = TEST_FRACTION if args.test_fraction is None else args.test_fraction
     args.val_fraction = args.val_fraction or 0.0

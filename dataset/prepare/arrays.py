@@ -16,7 +16,7 @@ Source = Path | np.ndarray  # a .npy file, or the numbers themselves
 
 
 def array_files(name: str, folder: Path | str, clips: list[str]) -> dict[str, Source]:
-    """`<folder>/<clip>.npy` of each clip. Raises `UserError` where none of them is there."""
+    """`<folder>/<clip>.npy` of each clip. Raises `UserError` if none of these files exists."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--arrays {name}={folder}: no such folder; give a folder of <clip>.npy")
@@ -29,9 +29,10 @@ def array_files(name: str, folder: Path | str, clips: list[str]) -> dict[str, So
 def write_arrays(
     out: Path, modality: Modality, sources: Mapping[str, Source], quiet: bool = False
 ) -> tuple[set[str], list[Problem]]:
-    """Write `out/<folder>/<clip>.npy`, float32; (clips written, a problem for each clip without a usable array).
+    """Write `out/<folder>/<clip>.npy` as float32.
 
-    Files whose content is already right stay as they are, so a second run changes nothing.
+    Returns the clips written, and a problem for each clip without a usable array. Files that already have the right
+    content are not rewritten, so a second run changes nothing.
     """
     folder = out / modality.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,9 +57,9 @@ def write_arrays(
 
 
 def kind_of(sources: Mapping[str, Source]) -> str:
-    """ "array" where all arrays have one shape, "sequence" where (L, D) differ in their length L only.
+    """Return "array" if all arrays have the same shape, "sequence" if arrays (L, D) differ only in their length L.
 
-    Unreadable files are passed over here; `write_arrays` names them.
+    Unreadable files are skipped here; `write_arrays` reports them.
     """
     shapes = {values.shape for source in sources.values() for values, reason in [_read(source)] if not reason}
     varied = len(shapes) > 1 and {len(shape) for shape in shapes} == {2} and len({shape[1] for shape in shapes}) == 1

@@ -15,7 +15,7 @@ from dataset.prepare import decode
 from dataset.specs import AUDIO_RECIPES, AudioRecipe
 from utils.errors import UserError
 
-MAX_SECONDS = 600  # per clip; the datasets have 10-second clips, so a longer one is a damaged header
+MAX_SECONDS = 600  # limit for one clip; the datasets have 10-second clips, so a larger value means a damaged header
 RATES = (1_000, 400_000)  # Hz; outside it the header is damaged
 
 LOGSTFT_SAMPLES = 66_150  # 3 s at 22,050 Hz
@@ -37,8 +37,8 @@ def load_wave(
     """(wave float32 (n,), rate in Hz) of a sound file or of the first audio track of a video.
 
     `rate` resamples; None keeps the file's own. `channels`: "mean" averages them, "first" takes the first. `start` and
-    `end` (seconds from the beginning of the file) cut it, to the sample. Raises `UserError` where there is no sound to
-    be had: no audio track, no samples, a broken file, over 10 minutes.
+    `end` (seconds from the beginning of the file) cut it, exact to the sample. Raises `UserError` if there is no
+    usable sound: no audio track, no samples, a broken file, or more than 10 minutes.
     """
     path = Path(path)
     if channels not in ("mean", "first"):
@@ -116,7 +116,7 @@ class _Cut:
             raise UserError(f"{self.path}: more than {MAX_SECONDS} s of sound; cut it to the clip")
 
     def check(self, taken: int, until: int) -> None:
-        """Raise `UserError` unless `taken` samples, of a file whose sound ends at sample `until`, will do."""
+        """Raise `UserError` if `taken` samples, of a file whose sound ends at sample `until`, are too few."""
         self.check_length(taken)
         ends = f"{self.path}: the sound ends at {until / self.rate:.2f} s"
         if taken == 0 and self.first > 0:
@@ -148,8 +148,7 @@ SAMPLE_TYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int6
 def _samples(frame) -> np.ndarray:
     """A decoded frame as (n, channels) float32, full scale 1.
 
-    Planes are read one by one: PyAV's own conversions take a ninth plane for there where eight channels are planar, and
-    crash.
+    Planes are read one by one: for eight planar channels, PyAV's own conversion assumes a ninth plane and crashes.
     """
     kind, count = SAMPLE_TYPES[frame.format.packed.name], frame.layout.nb_channels
     if frame.format.is_planar:
@@ -202,8 +201,8 @@ def spectrogram(wave: np.ndarray, rate: int, recipe: AudioRecipe) -> np.ndarray:
 def logstft(wave: np.ndarray) -> np.ndarray:
     """(n,) at 22,050 Hz to (257, 188): log(|STFT| + 1e-7), librosa's centred STFT with a Hann window.
 
-    The wave is repeated until it fills 3 s, cut there and clipped to [-1, 1]. OGM-GE's loader repeats it three times
-    and cuts, which leaves a clip shorter than 1 s shorter than the others; this one is never shorter.
+    The wave is repeated until it fills 3 s, then cut to 3 s and clipped to [-1, 1]. OGM-GE's loader repeats it exactly
+    three times before it cuts, so that clips under 1 s give shorter spectrograms. Here all have the same shape.
     """
     import librosa
 

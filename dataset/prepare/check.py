@@ -20,9 +20,9 @@ SHOWN = 5  # files printed for each kind of problem; skipped.csv and --json have
 
 
 def inspect_deep(root: Path | str, spec: DatasetSpec, quiet: bool = True) -> Report:
-    """`inspect_folder`, and decode every frame and read every array. Clips with problems leave `Report.files`.
+    """Run `inspect_folder`, then decode every frame and read every array.
 
-    Raises `UserError` where there is no folder or no list.
+    Clips with problems are removed from `Report.files`. Raises `UserError` if the folder or a list does not exist.
     """
     report = inspect_folder(root, spec, quiet)
     part_of = part_of_clip(report.parts)
@@ -64,7 +64,7 @@ def _inspect_content(report: Report, spec: DatasetSpec, clip: str, part: str) ->
 def _decoding_fault(path: str) -> str:
     """Reason why the frame is not a valid JPEG or PNG file, '' if Pillow decodes it.
 
-    OpenCV would fill what is missing with grey.
+    OpenCV is not used here, because it fills the missing part of a truncated picture with grey.
     """
     from PIL import Image
 
@@ -84,7 +84,7 @@ def _decoding_fault(path: str) -> str:
 
 
 def check(args) -> int:
-    """The doctor: print what is wrong with a training folder or a raw folder. Returns the exit status."""
+    """Print all problems of a training folder or a raw folder. Returns the exit status."""
     root = Path(args.check)
     if not root.is_dir():
         raise UserError(f"--check {root}: no such folder")

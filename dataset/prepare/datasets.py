@@ -28,8 +28,8 @@ from dataset.prepare.table import Row, class_folders, find_sources, only_sounds,
 from dataset.specs import AUDIO, SPECS, VIDEO, DatasetSpec, Modality, audio, flow, video
 from utils.errors import UserError
 
-LONGEST = 10.0  # seconds of sound that a spectrogram of one's own clips covers where no recipe is asked for
-PROBED = 20  # files whose length is looked at for it
+LONGEST = 10.0  # longest spectrogram of a user's clips, in seconds, if no recipe is given
+PROBED = 20  # number of files whose duration is read to choose that length
 IMAGE_SIDE = 224  # pixels that frames are fed at, unless they are stored smaller
 
 
@@ -76,10 +76,10 @@ class Entry(NamedTuple):
 
 
 def modalities_of(args, defaults: Defaults, seconds: Callable[[], float]) -> tuple[DatasetSpec, Options]:
-    """The spec (as yet without array modalities) and the engine's options, by flags first, then `defaults`.
+    """The spec (without array modalities, which are added later) and the engine's options.
 
-    `seconds` measures the length of `logmel` where neither gives one. Raises `UserError` for flags that contradict
-    each other.
+    Flags take precedence over `defaults`. `seconds` measures the length of `logmel` if neither gives one. Raises
+    `UserError` for contradictory flags.
     """
     wanted = args.audio_recipe or defaults.recipe
     needs = wanted.name == "logmel" and "seconds" not in wanted.fields
@@ -120,7 +120,8 @@ def with_arrays(args, spec: DatasetSpec, clips: list[str]) -> tuple[DatasetSpec,
 def fitting_seconds(clips: Sequence[Clip]) -> float:
     """Duration of the spectrograms in seconds: that of the longest clip, 10 at most.
 
-    Known where every clip is cut; else the first 20 files are looked at. Rounded up to a tenth of a second.
+    The duration is known for clips with an `end`. If some have none, the first 20 files are read. The result is rounded
+    up to a tenth of a second.
     """
     known = [clip.end - (clip.start or 0) for clip in clips if clip.end is not None]
     if len(known) < len(clips):
@@ -131,7 +132,7 @@ def fitting_seconds(clips: Sequence[Clip]) -> float:
 
 
 def _own_job(args, name: str, rows: list[Row], raw: Path, defaults: Defaults, record: dict, notes: list[str]) -> Job:
-    """A job of rows with files, split as they say or by seed."""
+    """A job from rows with files, split by their `part` entries or by a seed."""
     if args.given_fractions and any(row.part for row in rows):
         raise UserError(f"{args.given_fractions[0]}: the clips already have parts; omit the flag")
 
@@ -182,7 +183,7 @@ def _given(parts: dict[str, list[tuple[str, str]]], record: dict, groups: list[t
 
 
 def _counted(name: str, found: dict[str, int], published: dict[str, int]) -> list[str]:
-    """A note on how the lists compare with the published ones."""
+    """A note that compares the sizes of the lists with the published ones."""
     ours = ", ".join(f"{what} {count:,}" for what, count in found.items())
     if found == published:
         return [f"lists: {ours}, as published"]

@@ -13,15 +13,15 @@ from pathlib import Path
 
 from utils.errors import UserError
 
-SEEK, EARLY = 20.0, 5.0  # seconds: a start later than the first is sought in the file, the second before it
-SLACK = 0.0025  # seconds; Matroska and Flash round time stamps to 1 ms, so that no moment asked for is a tie
+SEEK, EARLY = 20.0, 5.0  # seconds: a later start than SEEK is sought, EARLY before it
+SLACK = 0.0025  # seconds; breaks ties, since Matroska and Flash round time stamps to 1 ms
 NO_PICTURE, NO_TRACK = "no video track", "no audio track"
 
 _watcher: Callable[[], None] | None = None
 
 
 def watch(callback: Callable[[], None] | None) -> None:
-    """Have `callback` called for every packet read from now on: the sign that a decoder is still at work."""
+    """Call `callback` for every packet read from now on, as a sign that the decoder is still working."""
     global _watcher
     _watcher = callback
 
@@ -35,7 +35,7 @@ def opened(path: Path | str, what: str) -> Iterator:
     except ImportError:
         raise UserError(f"{path}: PyAV is needed to read it; pip install av") from None
     try:
-        # An absolute path: FFmpeg takes "name:..." for a protocol. Titles in Latin-1 are no reason to lose a clip.
+        # An absolute path, because FFmpeg reads "name:..." as a protocol. Titles in Latin-1 must not make a clip fail.
         with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             yield container
     except (FFmpegError, OSError, ValueError, MemoryError) as error:
@@ -78,16 +78,16 @@ class Tally:
 
 
 def decoded(container, stream, tally: Tally, start: float = 0.0, needed: Callable[[], int] = lambda: 0) -> Iterator:
-    """Every frame of `stream`; a late `start` is sought, so the first frame is then a little before it.
+    """Yield the frames of `stream`. For a late `start` the decoder seeks, so the first frame is a little before it.
 
-    Damaged packets are passed over as players do, for the packets around them are good; they are counted in `tally`.
-    `needed()` says how many frames are still to come until one is of use: where the file ends before, the rest is not
+    Damaged packets are skipped, as video players do, because the packets around them are good; `tally` counts them.
+    `needed()` returns the number of frames until the next useful one. If fewer are left in the file, the rest is not
     decoded but counted in `tally.left`.
     """
     from av.error import EOFError as EndOfFile
     from av.error import FFmpegError
 
-    stream.codec_context.thread_count = 1  # the clips are what runs in parallel
+    stream.codec_context.thread_count = 1  # clips are processed in parallel, so one thread per clip
     if start > SEEK:
         seek(container, stream, start - EARLY)
     packets, ahead, inside = container.demux(stream), deque(), 0  # `inside` the decoder: its delay
@@ -121,7 +121,7 @@ def decoded(container, stream, tally: Tally, start: float = 0.0, needed: Callabl
 
 
 def seek(container, stream, time: float) -> None:
-    """Go to the key frame at or before `time`, or stay at the beginning where the file cannot be sought in."""
+    """Seek to the key frame at or before `time`; stay at the beginning if the file is not seekable."""
     from av.error import FFmpegError
 
     try:

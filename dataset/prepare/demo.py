@@ -42,7 +42,7 @@ VERSION = 3
 DIGITS = SPECS["demo"].classes or ()
 RATE = AUDIO_RECIPES["logmel"].rate or 0  # Hz
 SPEECH_ROOT = SPECS["demo"].root.with_name("demo_speech")
-FEW = 200  # clips: below it, starting worker processes takes longer than the work
+FEW = 200  # number of clips; for fewer, starting worker processes takes longer than the work itself
 RECORD = "demo.json"  # written last: a folder without it is not a whole demo dataset
 
 # The telephone keypad (ITU-T Q.23): a key sounds its row's and its column's frequency together, in Hz.
@@ -66,7 +66,7 @@ class DemoSettings:
     limit: int | None = None  # make only about this many clips (tests); None = all
 
     # video: brightness runs from 0 (black) to 1 (white), lengths are in pixels
-    side: int = 32  # of a square frame; what is fed (DatasetSpec.image_size), so that nothing is resampled
+    side: int = 32  # side of a frame; equals the network's input size (DatasetSpec.image_size), so nothing is resampled
     fps: int = 4
     seconds: int = 2  # frames are kept at 1 per second: this is their number too
     digit_side: tuple[float, float] = (18.5, 25.0)
@@ -79,8 +79,8 @@ class DemoSettings:
     # audio: signal-to-noise ratios are those of the whole clip's mean powers, in dB
     samples: int = LOGMEL_SAMPLES  # 1.024 s at 8 kHz: the spectrogram takes all of it
     tone_snr_db: tuple[float, float] = (-12.0, 2.0)
-    machines: int = 6  # answering machines in each part, every digit shared out evenly among them
-    speed: tuple[float, float] = (0.93, 1.08)  # of their tapes: it multiplies a key's frequencies, 1 is true
+    machines: int = 6  # answering machines in each part; the clips of a digit are distributed evenly among them
+    speed: tuple[float, float] = (0.93, 1.08)  # tape speed: factor on a key's frequencies, 1 is the original
     hum_db: tuple[float, float] = (-6.0, 3.0)  # of each tone that a machine hums, over one of a key's two
     speech_snr_db: tuple[float, float] = (-5.0, 10.0)  # of the recording's own length, not of the padding around it
     level: float = 0.1  # root mean square of what is written, where 1 is full scale
@@ -183,14 +183,14 @@ def _square_before(ink: np.ndarray, size: float, settings: DemoSettings, rng: np
 
 
 class Machine(NamedTuple):
-    """An answering machine: how fast its tape runs (1 is true), and the tones it hums, each (Hz, amplitude)."""
+    """An answering machine: its tape speed (1 is the original) and the tones of its hum, each (Hz, amplitude)."""
 
     speed: float
     hum: list[tuple[float, float]]
 
 
 def draw_machine(number: int, settings: DemoSettings) -> Machine:
-    """The machines 0 ... n - 1 took down the training clips, n ... 2 n - 1 the test clips, n being `settings.machines`.
+    """Machines 0 ... n - 1 recorded the training clips, n ... 2 n - 1 the test clips, with n = `settings.machines`.
 
     Each part's speeds are spread over the whole range, one machine to each n-th of it. At an unknown speed some keys
     cannot be distinguished: 5 played a tenth too slow sounds like 1. A machine is known by its hum, two tones below the
@@ -245,7 +245,7 @@ def draw_speech(speech: np.ndarray, settings: DemoSettings, rng: np.random.Gener
 def _in_noise(signal: np.ndarray, power: float, snr_db: float, level: float, rng: np.random.Generator) -> np.ndarray:
     """`signal` plus noise of exactly `power` / 10^(snr_db / 10), the sum scaled to `level` (root mean square).
 
-    One level for all clips: loudness would otherwise tell how much noise there is, and loud tones would clip.
+    All clips have the same level. Otherwise loudness would reveal the amount of noise, and loud tones would clip.
     """
     noise = rng.standard_normal(len(signal))
     noise *= np.sqrt(power / 10 ** (snr_db / 10) / np.mean(noise**2))
@@ -294,9 +294,9 @@ def read_recording(path: Path) -> np.ndarray:
 
 
 def split_indices(labels: list[str], test_share: float, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """(train, test) indices, sorted and disjoint, each class shared out alike; ceil(n * test_share) are for test.
+    """(train, test) indices, sorted, disjoint and stratified by class; ceil(n * test_share) are for test.
 
-    What rounding leaves over goes to the classes with the largest remainders.
+    Clips left over by rounding go to the classes with the largest remainders.
     """
     of_clip = np.array(labels)
     classes, counts = np.unique(of_clip, return_counts=True)
@@ -315,8 +315,8 @@ def split_indices(labels: list[str], test_share: float, rng: np.random.Generator
 def plan_clips(scan_labels: list[str], recordings: list[Path] | None, settings: DemoSettings) -> list[DemoClip]:
     """Every clip to make: one per scan, or one per recording.
 
-    There are more recordings than scans, so a part's scans take turns, each time with a difficulty of its own; no scan
-    and no recording is in both parts.
+    There are more recordings than scans, so the scans of a part are reused in turn, each time with a newly drawn
+    difficulty. No scan and no recording is in both parts.
     """
     rng = np.random.default_rng([settings.seed, 0])
     parts = zip(("train", "test"), split_indices(scan_labels, settings.test_share, rng), strict=True)
@@ -375,7 +375,7 @@ def write_video(frames: np.ndarray, fps: int, path: Path) -> None:
     for frame in frames:
         writer.write(np.ascontiguousarray(frame[..., ::-1]))  # OpenCV wants BGR
     writer.release()
-    # OpenCV reports a full disk in no other way than by a file that is missing or stays short
+    # OpenCV raises no error on a full disk; the file is missing or too short
     if not path.is_file() or path.stat().st_size < 256 * len(frames):
         raise OSError(errno.ENOSPC, "video not written whole", str(path))
 
@@ -471,11 +471,11 @@ def ensure_demo(
 
 
 def _check_speech_record(root: Path, record: dict, settings: DemoSettings) -> None:
-    """Data made from recordings cannot be remade without them: it is whole and current, or the user is asked."""
+    """Data made from recordings cannot be regenerated without them: raise `UserError` unless complete and current."""
     current = _record(settings, record["speech"], record["clips"])
     if record != current or not _is_whole(root, record):
         raise UserError(
-            f"{root}: made from recordings, but with other settings than today's or not whole any more; "
+            f"{root}: made from recordings, but incomplete or with settings other than the current ones; "
             f"run: bash scripts/prepare_demo.sh --out {root} --speech DIR"
         )
 
@@ -549,9 +549,9 @@ def _make(root: Path, recordings: list[Path] | None, settings: DemoSettings, rec
             skipped = prepare_clips(clips, making, options, quiet=quiet).skipped
             if skipped:  # we wrote these files a moment ago: only a full disk or a broken installation spoils them
                 raise UserError(f"{skipped[0].path}: {skipped[0].reason}; is there room on the disk? run this again")
-            shutil.rmtree(making / ".prepare")  # for resuming, which is not done here, and full of times of the clock
+            shutil.rmtree(making / ".prepare")  # only needed for resuming; contains clock times
             parts = {part: [(c.name, c.digit) for c in plan if c.part == part] for part in ("train", "test")}
-            # A validation part of known machines would read far too high; recordings' speakers are in both parts.
+            # A validation part with known machines would give far too high accuracies; speakers are in both parts.
             groups = None if recordings else [(c.name, f"machine{c.machine}") for c in plan]
             write_lists(making, list(DIGITS), parts, {"source": "demo", "seed": settings.seed}, groups)
             _write_clips_csv(plan, making / "clips.csv")
@@ -570,7 +570,7 @@ def _alone(root: Path) -> Iterator[None]:
     """Only one process makes `root` at a time; a second one waits and then finds it made."""
     root = root.absolute()
     lock, waiting = root.with_name(f".{root.name}.lock"), f"{root}: another process makes the demo data, waiting for it"
-    # A worker process that imports an unguarded script would wait for its parent, and the parent for it.
+    # A worker process that imports a script without a __main__ guard would deadlock with its parent.
     worker = multiprocessing.current_process().name != "MainProcess"
     try:
         with locked(lock, None if worker else waiting):

@@ -75,7 +75,7 @@ class Options(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Result of a run: clips made, already finished, skipped (with reasons), used with a remark; bytes on disk."""
+    """Result of a run: clips made, already finished, skipped (with reasons), made with a remark; bytes on disk."""
 
     made: int
     kept: int
@@ -138,7 +138,7 @@ def record_of(options: Options) -> dict:
 
 
 def options_of(record: dict) -> Options:
-    """The options that `record`, a prepare.json as `record_of` makes it, tells. Raises ValueError or TypeError."""
+    """The options stored in `record`, a prepare.json written by `record_of`. Raises ValueError or TypeError."""
     recipe, frames, crop = record.get("audio_recipe"), record.get("frames", BY_INDEX), record.get("crop")
     return Options(
         None if frames == BY_INDEX else float(frames.removesuffix(PER_SECOND)),
@@ -251,7 +251,7 @@ def _former(journal: "_Journal", clip: Clip) -> set[str]:
 
 
 def _forget(out: Path, clip: Clip, options: Options, journal: "_Journal") -> None:
-    """Remove files made of another source or with other options: they would pass for what was asked for."""
+    """Remove files made from another source or with other options; they could be mistaken for the requested ones."""
     _remove(out, clip.name, _former(journal, clip) | _folders(clip, options))
     journal.records.pop(clip.name, None)
 
@@ -272,7 +272,7 @@ def _remove(out: Path, name: str, folders: set[str]) -> None:
 def make_clip(clip: Clip, out: Path, options: Options, at: Callable[[Path], None] = lambda path: None) -> Outcome:
     """Make the files of one clip; runs in a worker. Only an error of the output side (a full disk) is raised.
 
-    `at` is told which file is read next.
+    `at` is called with each file before it is read.
     """
     kind, path = "broken_sound", clip.audio
     try:
@@ -291,7 +291,7 @@ def make_clip(clip: Clip, out: Path, options: Options, at: Callable[[Path], None
         raise
     except UserError as error:
         reason = str(error).removeprefix(f"{path}: ")
-    except Exception as error:  # a decoder's surprise at one file must not end the work on 15,000 others; it is named
+    except Exception as error:  # an unexpected error in one file is reported and must not stop the other 15,000
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
         return Outcome(None, remarks)
@@ -328,7 +328,7 @@ def _frames(clip: Clip, out: Path, options: Options) -> list[str]:
     if clip.video.is_dir():
         if options.flow or options.fps or options.size or options.crop or clip.start or clip.end:
             raise UserError(
-                f"{clip.video}: ready frames are taken as they are; flow, fps, size, crop, cuts need the video"
+                f"{clip.video}: existing frames are used unchanged; flow, fps, size, crop and cuts need the video"
             )
         _take_frames(clip.video, folder)
         return []
@@ -378,7 +378,7 @@ def _outcomes(clips: list[Clip], out: Path, options: Options) -> Iterator[tuple[
 
 
 def _pooled(clips: list[Clip], out: Path, options: Options, workers: int) -> Iterator[tuple[Clip, Outcome]]:
-    """The same on `workers` processes, one clip at a time each: it is known whose decoder crashed or hangs."""
+    """The same on `workers` processes, each with one clip at a time, so that a crash or a hang identifies its clip."""
     waiting, staff = deque(clips), [_Worker(out, options) for _ in range(workers)]
     try:
         while waiting or any(worker.clip is not None for worker in staff):
@@ -425,17 +425,17 @@ class _Worker:
             self.pipe.send(clip)
 
     def hangs(self) -> bool:
-        """Whether a worker has sent no message for a long time, messages still in the queue included."""
+        """Whether the worker has sent no message for `HANG` seconds and none is waiting in the pipe."""
         return time.monotonic() - self.heard > HANG and not self.pipe.poll()
 
     def listen(self) -> Outcome | None:
-        """Read one message. Returns the outcome of the clip in work where it is done or its decoder has crashed."""
+        """Read one message. Returns the current clip's outcome if it is finished or its decoder crashed, else None."""
         try:
             kind, value = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
             if not self.ready:
-                raise RuntimeError("worker processes do not start; a script must call main() under __main__") from None
+                raise RuntimeError("worker processes do not start; a script needs if __name__ == '__main__'") from None
             return self.fault("decoder_crash", f"the decoder crashed on it ({_cause(self.process.exitcode)})")
         self.heard = time.monotonic()
         if kind == "ready":
@@ -496,8 +496,8 @@ def _work(pipe, out: Path, options: Options) -> None:
 
 
 def _import_all(options: Options) -> None:
-    """Load the packages of the decoders now: it takes seconds, and would count as hanging later."""
-    with contextlib.suppress(Exception):  # what is missing is named where it is needed
+    """Import the decoder packages now: the import takes seconds and would later be mistaken for a hang."""
+    with contextlib.suppress(Exception):  # a missing package is reported where it is needed
         import av  # noqa: F401
 
         if options.audio is not None:
@@ -513,11 +513,11 @@ def _end_with_parent() -> None:
 
 
 def _enter_one_thread(options: Options) -> Callable[[], None]:
-    """Let every library use one thread: the processes are the parallelism. Returns what undoes it."""
+    """Limit every library to one thread, because processes run in parallel. Returns a function that undoes it."""
     import cv2
 
     level, threads = cv2.utils.logging.getLogLevel(), cv2.getNumThreads()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # faults come by name in the summary
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the summary reports the errors
     cv2.setNumThreads(1)
     undo: list[Callable] = [lambda: cv2.utils.logging.setLogLevel(level), lambda: cv2.setNumThreads(threads)]
     if (options.audio is not None and options.audio.name in ("fbank", "logmel")) or "torch" in sys.modules:

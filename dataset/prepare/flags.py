@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dataset.specs import AUDIO_RECIPES, RESERVED, AudioRecipe, logmel
 from utils.cli import path_name
 
-RATE, BANDS = 16_000, 64  # of `--audio_recipe logmel` where nothing else is said
+RATE, BANDS = 16_000, 64  # defaults of `--audio_recipe logmel`
 LOGMEL_TYPES = {"rate": int, "seconds": float, "bands": int, "hop": int}
 
 

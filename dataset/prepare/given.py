@@ -28,7 +28,7 @@ from dataset.prepare.engine import (
 from dataset.specs import AUDIO, FLOW, VIDEO, DatasetSpec
 from utils.errors import UserError
 
-FOLDERS = {AUDIO: SOUND.folder, VIDEO: FRAMES.folder, FLOW: MOTION.folder}  # in which the engine puts a modality
+FOLDERS = {AUDIO: SOUND.folder, VIDEO: FRAMES.folder, FLOW: MOTION.folder}  # where the engine writes each
 CUT = re.compile(r"(.+)@(\d+(?:\.\d*)?)-(\d+(?:\.\d*)?)")
 
 
@@ -80,27 +80,27 @@ def _tracks(path: Path) -> tuple[bool, bool]:
                     raise
                 found.append(False)
     if not any(found):
-        raise UserError(f"--clip {path}: neither pictures nor sound in it")
+        raise UserError(f"--clip {path}: contains neither video nor audio")
     return found[0], found[1]
 
 
 def prepare_given(
     clips: list[Clip], out: Path, spec: DatasetSpec, shapes: dict[str, tuple[int, ...]], record: dict
 ) -> list[tuple[tuple[str, ...], Part]]:
-    """Make the files of `clips` in the folder `out`; returns (modalities, clips that have just these) as parts.
+    """Prepare `clips` in the folder `out`. Returns one (modalities, part) for each set of modalities that clips have.
 
-    `shapes` are those of the arrays in the training folder, `record` is its prepare.json; {} for a folder that others
-    prepared, whose recipe is that of `spec` and whose frames follow the published datasets' rule. Labels are 0. Raises
-    `UserError` for a clip that cannot be prepared, or that has nothing a network on `spec` takes.
+    `shapes` are those of the arrays in the training folder. `record` is its prepare.json, or {} for a folder made by
+    other tools: then the recipe is that of `spec`, and frames follow the published datasets' rule. Labels are 0. Raises
+    `UserError` for a clip that cannot be prepared or has none of the modalities of `spec`.
     """
     options = _options(spec, record)
     made = _made(spec, options)
     if not made:
-        raise UserError(f"--clip: the network takes {', '.join(spec.names)} as arrays, and it is not known how to make "
-                        "them of video or sound")  # fmt: skip
+        raise UserError(f"--clip: the network takes {', '.join(spec.names)} as arrays, which cannot "
+                        "be made from video or sound; use --predictions on a training folder")  # fmt: skip
     if AUDIO in made and options.audio is not None and shapes.get(AUDIO, options.audio.shape) != options.audio.shape:
         raise UserError(f"--clip: recipe {options.audio.name} makes {options.audio.shape}, and the network was trained "
-                        f"on {shapes[AUDIO]}: its training folder was made in another way")  # fmt: skip
+                        f"on {shapes[AUDIO]}: its training folder was made with other settings")  # fmt: skip
     own = [_restricted(clip, made) for clip in clips]
     for clip in prepare_clips(own, out, options, quiet=True).skipped:
         raise UserError(f"--clip {clip.path}: {clip.reason}")

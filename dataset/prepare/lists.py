@@ -54,7 +54,7 @@ def write_csv(path: Path, rows: Iterable[tuple]) -> None:
 
 
 def actor_split(rows: list[tuple[str, str]], spec: DatasetSpec) -> Split:
-    """Split (clip, label) rows into train and test, about 90/10, no actor in both, class shares as in the whole."""
+    """Split (clip, label) rows about 90/10 into train and test: no actor is in both, and classes are stratified."""
     rows = sorted(rows)
     if len({actor_of(clip) for clip, _ in rows}) < 2:
         raise UserError("clips of 1 actor cannot be split by actor; use --split official")

@@ -105,7 +105,7 @@ def _print_summary(job: Job, out: Path, summary: Summary) -> None:
             some = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
             print(f"       no clip in {part}: {len(absent)} of the classes ({some})")
     if split.record.get("complete") is False:
-        print(f"       made of the clips found here; the whole dataset ({CREMAD_CLIPS:,} clips) is split differently")
+        print(f"       made from the clips found here; the full dataset ({CREMAD_CLIPS:,} clips) is split differently")
 
 
 def _described(modality) -> str:

@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.progress import over
 
 VIDEO_TYPES = (".flv", ".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v", ".ts", ".wmv", ".ogv", ".3gp")
-DEPTH = 4  # folders below the raw folder that are looked into
+DEPTH = 4  # depth of the search below the raw folder
 CREMAD_CLIPS = 7442  # published clips, both parts together
 
 
@@ -97,7 +97,7 @@ def _find(index: Index, spec: DatasetSpec, name: str) -> Clip:
 
 
 def _lookup(files: dict[str, Path], name: str) -> Path | None:
-    """By the clip's own name, else by the one that the Kinetics archive gives it.
+    """Look up a file by the clip's own name, then by its name in the Kinetics archive.
 
     OGM-GE's test list shortens `ID_000042_000052` to `ID_42` (the start in seconds).
     """
@@ -135,14 +135,14 @@ def cremad_rows(index: Index, spec: DatasetSpec) -> list[tuple[str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The doctor for a raw folder
+# Check of a raw folder
 
 
 def inspect_raw(root: Path | str, spec: DatasetSpec, names: list[str] | None, quiet: bool = True) -> Report:
-    """Look at every raw file: missing, empty, git-lfs pointer, unreadable, breaking off, without sound, silent.
+    """Check every raw file: missing, empty, git-lfs pointer, unreadable, truncated, without sound, silent.
 
-    Of videos only packets are counted and one frame decoded. `names` are the clips that must be there; None means
-    those that are.
+    For videos, packets are counted and only one frame is decoded. `names` are the required clips (None: all clips
+    found).
     """
     index = index_raw(root)
     if names is None:

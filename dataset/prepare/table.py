@@ -23,7 +23,7 @@ from utils.errors import UserError
 REQUIRED = ("file", "label")
 COLUMNS = (*REQUIRED, "clip", "audio", "start", "end", "part", "group")
 SOUND_TYPES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff")
-SPLIT_SEED = 0  # fixed: a table has one split, the same on every machine
+SPLIT_SEED = 0  # fixed, so that a table has the same split on every machine
 
 
 class Row(NamedTuple):
@@ -67,7 +67,7 @@ def read_table(path: Path | str) -> list[Row]:
         rows.append(_row(f"{path}, line {line}", dict(zip(columns, fields, strict=True))))
         numbers.append(line)
         if len(rows) > MAX_ROWS:
-            raise UserError(f"{path}: more than {MAX_ROWS:,} rows; this is no table of clips")
+            raise UserError(f"{path}: more than {MAX_ROWS:,} rows; not a table of clips")
     if not rows:
         raise UserError(f"{path}: no clips under the header")
     for column in ("part", "group"):
@@ -207,7 +207,7 @@ def class_folders(raw: Path | str, leave_out: Path | None = None) -> tuple[list[
 def find_sources(rows: Sequence[Row], raw: Path, sound: bool = True, frames: bool = True) -> list[Clip]:
     """The sources of each clip below `raw`. Without `sound` or `frames`, clips have none of them.
 
-    Raises `UserError` where no file is there at all; one that is missing is the engine's to report.
+    Raises `UserError` if none of the files exists. Single missing files are reported by the engine.
     """
     clips = []
     for row in rows:
@@ -220,7 +220,7 @@ def find_sources(rows: Sequence[Row], raw: Path, sound: bool = True, frames: boo
 
 
 def only_sounds(rows: Sequence[Row]) -> bool:
-    """Are all files sounds by their names, so that there are no frames to be had?"""
+    """Whether all files are audio files by their names, so that there are no frames."""
     return all(os.path.splitext(row.file)[1].lower() in SOUND_TYPES for row in rows)
 
 
@@ -260,7 +260,7 @@ def split_rows(rows: Sequence[Row], fractions: dict[str, float], record: dict) -
 
 
 def _drawn(rows: Sequence[Row], fractions: dict[str, float], grouped: bool) -> dict[str, str]:
-    """The part of each clip. Parts are cut off one after the other from what is left."""
+    """The part of each clip. Parts are drawn one after the other from the remaining clips."""
     left = sorted(rows)
     part_of, share = {}, 1.0
     for part, fraction in fractions.items():

@@ -11,7 +11,7 @@ from dataset.prepare import decode, flow
 from utils.errors import UserError
 from utils.files import atomic_folder
 
-JPEG_QUALITY = 95  # OpenCV's own default, written down so that no other version changes the files
+JPEG_QUALITY = 95  # OpenCV's default, set explicitly so that other versions write the same files
 FRAME_NAME = "frame_{:05d}.jpg"  # counted from 1, as in OGM-GE's folders
 MAX_SIDE = 8192  # pixels; a larger one is a damaged header
 MAX_FRAMES = 600 * 240  # ten minutes at 240 frames per second; more is no clip
@@ -131,7 +131,7 @@ class _Frames:
         self.promised, self.seconds = stream.frames or _promised(container, stream), (container.duration or 0) / 1e6
         width, height = stream.codec_context.width, stream.codec_context.height
         if max(width, height) > MAX_SIDE:
-            raise UserError(f"{self.path}: frames of {width} x {height} pixels; sides may be {MAX_SIDE}")
+            raise UserError(f"{self.path}: frames of {width} x {height} pixels; the largest allowed side is {MAX_SIDE}")
 
     def _timed(self, container, stream) -> Iterator[tuple[float, object]]:
         """(seconds from the beginning of the file, frame); a frame without a time stamp follows the one before it."""
@@ -243,7 +243,7 @@ class Pictures:
 
 
 def display_matrix(frame) -> tuple[int, int, int, int]:
-    """(a, b, c, d) of how a decoded frame is meant to be shown: x' = a x + c y, y' = b x + d y; of sizes -1, 0, 1."""
+    """Display matrix (a, b, c, d) of a decoded frame: x' = a x + c y, y' = b x + d y. Each is -1, 0 or 1."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1
@@ -258,7 +258,7 @@ def _sign(value: int) -> int:
 
 
 def upright(picture: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
-    """(H, W, 3) turned by quarters and mirrored as the display matrix says; a phone held upright films lying down."""
+    """Rotate (H, W, 3) by quarter turns and mirror it by the display matrix. Phones store upright videos sideways."""
     a, b, c, d = matrix
     if a == 0:
         picture = picture.swapaxes(0, 1)
@@ -280,7 +280,7 @@ def _cropped(picture: np.ndarray, crop: tuple[int, int, int, int] | None, path: 
 
 
 def _resized(picture: np.ndarray, size: int | None) -> np.ndarray:
-    """The shorter side reduced to `size` by averaging; smaller pictures stay, for enlarging adds nothing."""
+    """Reduce the shorter side to `size` by averaging. Smaller pictures are unchanged: enlarging adds no information."""
     import cv2
 
     shorter = min(picture.shape[:2])
@@ -295,7 +295,7 @@ def _resized(picture: np.ndarray, size: int | None) -> np.ndarray:
 
 
 def packet_fault(path: Path, needs_sound: bool) -> tuple[str, str]:
-    """(kind, reason) why a video will not do, ('', '') if it may: packets are counted, one frame is decoded."""
+    """(kind, reason) why a video is unusable, ('', '') if it is usable. Counts packets and decodes one frame."""
     kind = "broken_video"
     try:
         with decode.opened(path, "video") as container:
@@ -324,5 +324,5 @@ def _promised(container, stream) -> int:
 
 
 def breaks_off(found: int, promised: int, rate: float) -> bool:
-    """Is more missing than rounding and late tracks explain: a second, and half of the video?"""
+    """Whether more is missing than rounding and late tracks explain: over a second, and over half of the video."""
     return promised - found > rate and promised - found > promised / 2
