@@ -38,6 +38,7 @@ import remix
 import train
 from balance import AGM, METHODS, Context, Method
 from balance.mla import SharedHead
+from dataset import augment, fixed
 from dataset import clips as dataset_clips
 from dataset.build import build_data
 from models import MultimodalClassifier
@@ -61,11 +62,6 @@ def data(tmp_path_factory):
 def five(tmp_path_factory):
     """Flow, audio, video, sequences and vectors."""
     return make_five(tmp_path_factory.mktemp("five") / "data", train=19, test=7)
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("utils.summary.finish", lambda *_: None)
 
 
 # ---------------------------------------------------------------------------------------------- the pretended GPU
@@ -134,10 +130,22 @@ class Steps:
         self.frame, self.before = frame, len(self.gpu.waits)
 
 
+@contextlib.contextmanager
+def choices_of_a_gpu():
+    """On the CPU, what train.py does on a GPU alone and what changes last bits: last batches are filled up, crops take
+    the way of fewest bytes, evaluation frames are rounded to whole levels."""
+    own = train.few_sizes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "few_sizes", lambda network, args, _: own(network, args, CUDA))
+        for module in (augment, fixed):
+            patch.setattr(module, "saves_traffic", lambda _: True)
+        yield
+
+
 def run(data, runs, name: str, *flags: str, gpu: PretendedGPU | None = None):
     words = [*TINY, "--train", "--data_root", str(data), "--log_path", str(runs), "--run_name", name, "--epochs", "2",
              "--warmup", "1", "--precision", "fp32", "--cache", "device" if gpu else "ram", *flags]  # fmt: skip
-    with gpu or contextlib.nullcontext(), contextlib.redirect_stdout(io.StringIO()):
+    with gpu or choices_of_a_gpu(), contextlib.redirect_stdout(io.StringIO()):
         train.main([*words, "--device", "cuda" if gpu else "cpu"])
     return runs / name
 
@@ -214,7 +222,7 @@ def test_a_run_resumes_and_is_evaluated_on_the_gpu_as_on_the_cpu(data, tmp_path,
     capsys.readouterr()
     shown = []
     for device, path in (("cpu", expected), ("cuda", found)):
-        with PretendedGPU() if device == "cuda" else contextlib.nullcontext():
+        with PretendedGPU() if device == "cuda" else choices_of_a_gpu():
             train.main([*TINY, "--data_root", str(data), "--checkpoint", str(path / "best.pth"), "--device", device])
         shown.append(shown_in_table(capsys.readouterr().out))
     assert shown[0] == shown[1]
@@ -233,8 +241,8 @@ class Parts:
         self.clips = self.data.clips["train"]
         self.model = train.make_model(self.args, self.data, CUDA)
         self.optimizer = train.make_optimizer(self.model, self.args)
-        tools = train.train_epoch, train.make_optimizer, lambda: None
-        context = Context(self.model, self.data.clips, self.args, self.optimizer, *tools)
+        self.network = train.few_sizes(self.model, self.args, CUDA)
+        context = Context(self.model, self.data.clips, self.args, self.optimizer, train.train_epoch, lambda: None)
         self.balance = balances.make_balance(context)
 
     def epoch(self, plan, after_step=lambda: None) -> dict:
@@ -262,8 +270,8 @@ def made(data):
 
 
 # Operations that launch a kernel, counted on this network in each kind of step. Raise a number knowingly.
-BUDGET = {"joint": 440, "audio": 210, "video": 265}
-SCORING = 205  # and in a batch of scoring
+BUDGET = {"joint": 430, "audio": 200, "video": 265}
+SCORING = 215  # and in a batch of scoring
 
 
 @pytest.mark.parametrize("kind", KINDS)
