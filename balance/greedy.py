@@ -10,6 +10,8 @@ replaced by their running mean over the regular steps, without gradient. Then on
 `policy=random` draws the kind of each step instead: regular, or re-balancing of either modality, probability 1/3 each.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,17 +38,27 @@ class Greedy(Method):
         assert isinstance(self.model, MMTMNet)  # see refuse
         self.mmtm = [unit for unit in self.model.mmtm.children() if isinstance(unit, MMTM)]
         shared = [p for unit in self.mmtm for p in unit.get_submodule("squeeze").parameters()]
-        # Of each modality, the parameters of its bypass and of its main path.
+        # Of each modality, the parameters of its gates, of its bypass, and of its main path.
+        self.gates = [
+            [p for unit in self.mmtm for p in unit.get_submodule(f"gates.{name}").parameters()] for name in self.names
+        ]
         self.groups = [
             [
-                [*shared, *(p for unit in self.mmtm for p in unit.get_submodule(f"gates.{name}").parameters())],
+                [*shared, *gates],
                 [*self.model.encoders[name].parameters(), *self.model.heads[name].parameters()],
             ]
-            for name in self.names
+            for name, gates in zip(self.names, self.gates, strict=True)
         ]
-        self.mu = torch.zeros(2, 2, dtype=torch.double, device=shared[0].device)  # sums: modality, group
-        self.left, self.ahead = 0, ""  # re-balancing steps still to come, and of which modality
-        self.replaced = ""  # in the step that runs
+        # The rule is evaluated on the device, so that the host need not wait for the speeds.
+        device = shared[0].device
+        self.mu = torch.zeros(2, 2, dtype=torch.double, device=device)  # sums: modality, group
+        self.ahead = torch.zeros(2, dtype=torch.bool, device=device)  # the modality that is re-balanced
+        self.left = torch.zeros((), dtype=torch.long, device=device)  # re-balancing steps still to come
+        self.replaced: Tensor | None = None  # (2,) bool, in the step that runs; None: a step of the warm-up
+        self.held: Tensor | None = None  # `replaced`, for the optimizer's step
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []  # (whether to put back, tensor, its value before)
+        context.optimizer.register_step_pre_hook(self.keep)
+        context.optimizer.register_step_post_hook(self.put_back)
 
     @classmethod
     def refuse(cls, args, opt) -> str | None:
@@ -55,38 +67,70 @@ class Greedy(Method):
         return never_joint(args, opt.warmup, "warmup")
 
     def before_forward(self, step: Step) -> None:
-        self.replaced = self.ahead if self.left else ""
-        if self.opt.policy == "random":
-            drawn = int(torch.randint(3, (1,), generator=self.generator(step)))
-            self.replaced = ("", *self.names)[drawn] if step.epoch >= self.opt.warmup else ""
+        self.replaced = None
+        if step.epoch >= self.opt.warmup:
+            self.replaced = self.ahead & (self.left > 0)
+            if self.opt.policy == "random":
+                drawn = int(torch.randint(3, (1,), generator=self.generator(step)))  # 0: regular
+                self.replaced = torch.arange(1, 3, device=self.left.device) == drawn
         for unit in self.mmtm:
-            unit.record, unit.replace = not self.replaced, self.replaced or None
+            unit.record = True if self.replaced is None else ~self.replaced.any()
+            unit.replace = None if self.replaced is None else dict(zip(self.names, self.replaced, strict=True))
 
     def outputs(self, output: Output, step: Step) -> Output:
         for unit in self.mmtm:
             unit.record, unit.replace = False, None
         return output
 
+    @torch.no_grad()
     def after_backward(self, output: Output, step: Step) -> None:
-        for name in self.names:
-            self.note(f"rebalanced_{name}", float(name == self.replaced))
-        if self.replaced:
-            self.left = max(0, self.left - 1)
-            return
-        self.mu = self.opt.decay * self.mu + torch.stack([torch.stack([speed(g) for g in m]) for m in self.groups])
+        self.held = self.replaced
+        replaced = torch.zeros_like(self.ahead) if self.replaced is None else self.replaced
+        for name, own in zip(self.names, replaced, strict=True):
+            self.note(f"rebalanced_{name}", own)
+        regular = ~replaced.any()
+        mu = self.opt.decay * self.mu + torch.stack([torch.stack([speed(g) for g in m]) for m in self.groups])
+        self.mu = torch.where(regular, mu, self.mu)
         speeds = (self.mu[:, 0] / self.mu[:, 1]).log10()  # (2,)
-        self.note("d", speeds[0] - speeds[1])
+        difference = speeds[0] - speeds[1]
+        self.note("d", difference, regular)
         if self.opt.policy == "guided" and step.epoch >= self.opt.warmup:
-            # The host chooses the kind of the next steps, so it synchronizes here, once in `steps` + 1 steps.
-            first, second = speeds.tolist()
-            if abs(first - second) > self.opt.alpha:
-                self.left, self.ahead = self.opt.steps, self.names[int(second > first)]
+            starts = regular & (difference.abs() > self.opt.alpha)
+            self.left = (self.left - 1).clamp(min=0).masked_fill(starts, self.opt.steps)
+            self.ahead = torch.where(starts, torch.stack([speeds[0] >= speeds[1], speeds[1] > speeds[0]]), self.ahead)
+
+    def keep(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before the optimizer's step: copy the replaced gates' layers and their state.
+
+        Their gradients are zero, with which momentum and weight decay would still move them.
+        """
+        replaced, self.held, self.kept = self.held, None, []
+        if replaced is None:  # or a batch in which the method does not act
+            return
+        for own, gates in zip(replaced, self.gates, strict=True):
+            for p in gates:
+                state = [value for value in optimizer.state[p].values() if isinstance(value, Tensor)]
+                self.kept += [(own, value, value.detach().clone()) for value in (p, *state)]
+
+    @torch.no_grad()
+    def put_back(self, *_: Any) -> None:
+        """After the optimizer's step: undo it for the replaced gates' layers."""
+        for own, value, before in self.kept:
+            value.copy_(torch.where(own, before, value))
+        self.kept = []
+
+    def name_of(self, chosen: Tensor | None) -> str:
+        """The modality that `chosen` (2,) marks, "" for none. The host waits for it."""
+        marks = [] if chosen is None else chosen.tolist()
+        return next((name for name, own in zip(self.names, marks, strict=False) if own), "")
 
     def state_dict(self) -> dict:
-        return {"mu": self.mu, "left": self.left, "ahead": self.ahead}
+        return {"mu": self.mu, "left": int(self.left), "ahead": self.name_of(self.ahead)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.mu, self.left, self.ahead = state["mu"].to(self.mu), state["left"], state["ahead"]
+        self.mu = state["mu"].to(self.mu)
+        self.left.fill_(state["left"])
+        self.ahead = torch.tensor([name == state["ahead"] for name in self.names], device=self.ahead.device)
 
 
 @torch.no_grad()

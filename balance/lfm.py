@@ -15,6 +15,7 @@ For more than two modalities Align is the mean over pairs.
 """
 
 import argparse
+import math
 from itertools import combinations
 
 import torch
@@ -166,5 +167,5 @@ def contrastive(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 def reverse_js(first: Tensor, second: Tensor) -> Tensor:
     """Logits (B, C) of two modalities -> (KL(m || p) + KL(m || q)) / 2 in nats, (B,)."""
     log_p, log_q = first.float().log_softmax(1), second.float().log_softmax(1)
-    log_m = torch.logaddexp(log_p, log_q) - torch.log(log_p.new_tensor(2.0))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return (log_m.exp() * (log_m - (log_p + log_q) / 2)).sum(1)

@@ -255,11 +255,14 @@ class Method:
         """This method's random numbers of an epoch, on the CPU, the same on every process."""
         return step_generator(self.context.args.random_seed, epoch, 0, "balance", self.name)
 
-    def note(self, name: str, value: Tensor | float) -> None:
+    def note(self, name: str, value: Tensor | float, counts: Tensor | None = None) -> None:
         """Report the epoch's mean of `value` (a number, best on the device, the same on every process) in
-        metrics.jsonl."""
-        old, value = self.sums.get(name), torch.as_tensor(value, dtype=torch.float32)
-        new = torch.stack([value.detach().float(), torch.ones((), device=value.device)])
+        metrics.jsonl. `counts` () bool: whether this value counts; the host need not know."""
+        old, value = self.sums.get(name), torch.as_tensor(value, dtype=torch.float32).detach()
+        count = torch.ones((), device=value.device)
+        if counts is not None:
+            value, count = torch.where(counts, value, 0.0), count * counts
+        new = torch.stack([value, count])
         self.sums[name] = new if old is None else old.to(value.device) + new
 
     def reestimate(self, network: nn.Module, fed: tuple[str, ...], epoch: int) -> None:
@@ -333,7 +336,8 @@ class Balance:
         for method in self.methods:
             for name, sums in method.sums.items():
                 total, count = sums.tolist()
-                found[f"balance/{method.name}_{name}"] = total / count
+                if count:
+                    found[f"balance/{method.name}_{name}"] = total / count
         return found
 
     def state_dict(self) -> dict:

@@ -123,9 +123,10 @@ class SharedHead(nn.Module):
         if self.fixed is None:
             standing = -entropy(logits)  # (B, m) of the m fed modalities
         else:
-            standing = self.fixed[own].log().expand(logits.shape[:2])
+            # Indexed one by one: a list would be copied to the device, for which the host waits.
+            standing = torch.stack([self.fixed[m] for m in own]).log().expand(logits.shape[:2])
         if mask is not None:
-            standing = standing.masked_fill(~mask[:, own], -torch.inf)
+            standing = standing.masked_fill(~torch.stack([mask[:, m] for m in own], dim=1), -torch.inf)
         weights = standing.softmax(dim=1).to(logits.dtype)  # of logarithms: the weights divided by their sum
         return (weights[..., None] * logits).sum(1)  # (B, C)
 

@@ -48,11 +48,13 @@ from dataset.build import Data, build_data
 from models import MODELS
 from models.batchnorm import CLIPS, reestimate
 from models.inference import predict
+from models.padding import few_sizes
 from utils import distributed
 from utils.acceleration import compiled, set_precision, use_huge_pages
 from utils.cli import Parser, number
 from utils.console import lap
 from utils.errors import UserError, run_main
+from utils.graphs import graphed
 from utils.run import Run
 from utils.seeding import seed_everything
 
@@ -78,8 +80,9 @@ SETTINGS = {
     "fp32": {"precision": "fp32"},
     "tf32": {"precision": "tf32"},
     "bf16": {"precision": "bf16"},
-    "compile": {"compile": True},
-    "bf16_compile": {"precision": "bf16", "compile": True},
+    "compile": {"compile": "encoders"},
+    "bf16_compile": {"precision": "bf16", "compile": "encoders"},
+    "bf16_graphs": {"precision": "bf16", "compile": "all"},
 }
 
 PHASES = ("load", "score", "forward", "joint", "remix", "refresh", "evaluate")
@@ -134,6 +137,7 @@ class Setting:
         self.model = train.make_model(args, data, device)
         if not choices.get("channels_last", True):
             self.model = self.model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        self.network, self.run_step = few_sizes(self.model, args, device), graphed(train.train_step, args, device)
         self.optimizer = train.make_optimizer(self.model, args)
         self.ready = None
 
@@ -179,7 +183,7 @@ class Setting:
             pass
 
     def train(self, plan: list[remix.Batch]) -> None:
-        train.train_epoch(self.model, self.clips["train"], plan, self.optimizer, 0, self.args)
+        train.train_epoch(self.network, self.clips["train"], plan, self.optimizer, 0, self.args, run_step=self.run_step)
 
     @torch.inference_mode()
     def forward(self) -> None:
@@ -306,7 +310,7 @@ def flags_of(choices: dict, args: argparse.Namespace, data: str, device: str, ca
     words += ["--num_workers", str(args.workers), "--learning_rate", "1e-5"]
     words += ["--cache", choices.get("cache", cache), "--masked_encoder", choices.get("masked_encoder", "skip")]
     words += ["--precision", choices["precision"]] if "precision" in choices else []
-    return [*words, "--compile"] if choices.get("compile") else words
+    return [*words, "--compile", choices["compile"]] if choices.get("compile") else words
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,9 +10,9 @@ weighted sum of itself and of the encoders' pooled maps, and its last layer give
 
 For Greedy (`balance`): the gates of a network are `model.mmtm["layer2"]`, `["layer3"]` and `["layer4"]`, each an `MMTM`
 with the shared layer `squeeze` and a layer `gates[m]` per modality. While `record` is true, each training pass adds the
-gates of the clips that are given m to their running mean, `mean_gate(m)`, over all processes. While `replace` names a
-modality, its gates are that mean, without gradient. Both are set from outside, for one step, and are off otherwise; the
-means are buffers, so they are in checkpoints.
+gates of the clips that are given m to their running mean, `mean_gate(m)`, over all processes. Where `replace[m]` is
+true, the gates of m are that mean, without gradient. Both are set from outside, for one step, as tensors on the device
+that the host does not read, and are off otherwise. The means are buffers, so they are in checkpoints.
 
 Shapes: B clips of a batch, T frames of a clip, C_m channels of modality m at a stage, D_m its features, C classes.
 """
@@ -126,8 +126,9 @@ class MMTM(nn.Module):
 
     def __init__(self, widths: dict[str, int], ratio: int = 4, k: float = 1.0):
         super().__init__()
-        self.k, self.record = k, False
-        self.replace: str | None = None
+        self.k = k
+        self.record: bool | Tensor = False  # a tensor () bool: known to the device alone
+        self.replace: Tensors | None = None  # () bool for each modality
         channels = sum(widths.values())
         self.squeeze = nn.Linear(channels, 2 * channels // ratio)
         self.gates = nn.ModuleDict({name: nn.Linear(2 * channels // ratio, own) for name, own in widths.items()})
@@ -159,10 +160,11 @@ class MMTM(nn.Module):
         gates = {name: self.k * torch.sigmoid(self.gates[name](hidden)) for name in squeezes}
         for name in squeezes if self.training else ():
             self.past_squeezes[name](squeezes[name], given[name])
-            if self.record:
-                self.past_gates[name](gates[name], given[name])
-        if self.replace in gates:
-            gates[self.replace] = self.mean_gate(self.replace).to(some.dtype).expand_as(gates[self.replace])
+            if self.record is not False:
+                self.past_gates[name](gates[name], given[name] & self.record)
+        if self.replace is not None:
+            means_of = {name: self.mean_gate(name).to(some.dtype) for name in gates}
+            gates = {name: torch.where(self.replace[name], means_of[name], gate) for name, gate in gates.items()}
         return gates
 
 

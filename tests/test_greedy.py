@@ -104,7 +104,7 @@ def test_greedy_is_its_rule(clips):
     replaced = []
     (method,) = ours.balance.methods
     outputs = method.outputs
-    method.outputs = lambda output, step: replaced.append(method.replaced) or outputs(output, step)
+    method.outputs = lambda output, step: replaced.append(method.name_of(method.replaced)) or outputs(output, step)
     for number in (0, 1):
         epoch(ours, number)
         slow.epoch(number, warmup=1)
@@ -128,19 +128,25 @@ def test_the_modality_that_learns_through_the_other_gets_the_mean_gate(speeds, a
     t = trained(clips, "--balance greedy:steps=2")
     (method,) = t.balance.methods
     t.batch()
-    method.left = 0
-    method.mu = torch.tensor([[1e9 * speeds[0], 1e9], [1e9 * speeds[1], 1e9]], dtype=torch.double)
+    sums = torch.tensor([[1e9 * speeds[0], 1e9], [1e9 * speeds[1], 1e9]], dtype=torch.double)
+    method.load_state_dict({"mu": sums, "left": 0, "ahead": ""})
     t.batch(index=1)
-    assert (method.ahead, method.left) == (ahead, 2)
+    assert (method.name_of(method.ahead), int(method.left)) == (ahead, 2)
+    t.optimizer.step()
     for left in (1, 0):
         before = method.mu
         t.batch(index=2)
-        assert (method.replaced, method.left) == (ahead, left) and torch.equal(method.mu, before)
+        assert (method.name_of(method.replaced), int(method.left)) == (ahead, left) and torch.equal(method.mu, before)
         other = next(name for name in BOTH if name != ahead)
         gates = t.net.mmtm["layer3"].gates
-        assert gates[ahead].weight.grad is None and gates[other].weight.grad is not None
+        assert not gates[ahead].weight.grad.any() and gates[other].weight.grad.any()
+        weights = {name: gates[name].weight.detach().clone() for name in BOTH}
+        states = [value.clone() for value in t.optimizer.state[gates[ahead].weight].values()]
+        t.optimizer.step()  # does not move them, by momentum or weight decay either
+        assert torch.equal(gates[ahead].weight, weights[ahead]) and not torch.equal(gates[other].weight, weights[other])
+        assert all(map(torch.equal, states, t.optimizer.state[gates[ahead].weight].values()))
     t.batch(index=3)
-    assert method.replaced == ""
+    assert method.name_of(method.replaced) == ""
 
 
 def test_neutral_settings_are_mmtm_bit_for_bit_in_joint_and_homogeneous_batches(clips):
@@ -154,7 +160,8 @@ def test_neutral_settings_are_mmtm_bit_for_bit_in_joint_and_homogeneous_batches(
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
     (method,) = acting.balance.methods
-    method.left, method.ahead, sums = 3, "audio", method.mu.clone()
+    sums = method.mu.clone()
+    method.load_state_dict({"mu": sums, "left": 3, "ahead": "audio"})
     plain.net.load_state_dict(acting.net.state_dict())
     plain.optimizer.load_state_dict(copy.deepcopy(acting.optimizer.state_dict()))
     for t in (plain, acting):
@@ -173,7 +180,7 @@ def test_what_it_keeps_resumes_bit_for_bit(clips):
         epoch(whole, number)
     for number in (0, 1):
         epoch(part, number)
-    assert part.balance.methods[0].left == 2
+    assert part.balance.methods[0].state_dict()["left"] == 2
     resumed.net.load_state_dict(part.net.state_dict())
     resumed.optimizer.load_state_dict(part.optimizer.state_dict())
     resumed.balance.load_state_dict(part.balance.state_dict())
@@ -189,7 +196,7 @@ def test_random_policy_takes_each_kind_of_step_a_third_of_the_time(clips):
     for index in range(300):
         step = train.Step(1 if index >= 10 else 0, index, None, True)
         method.before_forward(step)
-        kinds.append(method.replaced)
+        kinds.append(method.name_of(method.replaced))
     assert kinds[:10] == [""] * 10
     assert all(75 <= kinds[10:].count(kind) <= 120 for kind in ("", "audio", "video"))
 
