@@ -20,6 +20,7 @@ import json
 import os
 import shlex
 import shutil
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -157,10 +158,16 @@ def read_frame(path: Path) -> np.ndarray:
     return image
 
 
+# NumPy parses headers by `ast.literal_eval`, which in several threads of Python 3.11 can raise SystemError ("AST
+# constructor recursion depth mismatch", python/cpython#106905).
+_PARSER = threading.Lock()
+
+
 def read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """One clip's array of `shape`, cast to float32. Raises `UserError` if it is unreadable, misshapen or not finite."""
     try:
-        array = np.load(path, allow_pickle=False)
+        with _PARSER:
+            array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError) as error:  # a header may claim more than there is memory
         raise _bad_file(path, f"cannot be read ({getattr(error, 'strerror', None) or short(error)})", 1) from None
     if array.shape != tuple(shape):

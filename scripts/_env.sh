@@ -53,8 +53,8 @@ env_paths() {
     ARGS=()
     while [ $# -gt 0 ]; do
         case $1 in
-            --data_root | --log_path | --checkpoint | --predictions | --out | --speech | --doc | --split_dir | --sources | \
-                --data | --readme)
+            --data_root | --log_path | --checkpoint | --predictions | --out | --speech | --doc | --split_dir | \
+                --sources | --data | --readme)
                 ARGS+=("$1")
                 [ $# -lt 2 ] || { ARGS+=("$(env_full "$2")") && shift; }
                 ;;

@@ -320,7 +320,7 @@ def test_small_frames_keep_their_fractions_on_a_cpu_and_are_rounded_on_a_gpu(fol
 
 
 def test_evaluation_frames_are_kept_only_where_they_fit(folder, monkeypatch):
-    packed = 30 * 3 * 3 * 40 * 48 + 30 * 4 * 33 * 20
+    packed = 30 * 2 * 3 * 40 * 48 + 30 * 4 * 33 * 20  # of three frames, two can be fed
     views = 30 * 2 * 3 * 32 * 32
 
     def room(free, cache="ram", device=CPU, step=0):

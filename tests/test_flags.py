@@ -63,6 +63,7 @@ WRONG = {
     "batchnorm": NAME,
     "pack_size": [*WHOLE, "0", "7", "100000"],
     "precision": [*NAME, "fp16"],
+    "compile": [*NAME, "encoders,graphs"],
     "balance": [*NAME, "ogm_ge,", "none,pmr", "agm,ogm_ge", "gblend,dr", "ogm_ge:", "ogm_ge:alpha", "ogm_ge:x=1",
                 "none:alpha=1", "ogm_ge,pmr:magic=1"],  # gblend needs a validation part
     "resume": [*PATH, "/nowhere", "/proc/version"],
@@ -100,6 +101,8 @@ def mistake(words, capsys):
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_values(name, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2 if name == "gpu_ids" else 0)
+    monkeypatch.setattr(train.torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(train.torch.cuda, "get_device_capability", lambda gpu: (9, 0))
     monkeypatch.setattr(train, "train_epoch", lambda *_: pytest.fail(f"--{name} was taken"))  # not 60 epochs of it
     usual = {"data_root": str(data), "log_path": str(tmp_path / "runs"), "run_name": "r"}
     for value in WRONG[name]:

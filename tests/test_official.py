@@ -296,8 +296,8 @@ def test_several_processes_leave_the_masked_head_without_a_gradient(clips, tmp_p
 def test_a_batch_of_one_clip_takes_its_own_statistics_under_the_preset(clips, fed):
     first, after, slow = small_steps(clips["train"], [remix.Batch(torch.tensor([3]), fed)], "")
     assert (after["visual_net.bn1.running_mean"] - first["visual_net.bn1.running_mean"]).abs().max() > 1e-3
-    for name, value in slow.w.items():
-        assert (after[name] - value).abs().max() < TOLERANCE, name
+    for name, value in slow.w.items():  # without AVX-512, sums over a single clip differ by up to 6e-13
+        assert (after[name] - value).abs().max() < 1e-12, name
 
 
 def test_a_batch_of_one_clip_leaves_the_running_statistics_alone_by_default(clips):
