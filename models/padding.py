@@ -75,7 +75,7 @@ def appended(x: Tensor, rows: int) -> Tensor:
 
 def few_sizes(network: nn.Module, args: Namespace, device: torch.device) -> nn.Module:
     """`network` for training on `device`: on a CUDA GPU with last batches filled up, unless the numbers must be those
-    of the official code to the last bit."""
-    if device.type != "cuda" or args.precision == "official":
+    of the official code to the last bit, or the architecture averages over clips itself (the running means of MMTM)."""
+    if device.type != "cuda" or args.precision == "official" or args.model != "late":
         return network
     return FilledUp(network, args.batch_size // world_size())

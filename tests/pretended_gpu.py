@@ -107,14 +107,16 @@ class PretendedGPU(TorchDispatchMode):
         tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
         device = kwargs.get("device")
         made_there = device is not None and torch.device(device).type == "cuda"
+        backward = torch._C._current_graph_task_id() != -1
         if made_there:
             kwargs["device"] = HOST
         elif not tensors:  # autograd makes zeros on the device of its tensors, here the CPU
-            made_there = torch._C._current_graph_task_id() != -1
+            made_there = backward
         pinned = kwargs.get("pin_memory") and not made_there
         if "pin_memory" in kwargs:
             kwargs["pin_memory"] = False
-        made_here = device is not None and not made_there and name.startswith(("new_", "empty_like", "zeros_like"))
+        made_here = device is not None and not made_there and not backward
+        made_here = made_here and name.startswith(("new_", "empty_like", "zeros_like"))
         there = made_there or (any(map(on_gpu, tensors)) and not made_here)
         self.check_generator(name, kwargs.get("generator"), there)
         if not there:
@@ -336,6 +338,7 @@ class PretendedGPU(TorchDispatchMode):
                                   (torch._C, {"_group_tensors_by_device_and_dtype": grouped}),
                                   (torch.nn.functional, {"one_hot": one_hot}), (torch.cuda, cuda), (torch, others),
                                   (torch.accelerator, accelerator),
+                                  (torch.backends.cudnn, {"is_acceptable": lambda tensor: False}),
                                   (torch.UntypedStorage, {"__deepcopy__": deepcopy})):  # fmt: skip
             for name, value in attributes.items():
                 self.patches.enter_context(mock.patch.object(owner, name, value, create=True))

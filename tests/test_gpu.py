@@ -187,7 +187,7 @@ RUNS = {
     "lfm": Case(flags=["--balance", "lfm:weight=learned:align=reverse_js,cml:rule=code,midas:starts=0,inforeg",
                        "--method", "baseline", *VALIDATION], kinds=JOINT),
     "centralnet": Case(flags=["--model", "centralnet", "--warmup", "0", "--epochs", "1"], kinds=("homogeneous",)),
-    "five": Case(flags=["--warmup", "1", "--encoder", "text=transformer"], kinds=BOTH),
+    "five": Case(flags=["--warmup", "0", "--epochs", "1", "--encoder", "text=transformer"], kinds=("homogeneous",)),
     "five ram": Case(flags=["--cache", "ram", "--method", "baseline", "--epochs", "1"], kinds=JOINT),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Last batches filled up to the full size: the same logits, gradients and BatchNorm statistics as without it."""
 
 import copy
+from argparse import Namespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from networks import network
 from torch.nn import functional as F
 
 from models import padding
-from models.padding import FilledUp
+from models.padding import FilledUp, few_sizes
 
 NAMES = ("audio", "video")
 
@@ -52,3 +53,10 @@ def test_batchnorm_that_sees_the_filling_gives_other_numbers(monkeypatch):
     monkeypatch.setattr(padding, "BatchNorm", torch.nn.Bilinear)  # a layer that the network has none of
     expected, ours, _ = both(3, NAMES)
     assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(ours, expected, strict=True))
+
+
+def test_a_network_that_averages_over_clips_is_not_filled_up():
+    """The running means of MMTM's squeezes and gates would count the zeros."""
+    for model, wrapped in (("late", True), ("mmtm", False)):
+        net, args = network(3, model=model), Namespace(precision="fp32", batch_size=4, model=model)
+        assert isinstance(few_sizes(net, args, torch.device("cuda", 0)), FilledUp) == wrapped
