@@ -619,6 +619,8 @@ def no_cuda(stage: Stage) -> str:
 @fault("Environment", "`--gpu_ids 0,5` with 2 GPUs")
 def too_many_gpus(stage: Stage) -> str:
     stage.patch.setattr(torch.cuda, "device_count", lambda: 2)
+    stage.patch.setattr(torch.cuda, "init", lambda: None)
+    stage.patch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9, 0))
     return stage.train("--gpu_ids", "0,5")
 
 

@@ -100,6 +100,8 @@ def mistake(words, capsys):
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_values(name, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train.torch.cuda, "device_count", lambda: 2 if name == "gpu_ids" else 0)
+    monkeypatch.setattr(train.torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(train.torch.cuda, "get_device_capability", lambda gpu: (9, 0))
     monkeypatch.setattr(train, "train_epoch", lambda *_: pytest.fail(f"--{name} was taken"))  # not 60 epochs of it
     usual = {"data_root": str(data), "log_path": str(tmp_path / "runs"), "run_name": "r"}
     for value in WRONG[name]:
