@@ -25,7 +25,7 @@ def gpu_count(device: str) -> int:
         try:
             torch.cuda.init()
         except Exception as error:  # RuntimeError, AssertionError, DeferredCudaCallError, by the cause
-            why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            why = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0].rstrip(".")
             raise UserError(f"--device {device}: PyTorch {torch.__version__} cannot use the GPU ({why}); update the "
                             "driver, install a PyTorch build for it, or use --device cpu") from None  # fmt: skip
     return count
