@@ -256,7 +256,7 @@ def draw_why(cases: Sequence[tuple[Setting, dict[str, Result]]], path: Path) -> 
         for axis in row:
             epoch_axis(axis, [1, EPOCHS])
             mark_warmup(axis, WARMUP + 1, text=False)
-    caption(figure, "A case of gain and a case of loss", "Mean over seeds. The dashed line ends the warm-up.")
+    caption(figure, "Training with and without Remix", "Mean over seeds. The dashed line ends the warm-up.")
     label_ends((axis, [end for end in own if end is not None]) for axis, own in ends)
     save(figure, path)
     return figure
