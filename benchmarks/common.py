@@ -1,6 +1,7 @@
 """Common parts of the benchmarks: generated training folders, FLOPs per clip, machine description, saved tables."""
 
 import argparse
+import copy
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.saving import new_result
+from dataset.build import Data
 from dataset.prepare.video import JPEG_QUALITY
 from dataset.specs import Modality, get_spec
 from models import build_model
@@ -107,6 +109,15 @@ def picture(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     coarse = rng.integers(0, 256, (max(2, height // 24), max(2, width // 24), 3), dtype=np.uint8)
     soft = cv2.resize(coarse, size, interpolation=cv2.INTER_CUBIC).astype(np.float32)
     return np.clip(soft + rng.normal(0, 3, (height, width, 3)), 0, 255).astype(np.uint8)
+
+
+def fed_in(data: Data, precision: str) -> Data:
+    """`data` with its resident clips fed in the type that train.py feeds in this precision; the clips are shared."""
+    dtype, clips = torch.bfloat16 if precision == "bf16" else torch.float32, {}
+    for part, own in data.clips.items():
+        clips[part] = copy.copy(own)
+        clips[part].feed = own.feed._replace(dtype=dtype)
+    return data._replace(clips=clips)
 
 
 # ------------------------------------------------------------------------------------------------------------- work

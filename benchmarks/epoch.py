@@ -38,6 +38,7 @@ import train
 from benchmarks.common import (
     CREMAD_SHAPE,
     add_shape_flags,
+    fed_in,
     flops_per_clip,
     generate_folder,
     machine,
@@ -333,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
             own = train.parse_args(flags_of(SETTINGS[name], args, str(data), device.type, resident))
             if own.cache not in paths:
                 paths[own.cache] = build_data(own, device)
-            settings.append(Setting(name, SETTINGS[name], own, paths[own.cache], device, folder))
+            settings.append(Setting(name, SETTINGS[name], own, fed_in(paths[own.cache], own.precision), device, folder))
         print(f"{args.clips} clips made and packed in {time.perf_counter() - clock:.0f} s", flush=True)
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # progress bars
             try:
