@@ -61,7 +61,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def five(tmp_path_factory):
     """Flow, audio, video, sequences and vectors."""
-    return make_five(tmp_path_factory.mktemp("five") / "data", train=19, test=7)
+    return make_five(tmp_path_factory.mktemp("five") / "data", train=11, test=4)
 
 
 # ---------------------------------------------------------------------------------------------- the pretended GPU
