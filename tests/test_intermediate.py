@@ -180,11 +180,12 @@ def test_the_gate_of_a_modality_is_replaced_by_the_mean_of_those_recorded():
         gates = mmtm(squeezes, given)
         seen += [gates["a"]] if mmtm.record else []
     mmtm.eval()({"a": torch.ones(5, 4), "b": torch.ones(5, 6)}, given)  # evaluation is not recorded
-    mmtm.train().record, mmtm.replace = False, "a"
+    mmtm.train().record, mmtm.replace = False, {"a": torch.tensor(True), "b": torch.tensor(False)}
     torch.testing.assert_close(mmtm.mean_gate("a"), torch.cat(seen).mean(dim=0))
     replaced = mmtm(squeezes, given)
     torch.testing.assert_close(replaced["a"], mmtm.mean_gate("a").expand(5, 4))
-    assert not replaced["a"].requires_grad and torch.equal(replaced["b"], gates["b"])
+    (gradient,) = torch.autograd.grad(replaced["a"].sum(), mmtm.gates["a"].weight)
+    assert not gradient.any() and torch.equal(replaced["b"], gates["b"])
     mmtm.replace = None
     assert torch.equal(mmtm(squeezes, given)["a"], gates["a"])
 
