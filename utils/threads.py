@@ -2,8 +2,8 @@
 
 libgomp, which comes with PyTorch's wheels on Linux, lets a thread that waits at a barrier spin 300,000 times (several
 milliseconds) before it sleeps. Where other processes run, the thread it waits for is often not on a core, and the
-spinning one takes the core that it needs: training collapses. A bounded spin is as fast alone and gives up its core in
-time (`benchmarks.contention`).
+spinning one takes the core that it needs: training collapses. A thread with a bounded spin gives up its core in time
+(`benchmarks.contention`).
 """
 
 import os
