@@ -156,9 +156,11 @@ def flops_per_clip(
     return counted
 
 
-def product_rate(device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:
+def product_rate(
+    device: torch.device, dtype: torch.dtype = torch.float32, repeats: int = 5, side: int | None = None
+) -> float:
     """FLOP/s of a square matrix product as large as keeps the device busy: the rate to compare with. Median."""
-    side = 8192 if device.type == "cuda" else 1024
+    side = side or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     count = 10
     seconds = []

@@ -51,7 +51,6 @@ def rehearse(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "run_command", run_command)
     monkeypatch.setattr(saving, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(gpu, "save", lambda name, *given: common.save("gpu", *given))  # a rehearsal saves nothing
-    monkeypatch.setattr(gpu, "product_rate", lambda *_: 1e9)
     monkeypatch.setattr("utils.summary.finish", lambda *_: None)
     return rehearsed
 
