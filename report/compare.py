@@ -137,6 +137,16 @@ def _items(text: str, flag: str) -> list[str]:
     return items
 
 
+def leading_words(argv: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """The arguments before the first flag, and the rest; `argv` None: those of this process.
+
+    For commands whose other flags go to train.py: an argument after such a flag is read as that flag's value.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return words[:first], words[first:]
+
+
 def seeds_of(text: str) -> list[int]:
     """The values of `--seeds`. Raises `UserError` unless they are distinct integers."""
     items = _items(text, "--seeds")
@@ -392,7 +402,4 @@ def report(args: Namespace, plan: list[Planned], log_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run_main(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes")
+    run_main(main)

@@ -287,6 +287,14 @@ def _plot_spread(axis: Axes, group: Group, key: str, look: Look) -> np.ndarray:
     return mean
 
 
+def plot_mean(axis: Axes, group: Group, key: str, label: str, colour: str, line: str = "-") -> End | None:
+    """Draw the mean curve of a metric. Returns its name, colour and last value, or None if no epoch has it."""
+    epochs, means = mean_by_epoch(group, key)
+    marker = "o" if len(epochs) <= 30 else ""
+    axis.plot([epoch + 1 for epoch in epochs], means, color=colour, ls=line, marker=marker, ms=2.5, label=label)
+    return (label, colour, means[-1]) if means else None
+
+
 def _plot_small_multiples(groups: list[Group], title: str, note: str, drawn: dict[str, Look]) -> Figure:
     """A small panel per group: its multimodal accuracy over that of its baseline."""
     columns = min(5, len(groups))

@@ -10,7 +10,6 @@ the table in the paper's layout, next to the published values: percent, CREMA-D 
 seeds. Xiaoyu Ma, Hao Chen, Yongjian Deng, ICML 2025, arXiv 2506.11550.
 """
 
-import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from itertools import combinations
@@ -18,23 +17,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 
 import train
-from report.compare import Planned, alone_in, exit_status, planned, seeds_of, take_stock, train_missing
-from report.figures import seeds_text
+from report.compare import Planned, alone_in, exit_status, leading_words, planned, seeds_of, take_stock, train_missing
+from report.figures import plot_mean, seeds_text
 from report.runs import (
     Difference,
     Group,
     Run,
-    flags_of,
+    group_of,
     holm,
-    mean_by_epoch,
     minutes,
+    origin,
     p_value,
     paired_difference,
     read_run,
-    seconds,
     spread,
     values,
 )
@@ -46,7 +43,6 @@ from utils.run import write_json
 from utils.style import (
     METHOD_COLOURS,
     MUTED,
-    End,
     caption,
     epoch_axis,
     label_ends,
@@ -178,9 +174,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 
     Tables must come first: an argument after a flag of train.py is read as that flag's value.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    chosen, words = words[:first], words[first:]
+    chosen, words = leading_words(argv)
     known = (*TABLES, "figure3")
     p = Parser(prog="paper.sh", usage="paper.sh TABLE [TABLE ...] [flags]", description=__doc__,
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
@@ -269,8 +263,8 @@ def results_of(rows: Sequence[Row], groups: dict[str, Group]) -> list[Result]:
         own, theirs = heads["multimodal"], values(base, "multimodal") if base else {}
         found.append(Result(row, heads, values(group, "multimodal", "best_test"), paired_difference(own, theirs),
                             p_value(own, theirs), None, fed_per_clip(group), 60 * minutes(group).mean))  # fmt: skip
-    corrected = iter(holm([result.p for result in found if result.p is not None]))
-    return [result if result.p is None else result._replace(holm=next(corrected)) for result in found]
+    corrected = holm([result.p for result in found])
+    return [result._replace(holm=value) for result, value in zip(found, corrected, strict=True)]
 
 
 def fed_per_clip(group: Group) -> float:
@@ -371,8 +365,7 @@ def grouped(rows: Sequence[Row], plan: dict[str, dict[int, Planned]], finished: 
     for row in rows:
         runs = {seed: finished[run.name] for seed, run in plan[row.label].items() if run.name in finished}
         if runs:
-            first = next(iter(runs.values()))
-            found[row.label] = Group(row.label, first.method, flags_of(first.config), runs, first.modalities)
+            found[row.label] = group_of(row.label, runs)
     return found
 
 
@@ -398,14 +391,10 @@ def write_table(key: str, groups: dict[str, Group], args: Namespace, log_path: P
 
 
 def write_page(path: Path, sections: list[str], args: Namespace, rest: list[str], runs: list[Run]) -> None:
-    commits = sorted({str(run.config.get("git_commit"))[:12] for run in runs})
-    machines = sorted({f"{run.config['hardware']['cpu']}, {run.config['hardware']['device']}" for run in runs})
-    hours = sum(map(seconds, runs)) / 3600
     seeds = ["--seeds", args.seeds] if args.seeds else []
     words = " ".join(["bash scripts/paper.sh", *args.what, *seeds, *rest])
     head = ["# The experiments of the paper", "",
-            f"Written by `{words}` from {len(runs)} runs on `{args.dataset}` ({', '.join(machines)}; commits "
-            f"{', '.join(commits)}; {hours:.1f} hours of training in all).", "",
+            f"Written by `{words}` from {len(runs)} runs on `{args.dataset}` ({origin(runs)}).", "",
             "Test accuracy in percent after the last epoch, mean ± sample standard deviation over n seeds. Differences "
             "are paired over seeds, in points, with a 95 % t interval; p values are of paired t tests, corrected by "
             "Holm's method within each table. Best on test is the papers' protocol: the best epoch is chosen on the "
@@ -425,18 +414,18 @@ def draw_figure3(groups: dict[str, Group], path: Path) -> list[str]:
     figure, axes = panels(2 + len(names), width=2.6, height=2.1)
     caption(figure, "Why it works", f"Mean over {seeds_text([remix])}.")
     clips, ratio, *angles = axes.flat
-    ends = [(clips, [_line(clips, remix, f"n_{name}", name, colours[name]) for name in names])]
+    ends = [(clips, [plot_mean(clips, remix, f"n_{name}", name, colours[name]) for name in names])]
     clips.set(title="clips that keep a modality", ylim=(0, None))
     methods = ((plain, "joint", METHOD_COLOURS["baseline"]), (remix, "Remix", METHOD_COLOURS["remix"]))
     ratio.axhline(1, color=MUTED, lw=0.8, ls=":")
-    ends.append((ratio, [_line(ratio, group, f"diagnose/rho_{names[0]}", label, colour)
+    ends.append((ratio, [plot_mean(ratio, group, f"diagnose/rho_{names[0]}", label, colour)
                          for group, label, colour in methods]))  # fmt: skip
     ratio.set(title=f"discrepancy ratio of {names[0]}", yscale="log")
     for side in (ratio.yaxis.set_major_formatter, ratio.yaxis.set_minor_formatter):
         side("{x:g}")
     kinds = {"mixed": ("mixed batches", "-"), "part": ("own clips only", "--"), "grouped": ("homogeneous", ":")}
     for name, axis in zip(names, angles, strict=True):
-        ends.append((axis, [_line(axis, remix, f"diagnose/angle_{kind}_{name}", label, colours[name], line)
+        ends.append((axis, [plot_mean(axis, remix, f"diagnose/angle_{kind}_{name}", label, colours[name], line)
                             for kind, (label, line) in kinds.items()]))  # fmt: skip
         axis.set(title=f"{name} encoder: degrees between\nactual and ideal gradient")
     last = max(run.history[-1]["epoch"] + 1 for run in remix.runs.values())
@@ -453,14 +442,6 @@ def draw_figure3(groups: dict[str, Group], path: Path) -> list[str]:
             "and that of the encoder's own loss on the clips of the batch that keep its modality, in Remix runs, all "
             "on unmasked clips in evaluation mode: for mixed batches, for the same clips without the others, and for "
             f"homogeneous batches of full size. {told}", ""]  # fmt: skip
-
-
-def _line(axis: Axes, group: Group, key: str, label: str, colour: str, line: str = "-") -> End | None:
-    """Draw the mean curve of a metric. Returns its name, colour and last value, or None if no epoch has it."""
-    epochs, means = mean_by_epoch(group, key)
-    marker = "o" if len(epochs) <= 30 else ""
-    axis.plot([epoch + 1 for epoch in epochs], means, color=colour, ls=line, marker=marker, ms=2.5, label=label)
-    return (label, colour, means[-1]) if means else None
 
 
 def angles_in_words(remix: Group) -> str:
@@ -516,7 +497,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        run_main(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes")
+    run_main(main)

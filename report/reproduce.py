@@ -46,6 +46,7 @@ from report.compare import (
     alone_in,
     environments,
     exit_status,
+    leading_words,
     note_command,
     planned,
     report,
@@ -77,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
 
     The dataset and RAW must come first: an argument after a flag of train.py is read as that flag's value.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    leading, words = leading_words(argv)
     usage = "reproduce.sh cremad|ks RAW [flags]"
     p = Parser(prog="reproduce.sh", usage=usage, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--seeds", default="0,1,2", metavar="A,B", help="seeds (default: 0,1,2)")
@@ -91,12 +92,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
                    "one per core)")  # fmt: skip
     p.add_argument("--estimate", action="store_true", help="print the estimate and stop (default: off)")
     p.epilog = "All other flags are passed to every run; see python train.py --help."
-    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
-    args, rest = p.parse_known_args(words[first:])
-    if first != 2 or words[0] not in NAMES:
+    args, rest = p.parse_known_args(words)
+    if len(leading) != 2 or leading[0] not in NAMES:
         raise UserError(f"usage: bash scripts/{usage}; RAW is the folder of the raw download")
-    args.name, args.raw, args.dataset = words[0], Path(words[1]), NAMES[words[0]]
-    args.given = words[first:]
+    args.name, args.raw, args.dataset = leading[0], Path(leading[1]), NAMES[leading[0]]
+    args.given = words
     args.log_path = args.log_path or f"runs/reproduce-{args.name}"
     spec = SPECS[args.dataset]
     splits = SPLITS if spec.by_actor else SPLITS[:1]
@@ -480,7 +480,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        run_main(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes")
+    run_main(main)

@@ -117,6 +117,12 @@ class Group(NamedTuple):
     modalities: tuple[str, ...]
 
 
+def group_of(label: str, runs: dict[int, Run]) -> Group:
+    """The group of these runs by seed, which differ in their seed only."""
+    first = next(iter(runs.values()))
+    return Group(label, first.method, flags_of(first.config), runs, first.modalities)
+
+
 class Spread(NamedTuple):
     """Mean and sample standard deviation of n values; `std` is None where n is 1."""
 
@@ -323,22 +329,29 @@ def _rank(group: Group) -> int:
 # ------------------------------------------------------------------------------------------------------- statistics
 
 
-def protocol_line(run: Run, protocol: str) -> dict | None:
-    """The metrics of the epoch that a protocol selects, the first one on a tie; None without a validation part."""
+def protocol_line(run: Run, protocol: str, first: int = 0) -> dict | None:
+    """The metrics of the epoch that a protocol selects, the first one on a tie; None without a validation part.
+
+    Epochs before `first` are not selected, except in a run that has no others.
+    """
     if protocol == "last":
         return run.history[-1]
     part = protocol.removeprefix("best_")
     if any(line.get(f"{part}_acc") is None for line in run.history):
         return None
-    return max(run.history, key=lambda line: line[f"{part}_acc"])
+    lines = [line for line in run.history if line["epoch"] >= first] or run.history[-1:]
+    return max(lines, key=lambda line: line[f"{part}_acc"])
 
 
-def values(group: Group, quantity: str, protocol: str = "last") -> dict[int, float]:
-    """A quantity (a key of `quantities`) by seed, as a fraction in [0, 1]. Empty if it was not trained or measured."""
+def values(group: Group, quantity: str, protocol: str = "last", first: int = 0) -> dict[int, float]:
+    """A quantity (a key of `quantities`) by seed, as a fraction in [0, 1]. Empty if it was not trained or measured.
+
+    `protocol` and `first` select the epoch, see `protocol_line`.
+    """
     if quantity in group.modalities and not head_is_trained(group.method, group.flags, quantity):
         return {}
     key = quantities(group.modalities)[quantity]
-    lines = {seed: protocol_line(run, protocol) for seed, run in group.runs.items()}
+    lines = {seed: protocol_line(run, protocol, first) for seed, run in group.runs.items()}
     found = {seed: line[key] for seed, line in lines.items() if line is not None}
     return {seed: value for seed, value in found.items() if value is not None}
 
@@ -386,12 +399,16 @@ def p_value(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
     return float(2 * stats.t.sf(abs(t), len(pairs) - 1))
 
 
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: adjusted p values, in the order given (Scandinavian Journal of Statistics, 1979)."""
-    adjusted, highest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
-        adjusted[i] = highest
+def holm(p: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction: adjusted p values, in the order given (Scandinavian Journal of Statistics, 1979).
+
+    None stands for a row without a test. It stays None and does not count.
+    """
+    tested = sorted((value, i) for i, value in enumerate(p) if value is not None)
+    adjusted: list[float | None] = [None] * len(p)
+    highest = 0.0
+    for rank, (value, i) in enumerate(tested):
+        adjusted[i] = highest = max(highest, min(1.0, (len(tested) - rank) * value))
     return adjusted
 
 
@@ -445,6 +462,14 @@ def mean_by_epoch(group: Group, key: str) -> tuple[list[int], list[float]]:
                  for run in group.runs.values()]  # fmt: skip
     epochs = sorted(set.intersection(*map(set, histories)))
     return epochs, [float(np.mean([history[epoch] for history in histories])) for epoch in epochs]
+
+
+def origin(runs: Sequence[Run]) -> str:
+    """Machines, commits and hours of training of runs, for the page that is made from them."""
+    machines = sorted({f"{run.config['hardware']['cpu']}, {run.config['hardware']['device']}" for run in runs})
+    commits = sorted({str(run.config.get("git_commit"))[:12] for run in runs})
+    hours = sum(map(seconds, runs)) / 3600
+    return f"{', '.join(machines)}; commits {', '.join(commits)}; {hours:.1f} hours of training in all"
 
 
 def seconds(run: Run) -> float:

@@ -1,15 +1,16 @@
 """Run a study: several datasets, several methods, several seeds, by a protocol that is fixed before the first run.
 
-    bash scripts/evidence.sh --sources DIR                    # where Remix helps (docs/protocol.md -> docs/results.md)
+    bash scripts/evidence.sh --sources DIR                    # where Remix helps
     bash scripts/evidence.sh grid_digits_m10 mosi --seeds 0,1
-    bash scripts/benchmark.sh --sources DIR                   # all balance methods (-> docs/balance.md)
+    bash scripts/evidence.sh --doc docs/results.md --readme README.md
+    bash scripts/benchmark.sh --sources DIR                   # all balance methods
+    python -m report.study ablations --sources DIR            # flags of Remix, ten seeds
 
 The learning rate of each method is chosen on the validation part, from the same grid for every method, with the first
 seed. Then all seeds are trained with that rate. The epoch is chosen on the validation part too, among the epochs after
 the warm-up; the test accuracy of that epoch is reported. Run the same command again to resume.
 """
 
-import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,16 @@ import numpy as np
 
 from balance import METHODS
 from dataset.specs import spec_of
-from report.compare import Planned, alone_in, exit_status, planned, seeds_of, take_stock, train_missing
+from report.compare import (
+    Planned,
+    alone_in,
+    exit_status,
+    leading_words,
+    planned,
+    seeds_of,
+    take_stock,
+    train_missing,
+)
 from report.runs import Run, read_run
 from report.study_data import RECIPES, make
 from utils.cli import Parser, number
@@ -59,6 +69,14 @@ class Setting(NamedTuple):
     validated: bool = True
     ranked: bool = False  # rows in the order of their accuracy
 
+    @property
+    def protocol(self) -> str:
+        """The protocol (`report.runs.PROTOCOLS`) that selects the epoch, among those after the warm-up.
+
+        All methods choose among the same epochs. Otherwise a Remix run could choose an epoch of its joint warm-up.
+        """
+        return "best_val" if self.validated else "last"
+
 
 def schedule(epochs: int = EPOCHS, warmup: int = WARMUP, decay: int = DECAY) -> Flags:
     return (("epochs", str(epochs)), ("warmup", str(warmup)), ("lr_decay_step", str(decay)))
@@ -72,22 +90,20 @@ def entries(names: Sequence[str]) -> dict[str, Entry]:
     """
     after = (EPOCHS - WARMUP) // len(names)
     fewer = schedule(WARMUP + after, WARMUP, WARMUP + round(after * (DECAY - WARMUP) / (EPOCHS - WARMUP)))
-    rows = [
-        Entry("baseline", "baseline", base=""),
-        Entry("baseline, joint loss only", "joint_only"),
-        Entry("Remix", "remix"),
-        Entry("Remix, random modality", "remix_random"),
-        Entry("Remix, keep all", "remix", (("keep", "all"),)),
-        Entry("Remix, keep all, same steps", "remix", (("keep", "all"), *fewer)),
-        Entry("Remix, masked encoder runs", "remix", (("masked_encoder", "run"),), "Remix"),
-        Entry("Remix, scored every 4 epochs", "remix", (("rescore_every", "4"),), "Remix"),
-        Entry("Remix, warm-up 2", "remix", (("warmup", "2"),), "Remix"),
-        Entry("Remix, warm-up 12", "remix", (("warmup", "12"),), "Remix"),
-        *(Entry(f"{name} alone", name) for name in names),
-    ]
-    keys = ("baseline", "joint_only", "remix", "random", "keep_all", "keep_all_steps", "masked_run", "rescore_4",
-            "warmup_2", "warmup_12", *names)  # fmt: skip
-    return dict(zip(keys, rows, strict=True)) | balance_entries()
+    return {
+        "baseline": Entry("baseline", "baseline", base=""),
+        "joint_only": Entry("baseline, joint loss only", "joint_only"),
+        "remix": Entry("Remix", "remix"),
+        "random": Entry("Remix, random modality", "remix_random"),
+        "keep_all": Entry("Remix, keep all", "remix", (("keep", "all"),)),
+        "keep_all_steps": Entry("Remix, keep all, same steps", "remix", (("keep", "all"), *fewer)),
+        "masked_run": Entry("Remix, masked encoder runs", "remix", (("masked_encoder", "run"),), "Remix"),
+        "rescore_4": Entry("Remix, scored every 4 epochs", "remix", (("rescore_every", "4"),), "Remix"),
+        "warmup_2": Entry("Remix, warm-up 2", "remix", (("warmup", "2"),), "Remix"),
+        "warmup_12": Entry("Remix, warm-up 12", "remix", (("warmup", "12"),), "Remix"),
+        **{name: Entry(f"{name} alone", name) for name in names},
+        **balance_entries(),
+    }
 
 
 # Flags that a balance method needs beside its name. D&R's resets follow every 20th of 60 epochs in its paper.
@@ -136,14 +152,16 @@ STUDIES = {
     ),
 }  # fmt: skip
 
+COMMANDS = {"evidence": "bash scripts/evidence.sh", "benchmark": "bash scripts/benchmark.sh",
+            "ablations": "python -m report.study ablations"}  # fmt: skip
+
 
 # --------------------------------------------------------------------------------------------------------------- plan
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     """The flags of this command, and the remaining words, which are for train.py."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    first = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    chosen, words = leading_words(argv)
     p = Parser(prog="python -m report.study", usage="report.study STUDY [DATASET ...] [flags]", description=__doc__,
                formatter_class=RawDescriptionHelpFormatter)  # fmt: skip
     p.add_argument("--sources", type=Path, default=Path("../shared/data"), metavar="DIR",
@@ -158,16 +176,16 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, list[str]]:
     p.add_argument("--doc", type=Path, metavar="FILE", help="page with all tables (default: LOG_PATH/study.md)")
     p.add_argument("--readme", type=Path, metavar="FILE", help="put the short table into this file (default: none)")
     p.epilog = "All other flags are passed to every run; see python train.py --help."
-    args, rest = p.parse_known_args(words[first:])
-    if not words[:first] or words[0] not in STUDIES:
-        raise UserError(f"{words[0] if words else 'nothing to do'}: give one of {', '.join(STUDIES)}")
-    args.study, chosen = words[0], words[1:first]
+    args, rest = p.parse_known_args(words)
+    args.study = chosen.pop(0) if chosen else "nothing to do"
+    if args.study not in STUDIES:
+        raise UserError(f"{args.study}: give one of {', '.join(STUDIES)}")
     known = [setting.data for setting in STUDIES[args.study]]
     for name in chosen:
         if name not in known:
             raise UserError(f"{name}: unknown; {args.study} has {', '.join(known)}")
     args.settings = [setting for setting in STUDIES[args.study] if not chosen or setting.data in chosen]
-    args.chosen = bool(chosen)
+    args.command = " ".join([COMMANDS[args.study], *chosen])
     args.log_path = args.log_path or f"runs/{args.study}"
     return args, rest
 
@@ -185,13 +203,27 @@ def rows_of(setting: Setting, names: Sequence[str], only: str | None = None) -> 
     return {name: known[name] for name in wanted}
 
 
+def dataset_in(root: Path) -> str:
+    """The value of `--dataset` for a training folder made by `report.study_data`."""
+    return "demo" if (root / "demo.json").is_file() else "folder"
+
+
 def words_of(setting: Setting, entry: Entry, root: Path, rest: Sequence[str]) -> list[str]:
     """The flags of all runs of a row which are not in their names."""
-    dataset = "demo" if (root / "demo.json").is_file() else "folder"
     given = {word.split("=")[0] for word in rest} | {f"--{flag}" for flag, _ in entry.flags}
     usual = [word for flag, value in schedule() if f"--{flag}" not in given for word in (f"--{flag}", value)]
     quiet = setting.quiet if entry.method in ("baseline", "remix") and not entry.flags else ()
-    return ["--dataset", dataset, "--data_root", str(root), "--val_fraction", VAL_FRACTION, *usual, *rest, *quiet]
+    return [
+        "--dataset",
+        dataset_in(root),
+        "--data_root",
+        str(root),
+        "--val_fraction",
+        VAL_FRACTION,
+        *usual,
+        *rest,
+        *quiet,
+    ]
 
 
 def plan_run(
@@ -208,17 +240,6 @@ def tuning_score(run: Run) -> float:
     """Validation accuracy over the epochs after the decay of the learning rate, on average: what chooses the rate."""
     decay = run.config["lr_decay_step"]
     return float(np.mean([line["val_acc"] for line in run.history if line["epoch"] >= decay]))
-
-
-def chosen_epoch(run: Run, validated: bool = True) -> dict:
-    """The numbers of the epoch with the highest validation accuracy after the warm-up, the first of equals.
-
-    All methods choose among the same epochs. Without this rule a Remix run could choose an epoch of its joint warm-up.
-    """
-    if not validated:
-        return run.history[-1]
-    first = min(WARMUP, run.config["epochs"] - 1)
-    return max((line for line in run.history if line["epoch"] >= first), key=lambda line: line["val_acc"])
 
 
 def choose_rates(finished: dict[tuple[str, str, str], Run]) -> dict[tuple[str, str], str]:
@@ -259,8 +280,7 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     log_path = Path(args.log_path)
     needed = {name for setting in args.settings for name in (setting.data, setting.rates)}
     roots = {name: make(name, args.sources, args.data) for name in RECIPES if name in needed}
-    names = {name: spec_of("folder" if not (root / "demo.json").is_file() else "demo", root).names
-             for name, root in roots.items()}  # fmt: skip
+    names = {name: spec_of(dataset_in(root), root).names for name, root in roots.items()}
     rows = {setting.data: rows_of(setting, names[setting.data], args.rows) for setting in args.settings}
     first = (seeds_of(args.seeds) if args.seeds else [0])[0]
     refused: dict[tuple[str, str], str] = {}
@@ -274,16 +294,14 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
                 refused[setting.data, row] = str(error)
                 del rows[setting.data][row]
 
-    # the grid of rates: all rows that use it, those of other modalities left out
+    # the grid of rates
     grid: dict[tuple[str, str, str], Planned] = {}
     for setting in args.settings:
-        own = entries(names[setting.rates])
+        own, root = entries(names[setting.rates]), roots[setting.rates]
         source = setting._replace(data=setting.rates, quiet=())
-        for row in rows[setting.data]:
-            for rate in RATES if row in own and setting.validated else ():
-                grid[setting.rates, row, rate] = plan_run(
-                    source, own[row], rate, first, roots[setting.rates], args, rest
-                )
+        for row in {name if name in own else "baseline": None for name in rows[setting.data]}:
+            for rate in RATES if setting.validated else ():
+                grid[setting.rates, row, rate] = plan_run(source, own[row], rate, first, root, args, rest)
     status = run_all(list(grid.values()), log_path, args.jobs)
     tuned = {key: read_run(log_path / run.name) for key, run in grid.items()}
     tuned = {key: run for key, run in tuned.items() if not run.problem}
@@ -291,10 +309,10 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for (data, row, rate), run in tuned.items():
         scores.setdefault((data, row), {})[rate] = tuning_score(run)
-    if status:
-        return Study(args.settings, rows, {}, rates, scores, refused), status
-
     study = Study(args.settings, rows, {}, rates, scores, refused)
+    if status:
+        return study, status
+
     plan: dict[tuple[str, str], dict[int, Planned]] = {}
     for setting in args.settings:
         seeds = seeds_of(args.seeds) if args.seeds else setting.seeds
@@ -304,10 +322,10 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
                                        for seed in seeds}  # fmt: skip
     ordered = sorted(((seed, run) for runs in plan.values() for seed, run in runs.items()), key=lambda item: item[0])
     status = run_all(list({run.name: run for _, run in ordered}.values()), log_path, args.jobs)
-    runs = {
-        key: {seed: read_run(log_path / run.name) for seed, run in by_seed.items()} for key, by_seed in plan.items()
-    }
-    finished = {key: {seed: run for seed, run in by_seed.items() if not run.problem} for key, by_seed in runs.items()}
+    finished = {}
+    for key, by_seed in plan.items():
+        read = {seed: read_run(log_path / run.name) for seed, run in by_seed.items()}
+        finished[key] = {seed: run for seed, run in read.items() if not run.problem}
     return study._replace(runs=finished), status
 
 
@@ -325,13 +343,9 @@ def main(argv: list[str] | None = None) -> int:
     write_json(Path(args.log_path) / "rates.json", chosen)
     from report.study_page import write_page  # late: matplotlib is not needed before the end
 
-    command = " ".join([f"bash scripts/{args.study}.sh", *(setting.data for setting in args.settings if args.chosen)])
-    write_page(study, command, Path(args.log_path), args.doc or Path(args.log_path) / "study.md", args.readme)
+    write_page(study, args.command, Path(args.log_path), args.doc or Path(args.log_path) / "study.md", args.readme)
     return status
 
 
 if __name__ == "__main__":
-    try:
-        run_main(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command resumes")
+    run_main(main)

@@ -7,26 +7,24 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from report.figures import Effect, effect, forest
+from report.figures import Effect, effect, forest, plot_mean
 from report.runs import (
     Difference,
     Group,
     Run,
     epoch_cost,
-    flags_of,
-    head_is_trained,
+    group_of,
     holm,
-    mean_by_epoch,
+    origin,
     p_value,
     paired_difference,
     quantities,
-    seconds,
     spread,
+    values,
 )
-from report.study import EPOCHS, RATES, WARMUP, Setting, Study, chosen_epoch
+from report.study import EPOCHS, RATES, WARMUP, Setting, Study
 from report.tables import difference_cell, spread_cell, table
-from report.write import END, START, write_text
-from utils.errors import UserError
+from report.write import replace_block, write_text
 from utils.run import write_json
 from utils.style import (
     INK,
@@ -64,6 +62,10 @@ class Result(NamedTuple):
     def fused(self) -> dict[int, float]:
         return self.chosen["multimodal"]
 
+    @property
+    def mean(self) -> float:
+        return float(np.mean(list(self.fused.values())))
+
 
 def results_of(study: Study, setting: Setting) -> dict[str, Result]:
     """The finished rows of a dataset by key, in the order of the study."""
@@ -72,20 +74,19 @@ def results_of(study: Study, setting: Setting) -> dict[str, Result]:
         runs = study.runs.get((setting.data, key))
         if not runs:
             continue
-        first = next(iter(runs.values()))
-        group = Group(entry.label, first.method, flags_of(first.config), runs, first.modalities)
-        lines = {seed: chosen_epoch(run, setting.validated) for seed, run in runs.items()}
-        chosen = {}
-        for quantity, name in quantities(group.modalities).items():
-            trained = quantity not in group.modalities or head_is_trained(group.method, group.flags, quantity)
-            chosen[quantity] = {seed: line[name] for seed, line in lines.items() if trained and line[name] is not None}
-        last = {seed: run.history[-1]["test_acc"] for seed, run in runs.items()}
+        group = group_of(entry.label, runs)
+        chosen = {name: values(group, name, setting.protocol, WARMUP) for name in quantities(group.modalities)}
         base = next((row for row in found.values() if row.label == entry.base), None)
         pair = (chosen["multimodal"], base.fused) if base else ({}, {})
-        found[key] = Result(key, entry.label, entry.base, group, chosen, last, paired_difference(*pair),
-                            p_value(*pair), None)  # fmt: skip
-    corrected = iter(holm([row.p for row in found.values() if row.p is not None]))
-    return {key: row._replace(corrected=None if row.p is None else next(corrected)) for key, row in found.items()}
+        found[key] = Result(key, entry.label, entry.base, group, chosen, values(group, "multimodal"),
+                            paired_difference(*pair), p_value(*pair), None)  # fmt: skip
+    corrected = holm([row.p for row in found.values()])
+    return {key: row._replace(corrected=p) for (key, row), p in zip(found.items(), corrected, strict=True)}
+
+
+def alone(results: dict[str, Result]) -> list[Result]:
+    """The rows of the modalities that were trained alone."""
+    return [row for row in results.values() if row.key in row.group.modalities]
 
 
 def against(results: dict[str, Result], one: str, other: str) -> Difference | None:
@@ -110,7 +111,7 @@ def dataset_table(study: Study, setting: Setting, results: dict[str, Result]) ->
     """All rows of a dataset in Markdown."""
     names = next(iter(results.values())).group.modalities
     if setting.ranked:
-        results = dict(sorted(results.items(), key=lambda item: -np.mean(list(item[1].fused.values()))))
+        results = dict(sorted(results.items(), key=lambda item: -item[1].mean))
     plain = next((row.group for row in results.values() if row.key == "baseline"), None)
     head = ["row", "rate", "multimodal", *names, "macro F1", "last epoch", "difference [95 %]", "p", "p (Holm)", "n",
             "cost"]  # fmt: skip
@@ -137,22 +138,19 @@ def imbalance(row: Result) -> str:
 def summary_table(found: dict[str, tuple[Setting, dict[str, Result]]], short: bool = False) -> str:
     """One line per dataset: baseline, Remix and their difference, corrected over the datasets; `short` is README's."""
     shown = {data: pair for data, pair in found.items() if {"baseline", "remix"} <= pair[1].keys()}
-    p = {data: results["remix"].p for data, (_, results) in shown.items()}
-    corrected = dict(zip([data for data in p if p[data] is not None],
-                         holm([value for value in p.values() if value is not None]), strict=True))  # fmt: skip
+    corrected = holm([results["remix"].p for _, results in shown.values()])
     full = ["best modality alone", "p (Holm)", "last epoch [95 %]", "Remix – random [95 %]"]
     head = ["data", "baseline", "Remix", "Remix – baseline [95 %]", "n", *([] if short else full)]
     lines = []
-    for data, (setting, results) in shown.items():
+    for (setting, results), p in zip(shown.values(), corrected, strict=True):
         plain, remix = results["baseline"], results["remix"]
         cells = [spread_cell(spread(row.fused.values())) for row in (plain, remix)]
         cells = [text.split(" ±")[0] for text in cells] if short else cells
         cells = [setting.title, *cells, cell(remix.difference), str(remix.difference.n if remix.difference else 0)]
         if not short:
-            alone = {name: results[name] for name in remix.group.modalities if name in results}
-            best = max(alone.values(), key=lambda row: np.mean(list(row.fused.values())), default=None)
+            best = max(alone(results), key=lambda row: row.mean, default=None)
             cells += ["–" if best is None else f"{best.key} {spread_cell(spread(best.fused.values()))}"]
-            cells += [chance(corrected.get(data)), cell(paired_difference(remix.last, plain.last)),
+            cells += [chance(p), cell(paired_difference(remix.last, plain.last)),
                       cell(against(results, "remix", "random"))]  # fmt: skip
         lines.append(cells)
     return table(head, lines)
@@ -192,24 +190,20 @@ def draw_gap(found: dict[str, tuple[Setting, dict[str, Result]]], path: Path) ->
     """Remix's gain over the gap between the stronger and the weaker modality alone, a point per dataset."""
     points = []
     for setting, results in found.values():
-        alone = [
-            np.mean(list(results[name].fused.values()))
-            for name in (results["remix"].group.modalities if "remix" in results else ())
-            if name in results
-        ]
+        means = [100 * row.mean for row in alone(results)]
         pair = against(results, "remix", "baseline")
-        if len(alone) > 1 and pair is not None:
-            points.append((100 * max(alone), 100 * min(alone), effect(setting.title, pair)))
+        if len(means) > 1 and pair is not None:
+            points.append((max(means) - min(means), effect(setting.title, pair)))
     if not points:
         return None
     figure = Figure(figsize=(6.75, 3.4), layout="constrained")
     axis = figure.subplots()
     axis.axhline(0, color=INK, lw=0.8)
-    for best, worst, row in points:
+    for gap, row in points:
         if row.low is not None and row.high is not None:
-            axis.plot([best - worst] * 2, [row.low, row.high], color=METHOD_COLOURS["remix"], lw=1.2)
-        axis.plot([best - worst], [row.mean], "o", color=METHOD_COLOURS["remix"], ms=5)
-        axis.annotate(row.label, (best - worst, row.mean), xytext=(5, 3), textcoords="offset points", fontsize=6.5,
+            axis.plot([gap, gap], [row.low, row.high], color=METHOD_COLOURS["remix"], lw=1.2)
+        axis.plot([gap], [row.mean], "o", color=METHOD_COLOURS["remix"], ms=5)
+        axis.annotate(row.label, (gap, row.mean), xytext=(5, 3), textcoords="offset points", fontsize=6.5,
                       color=MUTED)  # fmt: skip
     axis.set(xlabel="best minus worst modality alone (points of test accuracy)", ylabel="Remix – baseline (points)")
     caption(figure, "Gain and imbalance of information", "Bars are 95 % t intervals over seeds.")
@@ -226,32 +220,18 @@ def draw_why(cases: Sequence[tuple[Setting, dict[str, Result]]], path: Path) -> 
         plain, remix = results["baseline"].group, results["remix"].group
         names = remix.modalities
         colours = modality_colours(names)
-        methods = ((plain, "joint", METHOD_COLOURS["baseline"]), (remix, "Remix", METHOD_COLOURS["remix"]))
-        ends.append((row[0], [_curve(row[0], group, "test_acc", label, colour) for group, label, colour in methods]))
+        methods = ((plain, "joint", ":"), (remix, "Remix", "-"))
+        both = [(name, *method) for name in names for method in methods]
+        own = METHOD_COLOURS["baseline"], METHOD_COLOURS["remix"]
+        ends.append((row[0], [plot_mean(row[0], group, "test_acc", label, colour)
+                              for (group, label, _), colour in zip(methods, own, strict=True)]))  # fmt: skip
         row[0].set(title=f"{setting.title}\ntest accuracy", ylim=(0, 1))
-        ends.append(
-            (
-                row[1],
-                [
-                    _curve(row[1], group, f"train_ce_{name}", f"{name}, {label}", colours[name], line)
-                    for name in names
-                    for group, label, line in ((plain, "joint", ":"), (remix, "Remix", "-"))
-                ],
-            )
-        )
-        row[1].set(title="training loss of the\nunimodal heads", yscale="log")
-        ends.append((row[2], [_curve(row[2], remix, f"n_{name}", name, colours[name]) for name in names]))
+        ends.append((row[2], [plot_mean(row[2], remix, f"n_{name}", name, colours[name]) for name in names]))
         row[2].set(title="clips that keep\na modality", ylim=(0, None))
-        ends.append(
-            (
-                row[3],
-                [
-                    _curve(row[3], group, f"diagnose/clash_cosine_{name}", f"{name}, {label}", colours[name], line)
-                    for name in names
-                    for group, label, line in ((plain, "joint", ":"), (remix, "Remix", "-"))
-                ],
-            )
-        )
+        for axis, key in ((row[1], "train_ce_"), (row[3], "diagnose/clash_cosine_")):
+            ends.append((axis, [plot_mean(axis, group, key + name, f"{name}, {label}", colours[name], line)
+                                for name, group, label, line in both]))  # fmt: skip
+        row[1].set(title="training loss of the\nunimodal heads", yscale="log")
         row[3].set(title="cosine of joint and\nunimodal gradient")
         for axis in row:
             epoch_axis(axis, [1, EPOCHS])
@@ -260,12 +240,6 @@ def draw_why(cases: Sequence[tuple[Setting, dict[str, Result]]], path: Path) -> 
     label_ends((axis, [end for end in own if end is not None]) for axis, own in ends)
     save(figure, path)
     return figure
-
-
-def _curve(axis, group: Group, key: str, label: str, colour: str, line: str = "-"):
-    epochs, means = mean_by_epoch(group, key)
-    axis.plot([epoch + 1 for epoch in epochs], means, color=colour, ls=line)
-    return (label, colour, means[-1]) if means else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
@@ -312,28 +286,19 @@ def write_page(study: Study, command: str, log_path: Path, doc: Path, readme: Pa
     write_text(doc, "\n".join(lines).rstrip() + "\n")
     write_json(log_path / "study.json", {data: as_json(study, *pair) for data, pair in found.items()})
     if readme:
-        text = readme.read_text() if readme.is_file() else ""
-        if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-            raise UserError(f"{readme}: needs a line {START} and below it a line {END}, each once")
-        before, rest = text.split(START)
-        write_text(readme, f"{before}{START}\n{summary_table(found, short=True)}\n{END}{rest.split(END)[1]}")
+        replace_block(readme, summary_table(found, short=True))
     print(f"\n{doc} written, figures beside")
 
 
 LEGEND = ("Test accuracy in percent at the epoch chosen on validation (last epoch: after the last one), mean ± sample "
           "standard deviation over n seeds. Differences are paired over seeds, in points, with a 95 % t interval; p "
-          "values are of paired t tests. Cost: seconds of scoring and training per epoch over the baseline's "
-          "(other jobs ran beside). In this table Holm's correction is over the datasets, below over the rows of a "
-          "table.")  # fmt: skip
+          "values are of paired t tests. Cost: seconds of scoring and training per epoch over the baseline's. In "
+          "this table Holm's correction is over the datasets, below over the rows of a table.")  # fmt: skip
 
 
 def head_of(command: str, runs: Sequence[Run]) -> list[str]:
-    commits = sorted({str(run.config.get("git_commit"))[:12] for run in runs})
-    machines = sorted({f"{run.config['hardware']['cpu']}, {run.config['hardware']['device']}" for run in runs})
-    hours = sum(map(seconds, runs)) / 3600
-    return ["# Results", "", f"Written by `{command}` from {len(runs)} runs ({'; '.join(machines)}; commits "
-            f"{', '.join(commits)}; {hours:.1f} hours of training in all, other jobs on the same cores). "
-            "The rules were fixed before: [protocol.md](protocol.md)."]  # fmt: skip
+    return ["# Results", "", f"Written by `{command}` from {len(runs)} runs ({origin(runs)}). The rules were fixed "
+            "before: [protocol.md](protocol.md)."]  # fmt: skip
 
 
 def diagnosis(setting: Setting, results: dict[str, Result]) -> list[str]:

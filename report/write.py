@@ -49,7 +49,7 @@ def make_report(
         beside = write_figures(datasets, results.parent, formats, f"{results.stem}-")
         write_text(results, markdown(datasets, reasons, beside))
     if readme:
-        replace_block(readme, datasets)
+        replace_block(readme, readme_block(datasets))
     for name, groups in datasets.items():
         print("\n".join([f"\n{name}\n\n{maintable(groups)}", *unlike_notes(groups)]))
     for line in reasons:
@@ -108,15 +108,19 @@ def write_figures(
     return made
 
 
-def replace_block(readme: Path, datasets: dict[str, list[Group]]) -> None:
-    """Put the first dataset's short table (the demo's if there is one) between the markers of README.md."""
+def readme_block(datasets: dict[str, list[Group]]) -> str:
+    """The short table of the first dataset (the demo's if there is one), with its note."""
+    groups = next(iter(datasets.values()))
+    return f"{readme_table(groups)}\n\n{' '.join([README_NOTE, *unlike_notes(groups)])}"
+
+
+def replace_block(readme: Path, block: str) -> None:
+    """Put `block` between the markers of README.md. Raises `UserError` unless both are there, once."""
     text = readme.read_text() if readme.is_file() else ""
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise UserError(f"{readme}: needs a line {START} and below it a line {END}, each once")
-    groups = next(iter(datasets.values()))
     before, rest = text.split(START)
-    note = " ".join([README_NOTE, *unlike_notes(groups)])
-    write_text(readme, f"{before}{START}\n{readme_table(groups)}\n\n{note}\n{END}{rest.split(END)[1]}")
+    write_text(readme, f"{before}{START}\n{block}\n{END}{rest.split(END)[1]}")
 
 
 def write_text(path: Path, text: str) -> None:

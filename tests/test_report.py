@@ -281,7 +281,7 @@ def test_results_and_readme_come_from_the_same_data(tmp_path: Path, figures) -> 
         "<!-- results:end -->\n\ntail\n"
     )
     assert "old" not in text
-    write.replace_block(readme, group_runs(find_runs([tmp_path / "runs"]))[0])
+    write.replace_block(readme, write.readme_block(group_runs(find_runs([tmp_path / "runs"]))[0]))
     assert readme.read_text() == text
     short, full = (rows_of(path, "| method") for path in (readme, results))
     assert list(short) == ["baseline", "remix"]

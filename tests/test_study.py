@@ -11,7 +11,7 @@ from run_folders import make_run
 from scipy import stats
 
 from report import study, study_data, study_page
-from report.runs import read_run
+from report.runs import protocol_line, read_run
 from utils.errors import UserError
 from utils.run import read_metrics
 
@@ -97,11 +97,14 @@ def run_of(root: Path, val, test, method="baseline", seed=0, **given):
 
 
 def test_the_epoch_is_chosen_after_the_warm_up_on_validation_alone(tmp_path) -> None:
+    validated, unvalidated = (study.Setting("d", "D", (), "d", validated=value) for value in (True, False))
     val = [0.1, 0.99, 0.2, 0.3, 0.4, 0.5, 0.6, 0.9, 0.9, 0.7]
     for test in (np.linspace(0, 0.9, 10), np.linspace(0.9, 0, 10)):
         run = run_of(tmp_path, val, test.tolist())
-        assert study.chosen_epoch(run)["epoch"] == 7  # not 1, of the warm-up; not 8, which is as good and later
-        assert study.chosen_epoch(run, validated=False)["epoch"] == 9
+        assert (
+            protocol_line(run, validated.protocol, study.WARMUP)["epoch"] == 7
+        )  # not 1, of the warm-up; not 8, which is as good and later
+        assert protocol_line(run, unvalidated.protocol, study.WARMUP)["epoch"] == 9
 
 
 def test_the_rate_is_the_one_with_the_best_validation_after_the_decay(tmp_path) -> None:
@@ -130,7 +133,7 @@ def data(tmp_path, monkeypatch):
     def make(name: str, sources: Path, root: Path) -> Path:
         out = root / name
         out.mkdir(parents=True, exist_ok=True)
-        kinds = {"views3": ("x", "y", "z"), "mosi": ("text", "audio", "video")}
+        kinds = {"views3": ("x", "y", "z"), "grid_flow_m10": ("audio", "video", "flow")}
         modalities = [{"name": key, "kind": "array", "folder": key} for key in kinds.get(name, ("audio", "video"))]
         (out / "dataset.json").write_text(json.dumps({"modalities": modalities, "encoder": "mlp"}))
         return out
@@ -155,6 +158,23 @@ def test_all_rows_share_the_schedule_and_the_validation_part(data, monkeypatch) 
     assert {run["val_fraction"] for run in flags} == {0.15} and {run["random_seed"] for run in flags} == {0}
     assert {Path(run["data_root"]).name for run in flags} == {"grid_digits_0"}  # where the rates are chosen
     assert {run["learning_rate"] for run in flags} == {3e-4, 1e-3, 3e-3}
+
+
+def test_a_row_that_the_dataset_of_the_rates_lacks_uses_the_baselines(data, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(study, "run_all", lambda runs, log_path, jobs: seen.extend(runs) or 1)
+    found, _ = study.train_study(start(data, "evidence", "grid_flow_m10", "--rows", "flow"), [])
+    assert [run.flags["method"] for run in seen] == ["baseline"] * len(study.RATES)
+    assert found._replace(rates={("grid_digits_0", "baseline"): "3e-3"}).rate_of(found.settings[0], "flow") == "3e-3"
+
+
+def test_the_page_names_the_command() -> None:
+    for study_name, command in study.COMMANDS.items():
+        args, _ = study.parse_args([study_name, "grid_digits_m10"])
+        assert args.command == f"{command} grid_digits_m10"
+        script = Path(command.split()[1])
+        assert script.suffix != ".sh" or f"report.study {study_name}" in script.read_text()
+    assert study.COMMANDS.keys() == study.STUDIES.keys()
 
 
 def test_combinations_that_train_refuses_are_recorded(data, monkeypatch) -> None:
