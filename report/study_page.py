@@ -284,7 +284,8 @@ def write_page(study: Study, command: str, log_path: Path, doc: Path, readme: Pa
     lines += why
     print("\n" + "\n".join(lines))
     write_text(doc, "\n".join(lines).rstrip() + "\n")
-    write_json(log_path / "study.json", {data: as_json(study, *pair) for data, pair in found.items()})
+    about = {"command": command, "runs": len(runs), "origin": origin(runs)}
+    write_json(log_path / "study.json", {"about": about} | {key: as_json(study, *pair) for key, pair in found.items()})
     if readme:
         replace_block(readme, summary_table(found, short=True))
     print(f"\n{doc} written, figures beside")

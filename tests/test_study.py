@@ -221,6 +221,10 @@ def test_the_page_has_the_numbers_of_the_chosen_epochs(data, monkeypatch, capsys
              str(data / "runs"), "--doc", str(data / "results.md"), "--readme", str(readme)]  # fmt: skip
     assert study.main(words) == 0
     saved = json.loads((data / "runs" / "study.json").read_text())["grid_digits_m10"]["rows"]
+    about = json.loads((data / "runs" / "study.json").read_text())["about"]
+    assert (
+        about["command"] == "bash scripts/evidence.sh grid_digits_m10 grid_digits_clean" and "a CPU" in about["origin"]
+    )
     fused = {}
     for key, row in {"baseline": "baseline", "remix": "remix"}.items():
         fused[key] = []
