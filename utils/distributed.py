@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from utils.acceleration import gpu_count, limit_threads
+from utils.acceleration import chosen_gpus, gpu_count, limit_threads
 from utils.errors import Told, UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -38,8 +38,7 @@ def start(device: str = "cpu", gpu_ids: str | None = None, relaunch: bool = Fals
     here, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     gpus: list[int] = []
     if available:
-        # Without --gpu_ids, torchrun's processes take the first GPUs, as many as they are.
-        gpus = list(range(min(here, available))) if gpu_ids is None else [int(part) for part in gpu_ids.split(",")]
+        gpus = chosen_gpus(gpu_ids, available)
         if max(gpus) >= available:
             raise UserError(f"--gpu_ids {gpu_ids}: this machine has {available} GPU(s), numbered from 0")
         if relaunch and len(gpus) > 1 and "WORLD_SIZE" not in os.environ:
