@@ -410,7 +410,8 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     clips, names = data.clips["train"], data.spec.names
     fed, size = fed_to(args, names), 4 * args.batch_size  # of joint batches and predictions, of predictions
     model = make_model(args, data, device)
-    network = few_sizes(distributed.parallel(model, model.encoders.values()), args, device)
+    distributed.parallel(model, model.encoders.values())
+    network = few_sizes(model, args, device)
     run_step = graphed(train_step, args, device)
 
     # optimizer

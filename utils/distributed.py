@@ -100,8 +100,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def parallel(model: nn.Module, apart: Iterable[nn.Module] = ()) -> nn.Module:
-    """Have `backward` average the gradients of `model` over the processes, where there are several; returns `model`.
+def parallel(model: nn.Module, apart: Iterable[nn.Module] = ()) -> None:
+    """Have `backward` average the gradients of `model` over the processes, where there are several.
 
     After each `backward`, the gradients that it computed go through one flat all-reduce for each module of `apart` and
     one for the rest. Parameters that it did not reach (those of masked encoders) are not communicated, and their
@@ -113,7 +113,6 @@ def parallel(model: nn.Module, apart: Iterable[nn.Module] = ()) -> nn.Module:
         for values in (*model.parameters(), *model.buffers()):
             dist.broadcast(values.detach(), 0)
         _Average(model, apart)
-    return model
 
 
 class _Average:
