@@ -343,13 +343,14 @@ def plan_epoch(
         if epoch == 0 and args.batchnorm == "refreshed":  # without a warm-up there is no estimate yet
             reestimate(model, clips, fed, args.batch_size, args.random_seed, epoch)
         logits = predict(model, clips, fed, 4 * args.batch_size, f"epoch {epoch + 1} scoring", run.check)
-        unimodal = {name: logits[name] for name in model.names}
+        unimodal = [logits[name] for name in model.names]
         scores = epoch_generator(args.random_seed, epoch, "score")
-        hard = remix.difficulty(list(unimodal.values()), args.score, clips.labels, scores)  # (N, M)
+        kl = remix.difficulty(unimodal)  # (N, M), recorded for any --score
+        hard = kl if args.score == "kl" else remix.difficulty(unimodal, args.score, clips.labels, scores)  # (N, M)
         before, keep = keep, distributed.same(remix.decouple(hard, args.keep)).cpu()  # (N, M)
-        kl = {name: remix.kl_from_uniform(values).cpu() for name, values in unimodal.items()}  # for any --score
+        recorded = dict(zip(model.names, kl.cpu().unbind(1), strict=True))
         labels = clips.labels.cpu()
-        run.partition(epoch, clips.names, [data.classes[label] for label in labels.tolist()], kl, keep)
+        run.partition(epoch, clips.names, [data.classes[label] for label in labels.tolist()], recorded, keep)
         if args.diagnose:
             numbers |= partition_moves(keep, before, model.names, labels, data.classes)
     plan = balance.plan(remix.reassemble(keep, model.names, args.batch_size, args.reassemble, order), epoch)
@@ -373,7 +374,7 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
                         args.precision, device, args.unimodal, args.model, args.image_size)  # fmt: skip
     balances.replace_heads(model, args)
     synchronise_batchnorm(model, device)
-    if args.compile and args.compile != "graphs":
+    if args.compile and args.compile != "graphs":  # True in runs of earlier versions
         compile_in_place(list(model.encoders.values()), device)
     model.freeze(name for name, factor in factors(args.encoder_lr_decay, model.names).items() if factor == 0)
     if not continues(args):
@@ -409,7 +410,8 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     clips, names = data.clips["train"], data.spec.names
     fed, size = fed_to(args, names), 4 * args.batch_size  # of joint batches and predictions, of predictions
     model = make_model(args, data, device)
-    network = few_sizes(distributed.parallel(model, model.encoders.values()), args, device)
+    distributed.parallel(model, model.encoders.values())
+    network = few_sizes(model, args, device)
     run_step = graphed(train_step, args, device)
 
     # optimizer

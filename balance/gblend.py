@@ -95,11 +95,11 @@ class GBlend(Method):
         optimizer = make_optimizer(network, args)
         for group, rate in zip(optimizer.param_groups, [g["lr"] for g in run.optimizer.param_groups], strict=True):
             group["lr"] = rate
-        trained = distributed.parallel(network, network.encoders.values())
+        distributed.parallel(network, network.encoders.values())
         alone, clips = Balance([OneLoss(run, head)]), run.clips["train"]
         for e in range(epoch, epoch + epochs):
             plan = batches_of(len(clips), args.batch_size, fed, epoch_generator(args.random_seed, e, "plan"))
-            run.train_epoch(trained, clips, plan, optimizer, e, args, alone, run.check)
+            run.train_epoch(network, clips, plan, optimizer, e, args, alone, run.check)
         distributed.same_buffers(network)
         self.reestimate(network, fed, max(0, epoch + epochs - 1))
         return network

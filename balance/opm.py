@@ -51,16 +51,14 @@ class OPM(Method):
 
         def drop(head, features):
             by_name, *fed = features
-            clips = len(step.labels)  # rows behind them fill the batch up (models.padding)
-            real = {name: z[:clips] for name, z in by_name.items()}
-            scores = label_scores(head.slices({name: z.detach() for name, z in real.items()}), step)
+            scores = label_scores(head.slices({name: z.detach() for name, z in by_name.items()}), step)
             q = drop_chances(scores, self.opt.q, getattr(self.opt, "lambda"))
             for name, value in zip(self.names, q, strict=True):
                 self.note(f"q_{name}", value)
             sent = own.pin_memory() if q.is_cuda else own  # from pinned memory the host need not wait for the copy
             keep = (sent.to(q.device, non_blocking=True) >= q).split(1, dim=1)  # 2 x (B, 1)
-            dropped = {name: z * k / (1 - q.mean()) for (name, z), k in zip(real.items(), keep, strict=True)}
-            return {name: torch.cat([z, by_name[name][clips:]]) for name, z in dropped.items()}, *fed
+            dropped = {name: z * k / (1 - q.mean()) for (name, z), k in zip(by_name.items(), keep, strict=True)}
+            return dropped, *fed
 
         self.hook = self.model.head.register_forward_pre_hook(drop)
 

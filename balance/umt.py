@@ -84,10 +84,11 @@ class UMT(Method):
         network, clips = copy.deepcopy(self.model), run.clips["train"]
         optimizer = make_optimizer(network, args)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_decay_step, args.lr_decay_ratio)
-        trained, alone = distributed.parallel(network, network.encoders.values()), Balance([OneLoss(run, name)])
+        distributed.parallel(network, network.encoders.values())
+        alone = Balance([OneLoss(run, name)])
         for epoch in range(epochs):
             plan = batches_of(len(clips), args.batch_size, (name,), epoch_generator(args.random_seed, epoch, "plan"))
-            run.train_epoch(trained, clips, plan, optimizer, epoch, args, alone, run.check)
+            run.train_epoch(network, clips, plan, optimizer, epoch, args, alone, run.check)
             scheduler.step()
         distributed.same_buffers(network)
         self.reestimate(network, (name,), epochs - 1)

@@ -21,6 +21,7 @@ from dataset.prepare.video import JPEG_QUALITY
 from dataset.specs import Modality, get_spec
 from models import build_model
 from models.encoders import encoder_list
+from utils.acceleration import computed_in
 from utils.cli import Parser, number
 from utils.console import lap
 from utils.run import environment
@@ -113,10 +114,9 @@ def picture(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
 
 def fed_in(data: Data, precision: str) -> Data:
     """`data` with its resident clips fed in the type that train.py feeds in this precision; the clips are shared."""
-    dtype, clips = torch.bfloat16 if precision == "bf16" else torch.float32, {}
-    for part, own in data.clips.items():
-        clips[part] = copy.copy(own)
-        clips[part].feed = own.feed._replace(dtype=dtype)
+    clips = {part: copy.copy(own) for part, own in data.clips.items()}
+    for own in clips.values():
+        own.feed = own.feed._replace(dtype=computed_in(precision))
     return data._replace(clips=clips)
 
 

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ import torch
 import remix
 import train
 from benchmarks.common import generate_folder, machine, save
+from benchmarks.scaling import numbers
 from dataset.build import build_data
 from utils.cli import Parser, number
 from utils.errors import run_main
@@ -38,17 +40,10 @@ from utils.threads import SPINS
 SETTINGS = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "passive"},
-    "spin 100": {"GOMP_SPINCOUNT": "100"},
-    "spin 1000": {"GOMP_SPINCOUNT": "1000"},
-    "spin 10000": {"GOMP_SPINCOUNT": "10000"},
+    **{f"spin {spins}": {"GOMP_SPINCOUNT": spins} for spins in dict.fromkeys(("100", "1000", "10000", SPINS))},
 }
 FRAME, SPECTROGRAM = (32, 32), (64, 32)
 BATCH = 64
-
-
-def counts(text: str) -> list[int]:
-    """An argparse type: `1,2` -> [1, 2]."""
-    return [int(number(int, 1)(part)) for part in text.split(",")]
 
 
 class Done(Exception):
@@ -56,7 +51,7 @@ class Done(Exception):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    cores = usable_cores()
+    cores, counts = usable_cores(), partial(numbers, least=1)
     p = Parser(description=(__doc__ or "").split("\n")[0])
     p.add_argument("--rounds", type=number(int, 1), default=5, help="rounds after the warm-up (default: 5)")
     p.add_argument("--seconds", type=number(float, 0), default=1.0, help="seconds of each measurement (default: 1)")
@@ -209,9 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     args.busy = sorted({0, *args.busy})
     about, cores = machine(torch.device("cpu")), usable_cores()
-    settings = SETTINGS if {"GOMP_SPINCOUNT": SPINS} in SETTINGS.values() else SETTINGS | {
-        f"spin {SPINS}": {"GOMP_SPINCOUNT": SPINS}}  # fmt: skip
-    found = measure(args, settings)
+    found = measure(args, SETTINGS)
     about |= {"cores": cores, "rounds": args.rounds, "seconds": args.seconds, "batch_size": BATCH,
               "encoder": "resnet18_thin", "load_after": round(os.getloadavg()[0], 2)}  # fmt: skip
     save(None if args.unsaved else "contention", about, {"Speed": rows(found, args, cores)})

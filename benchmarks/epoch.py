@@ -51,7 +51,7 @@ from models.batchnorm import CLIPS, reestimate
 from models.inference import predict
 from models.padding import few_sizes
 from utils import distributed
-from utils.acceleration import compiled, set_precision, use_huge_pages
+from utils.acceleration import compiled, computed_in, set_precision, use_huge_pages
 from utils.cli import Parser, number
 from utils.console import lap
 from utils.errors import UserError, run_main
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         rates = {}
         for precision in {setting.args.precision for setting in settings}:
             set_precision(precision, device)
-            rates[precision] = product_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+            rates[precision] = product_rate(device, computed_in(precision))
     flops = flops_per_clip(args.encoder, args.classes, args.image_size, args.audio_shape, model=args.model)
     about |= {f"matrix product {name} TFLOP/s": f"{rate / 1e12:.3g}" for name, rate in rates.items()}
     about |= {"clips": args.clips, "frame_size": args.frame_size, "image_size": args.image_size,

@@ -45,7 +45,7 @@ from dataset.build import Data, build_data
 from dataset.clips import ClipBatch, Clips
 from models.inference import predict
 from utils import distributed
-from utils.acceleration import set_precision, use_huge_pages
+from utils.acceleration import computed_in, set_precision, use_huge_pages
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
 from utils.graphs import graphed
@@ -370,11 +370,11 @@ class Benchmark:
             self.tables["Correctness against the CPU"].append(correctness_row(name, kind, errors, row.limit))
 
     def measure(self, name: str, row: Row) -> None:
-        own, memory = self.parsed(row, self.device.type), None
+        own = self.parsed(row, self.device.type)
         if own.precision not in self.rates:
             set_precision(own.precision, self.device)
-            kind = torch.bfloat16 if own.precision == "bf16" else torch.float32
-            self.rates[own.precision] = product_rate(self.device, kind, side=64 if self.args.small else None)
+            side = 64 if self.args.small else None
+            self.rates[own.precision] = product_rate(self.device, computed_in(own.precision), side=side)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         data = fed_in(self.loaded(self.device), own.precision)

@@ -63,20 +63,21 @@ def compare(checkpoint: Path, args: argparse.Namespace, data: Data, device: torc
     }
 
 
-def compare_finished(pattern: str, device: torch.device) -> tuple[list[dict], argparse.Namespace]:
-    """A row for each checkpoint, by its training set, and the flags of the last. Raises `UserError` without any."""
-    rows, args = [], None
+def compare_finished(pattern: str, device: torch.device) -> tuple[list[dict], list[argparse.Namespace]]:
+    """A row for each checkpoint, by its training set, and the flags of each. Raises `UserError` without any."""
+    rows, flags = [], []
     for path in sorted(glob.glob(pattern)):
         args = train.parse_args(["--checkpoint", path, "--device", device.type])
+        flags.append(args)
         found = compare(Path(path), args, build_data(args, device), device)
         rows.append({"data": Path(args.data_root).name, "epochs": args.trained["epoch"] + 1, **found})
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    if args is None:
+    if not rows:
         raise UserError(f"--checkpoints {pattern}: no such file")
-    return rows, args
+    return rows, flags
 
 
-def train_and_compare(ours: argparse.Namespace, device: torch.device) -> tuple[list[dict], argparse.Namespace]:
+def train_and_compare(ours: argparse.Namespace, device: torch.device) -> tuple[list[dict], list[argparse.Namespace]]:
     """A row for each scoring of each seed, and the flags of training."""
     rows, rest = [], ours.rest or ["--warmup", "2"]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -92,17 +93,18 @@ def train_and_compare(ours: argparse.Namespace, device: torch.device) -> tuple[l
                                 "--resume", "auto"])  # fmt: skip
                 rows.append({"seed": seed, "after epochs": epochs, **compare(run / "last.pth", args, data, device)})
                 print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    return rows, args
+    return rows, [args]
 
 
 def main(argv: list[str] | None = None) -> None:
     ours = parse_args(argv)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     about = machine(device)
-    rows, args = compare_finished(ours.checkpoints, device) if ours.checkpoints else train_and_compare(ours, device)
+    rows, flags = compare_finished(ours.checkpoints, device) if ours.checkpoints else train_and_compare(ours, device)
     shares = [row["changed"] / row["clips"] for row in rows]
+    used = {name: ", ".join(sorted({str(vars(own)[name]) for own in flags})) for name in ("dataset", "encoder")}
     summary = [{"median share": f"{statistics.median(shares):.3%}", "highest": f"{max(shares):.3%}",
-                "scorings": len(shares), "dataset": args.dataset, "encoder": args.encoder}]  # fmt: skip
+                "scorings": len(shares), **used}]  # fmt: skip
     save("precision", about, {"Clips whose kept modality is another in bf16": summary, "Each scoring": rows})
 
 

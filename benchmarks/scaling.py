@@ -33,9 +33,9 @@ SHAPE = {"frame_size": (96, 72), "image_size": 32, "audio_shape": (64, 48), "enc
 PHASES = {"joint": "seconds_train", "remix": "seconds_train", "score": "seconds_score", "evaluate": "seconds_eval"}
 
 
-def numbers(text: str) -> list[int]:
+def numbers(text: str, least: int = 2) -> list[int]:
     """An argparse type: `500,1000` -> [500, 1000]."""
-    if not all(part.isdecimal() and int(part) > 1 for part in text.split(",")):
+    if not all(part.isdecimal() and int(part) >= least for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}: comma separated numbers are wanted, such as 500,1000")
     return [int(part) for part in text.split(",")]
 

@@ -30,6 +30,11 @@ def saves_traffic(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def one_by_one(device: torch.device, stored: tuple[int, ...]) -> bool:
+    """Whether frames of `stored` (H, W) pixels are resized one by one, to whole levels: large ones on a CPU."""
+    return device.type == "cpu" and stored[0] * stored[1] >= LARGE
+
+
 class Views(NamedTuple):
     """Views of the clips: frame numbers (N, T), boxes (N, T, 4: top, left, height, width) and flips (N, T)."""
 
@@ -130,7 +135,7 @@ def crop_resize(
     (`pil_resize`) everywhere; without it they are within one level. In a mirrored flow the motion along x is reversed
     too.
     """
-    if frames.device.type == "cpu" and frames.shape[-2] * frames.shape[-1] >= LARGE:
+    if one_by_one(frames.device, frames.shape[-2:]):
         pixels = crop_resize_singly(frames, boxes, flips, size, as_pil)
     elif saves_traffic(frames.device) and not as_pil:
         pixels = crop_resize_by_products(frames, boxes, flips, size, dtype)

@@ -11,8 +11,10 @@ from dataset.folder import Folder, Part, load_folder, split_by_actor, split_vali
 from dataset.lists import read_record
 from dataset.specs import DatasetSpec, description, get_spec, spec_of
 from utils import distributed
+from utils.acceleration import computed_in
 from utils.console import some
 from utils.errors import UserError
+from utils.graphs import GRAPHS
 
 
 class Data(NamedTuple):
@@ -73,10 +75,9 @@ def build_data(args: Namespace, device: torch.device, only: tuple[str, ...] | No
     used = {name: part for name, part in parts.items() if only is None or name in only}
     spec = folder.spec
     feed = Feed(spec.modalities, args.image_size, device, args.cache, args.num_workers, spec.crop_area, spec.mirror,
-                args.pack_size, args.precision == "official",
-                torch.bfloat16 if args.precision == "bf16" else torch.float32)  # fmt: skip
+                args.pack_size, args.precision == "official", computed_in(args.precision))  # fmt: skip
     step = step_bytes(args.batch_size, feed, folder.shapes)
-    if args.compile in ("graphs", "all"):  # the memory of CUDA graphs is kept apart from that of eager steps
+    if args.compile in GRAPHS:  # the memory of CUDA graphs is kept apart from that of eager steps
         step *= 2
     cache = choose_cache(folder.root, used, folder.shapes, feed, step)
     feed = feed._replace(cache=cache[0])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dataset.augment import LARGE, saves_traffic
+from dataset.augment import one_by_one, saves_traffic
 
 
 class Resized(NamedTuple):
@@ -25,8 +25,8 @@ class Resized(NamedTuple):
     def of(cls, stored: tuple[int, ...], size: int, device: torch.device, as_pil: bool) -> "Resized":
         """For frames of `stored` (H, W) pixels. The ways of `crop_resize` that give whole levels: PIL's, and the one of
         large frames on a CPU. A GPU rounds, as PIL does; small frames on a CPU stay as they are, unrounded."""
-        large = device.type == "cpu" and stored[0] * stored[1] >= LARGE
-        return cls(stored == (size, size), as_pil or large or saves_traffic(device))
+        whole = as_pil or one_by_one(device, stored) or saves_traffic(device)
+        return cls(stored == (size, size), whole)
 
 
 class FixedFrames:

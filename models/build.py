@@ -33,7 +33,7 @@ class ModalityLike(Protocol):
     def channels(self) -> int: ...
 
 
-def check_model(model: str, fusion_method: str, compile: bool) -> None:
+def check_model(model: str, fusion_method: str, compile: str | bool) -> None:
     """Raise `UserError` for flags that the architecture `model` has no use for or cannot do."""
     if not MODELS[model].fuses and fusion_method != "concat":
         raise UserError(f"--fusion_method {fusion_method}: --model {model} has its own joint head; leave the flag out")

@@ -85,6 +85,13 @@ def bare_pictures():
         summary.plot_curves, summary.plot_confusion = drawn
 
 
+def numbers_of(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without what depends on the speed of the machine."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(("seconds_", "clips_per_second"))}
+            for line in found]  # fmt: skip
+
+
 def shown_in_table(out: str) -> list[str]:
     """The numbers of the last row of the table that an evaluation prints."""
     lines = out.splitlines()

@@ -20,8 +20,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 # Before the fork, with what a run imports late: each process would take seconds for it.
 import matplotlib.pyplot  # noqa: E402, F401  (by TensorBoard, for pictures)
-import sklearn.cluster  # noqa: E402
-import sklearn.metrics  # noqa: E402, F401
+import sklearn.cluster  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  (by the first optimizer)
 import torch.utils.tensorboard  # noqa: E402

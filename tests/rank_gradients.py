@@ -58,7 +58,7 @@ def states(argv: list[str]) -> dict:
     shape = (data.spec.modalities, data.folder.shapes, len(data.classes), args.encoder)
     model = train.build_model(*shape, model=args.model).double()
     synchronise_batchnorm(model, device)
-    network = distributed.parallel(model, model.encoders.values())
+    distributed.parallel(model, model.encoders.values())
     optimizer, steps, sent, scored = train.make_optimizer(model, args), [], [], {}
 
     def note() -> None:
@@ -74,7 +74,7 @@ def states(argv: list[str]) -> dict:
     kept = torch.eye(2, dtype=torch.bool)[torch.arange(7) % 3 % 2]  # (7, 2): 5 clips keep the first modality
     plan[3] = plan[3]._replace(mask=kept)
     with counted(sent):
-        numbers = train.train_epoch(network, clips, plan, optimizer, 0, args, after_step=note)
+        numbers = train.train_epoch(model, clips, plan, optimizer, 0, args, after_step=note)
     distributed.same_buffers(model)
     run = SimpleNamespace(check=lambda: None, writes=False, partition=lambda *found: scored.update(kl=found[3]))
     _, keep, counts = train.plan_epoch(model, data._replace(clips={"train": clips}), names, None, 0, args, run)

@@ -1,4 +1,4 @@
-"""Started by torchrun: train.py, compiled by a backend that generates no code, each rank's network written at its end.
+"""train.py, compiled by a backend that generates no code, each rank's network written at its end.
 
 torchrun --nproc_per_node=2 tests/rank_states.py FOLDER <flags of train.py>
 """

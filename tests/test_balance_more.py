@@ -5,9 +5,7 @@ processes train what one would.
 """
 
 import copy
-import json
 import math
-import runpy
 from argparse import Namespace
 from contextlib import nullcontext
 from itertools import combinations
@@ -15,7 +13,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from helpers import in_two_processes, make_folder
+from double_run import by_one_and_by_two
+from helpers import make_folder, numbers_of
 from helpers import run as run_tiny
 from networks import network
 from test_balance import AUDIO, BATCH, BOTH, CLASSES, VIDEO, Trained, flags_of, np_softmax, same
@@ -738,17 +737,11 @@ def test_the_learned_weight_follows_the_validation_loss_after_one_step(align, cl
 
 RUN = ["--train", "--dataset", "folder", "--encoder", "resnet18_thin", "--image_size", "32", "--batch_size", "12",
        "--optimizer", "sgd", "--learning_rate", "0.01", "--cache", "ram"]  # fmt: skip
-TIMES = ("seconds_score", "seconds_train", "seconds_eval", "seconds_save", "seconds_write", "clips_per_second")
 TOGETHER = {  # as many as go together at once
     "losses": "lfm:weight=learned:lr=1,umt:epochs=1,cml:rule=code,midas:starts=0,inforeg",
     "dgl": "dgl,lfm:align=reverse_js",
     "reconboost": "reconboost:phase1=1:phase2=1",
 }
-
-
-def lines(folder) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
 @pytest.mark.parametrize("name", TOGETHER)
@@ -760,65 +753,22 @@ def test_resume_is_bit_identical(name, data, tmp_path, monkeypatch, capsys):
         train.main([*RUN, *f"{text} --epochs {epochs} --run_name {run} {more}".split()])
     whole, part = (torch.load(tmp_path / run / "last.pth", weights_only=True) for run in ("whole", "part"))
     assert all(torch.equal(whole["model"][key], part["model"][key]) for key in whole["model"])
-    assert lines(tmp_path / "whole") == lines(tmp_path / "part")
-    told = {key.removeprefix("balance/") for line in lines(tmp_path / "whole") for key in line if "balance/" in key}
+    numbers = numbers_of(tmp_path / "whole")
+    assert numbers == numbers_of(tmp_path / "part")
+    told = {key.removeprefix("balance/") for line in numbers for key in line if "balance/" in key}
     for own in (method.split(":")[0] for method in TOGETHER[name].split(",")):
         assert any(key.startswith(f"{own}_") for key in told), own
     if name == "reconboost":  # evaluated with its own heads
         capsys.readouterr()
-        expected = lines(tmp_path / "whole")[-1]["test_acc"]
+        expected = numbers[-1]["test_acc"]
         train.main(["--checkpoint", str(tmp_path / "whole" / "last.pth")])
         assert f" {expected:.4f} " in capsys.readouterr().out
-
-
-WORKER = """
-import os, sys
-import torch, train
-from models import MultimodalClassifier, build_model
-from models.batchnorm import batchnorm_of_one_clip
-
-networks = []
-
-class Network(MultimodalClassifier):  # float64, BatchNorm on its running statistics: processes differ in sums alone
-    def encode(self, name, x):
-        for module in self.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return super().encode(name, x.double())
-
-def build(*arguments):
-    networks.append(build_model(*arguments).double())
-    networks[-1].__class__ = Network
-    return networks[-1]
-
-def main(path, *words):
-    train.build_model = build
-    train.main(list(words))
-    torch.save(networks[0].state_dict(), path + os.environ.get("RANK", ""))
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-"""
 
 
 @pytest.fixture(scope="module")
 def processes(data, tmp_path_factory):
     """Folder of runs by one and by two processes; batches of 12 and of an odd clip fall unevenly on two."""
-    root = tmp_path_factory.mktemp("processes")
-    (root / "worker.py").write_text(WORKER)
-    commands = []
-    for name, methods in TOGETHER.items():
-        text = f"--val_fraction 0.2 --epochs 3 --warmup 2 --data_root {data} --log_path {root} --balance {methods}"
-        words = [*RUN, *text.split(), "--run_name"]
-        make = train.build_model
-        try:
-            runpy.run_path(str(root / "worker.py"))["main"](str(root / f"{name}_one"), *words, f"run_{name}_one")
-        finally:
-            train.build_model = make
-        commands.append([str(root / "worker.py"), str(root / f"{name}_two"), *words, f"run_{name}_two"])
-    for statuses, _, errors in in_two_processes(root / "said", *commands):
-        assert statuses == [0, 0], errors[-2000:]
-    return root
+    return by_one_and_by_two(tmp_path_factory.mktemp("processes"), data, RUN, TOGETHER)
 
 
 @pytest.mark.parametrize("name", TOGETHER)
@@ -829,7 +779,7 @@ def test_two_processes_train_the_weights_of_one(name, processes):
     for key, value in one.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-7, msg=key)
-    runs = [lines(processes / f"run_{name}_{which}") for which in ("one", "two")]
+    runs = [numbers_of(processes / f"run_{name}_{which}") for which in ("one", "two")]
     for a, b in zip(*runs, strict=True):
         a, b = ({k: v for k, v in line.items() if k.startswith(("balance", "train_"))} for line in (a, b))
         assert a["train_loss"] > 0 and [k for k in a if a[k] is None] == [k for k in b if b[k] is None]

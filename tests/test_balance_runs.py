@@ -3,13 +3,13 @@
 import json
 import os
 import re
-import runpy
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPO, in_two_processes, make_folder
+from double_run import by_one_and_by_two
+from helpers import REPO, make_folder, numbers_of
 from networks import network
 
 import train
@@ -21,7 +21,6 @@ from utils.errors import Interrupted, UserError
 
 TINY = ["--train", "--dataset", "folder", "--encoder", "resnet18_thin", "--image_size", "32", "--batch_size", "12"]
 TINY += ["--optimizer", "sgd", "--learning_rate", "0.01", "--cache", "ram"]
-TIMES = ("seconds_score", "seconds_train", "seconds_eval", "seconds_save", "seconds_write", "clips_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +31,6 @@ def data(tmp_path_factory):
 def run(data, root, name: str, text: str) -> Path:
     train.main([*TINY, "--data_root", str(data), "--log_path", str(root), "--run_name", name, *text.split()])
     return root / name
-
-
-def lines(folder: Path) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
 def signal_at(monkeypatch, at: int) -> list[int]:
@@ -75,8 +69,8 @@ def test_resume_is_bit_identical(methods, data, tmp_path, monkeypatch):
     a, b = (torch.load(folder / "last.pth", weights_only=True) for folder in (whole, part))
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
     assert a["model"].keys() == model_weights(network()).keys()
-    assert lines(whole) == lines(part)
-    names = {name.split("/")[1].rpartition("_")[0] for line in lines(whole) for name in line if "balance/" in name}
+    assert numbers_of(whole) == numbers_of(part)
+    names = {name.split("/")[1].rpartition("_")[0] for line in numbers_of(whole) for name in line if "balance/" in name}
     for method in (word.split(":")[0] for word in methods.split()[0].split(",")):
         assert method == "mmcosine" or any(name.startswith(method) for name in names), method
     config = json.loads((part / "config.json").read_text())
@@ -85,33 +79,6 @@ def test_resume_is_bit_identical(methods, data, tmp_path, monkeypatch):
     ]
 
 
-WORKER = """
-import os, sys
-import torch, train
-from models import build_model
-
-networks = []
-
-class Plain:  # float64, BatchNorm on its running statistics: processes differ in sums alone
-    def forward(self, inputs, fed, mask=None):
-        for module in self.modules():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return super().forward({name: x.double() for name, x in inputs.items()}, fed)
-
-def build(*arguments):
-    networks.append(build_model(*arguments).double())
-    networks[-1].__class__ = type("Network", (Plain, type(networks[-1])), {})
-    return networks[-1]
-
-def main(path, *words):
-    train.build_model = build
-    train.main(list(words))
-    torch.save(networks[0].state_dict(), path + os.environ.get("RANK", ""))
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
-"""
 TOGETHER = {  # every method, as many as go together at once
     "all": "mmcosine,opm:starts=0,pmr,gblend:probe=1,mmpareto,ogm_ge,dr:every=1:views=plain",
     "agm": "agm,pmr",
@@ -125,21 +92,7 @@ TOGETHER = {  # every method, as many as go together at once
 @pytest.fixture(scope="module")
 def processes(data, tmp_path_factory):
     """Folder of runs by one and by two processes; batches of 12, 12 and 1 clips fall unevenly on two."""
-    root = tmp_path_factory.mktemp("processes")
-    (root / "worker.py").write_text(WORKER)
-    commands = []
-    for name, methods in TOGETHER.items():
-        text = f"--val_fraction 0.2 --epochs 3 --warmup 2 --data_root {data} --log_path {root} --balance {methods}"
-        words = [*TINY, *text.split(), "--run_name"]
-        make = train.build_model
-        try:
-            runpy.run_path(str(root / "worker.py"))["main"](str(root / f"{name}_one"), *words, f"run_{name}_one")
-        finally:
-            train.build_model = make
-        commands.append([str(root / "worker.py"), str(root / f"{name}_two"), *words, f"run_{name}_two"])
-    for statuses, _, errors in in_two_processes(root / "said", *commands):
-        assert statuses == [0, 0], errors[-2000:]
-    return root
+    return by_one_and_by_two(tmp_path_factory.mktemp("processes"), data, TINY, TOGETHER)
 
 
 @pytest.mark.parametrize("name", TOGETHER)
@@ -150,7 +103,7 @@ def test_two_processes_train_the_weights_of_one(name, processes):
     for key, value in one.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-7, msg=key)
-    runs = [lines(processes / f"run_{name}_{which}") for which in ("one", "two")]
+    runs = [numbers_of(processes / f"run_{name}_{which}") for which in ("one", "two")]
     for a, b in zip(*runs, strict=True):
         a, b = ({k: v for k, v in line.items() if k.startswith(("balance", "train_"))} for line in (a, b))
         assert a["train_loss"] > 0 and a == pytest.approx(b, rel=1e-4)
@@ -172,7 +125,7 @@ def test_a_signal_in_an_estimate_ends_the_run_at_once(at, has, data, tmp_path, m
         assert len(steps) == at
     run(data, tmp_path, "part", f"{text} --resume auto")
     a, b = (torch.load(folder / "last.pth", weights_only=True)["model"] for folder in (whole, tmp_path / "part"))
-    assert all(torch.equal(a[name], b[name]) for name in a) and lines(whole) == lines(tmp_path / "part")
+    assert all(torch.equal(a[name], b[name]) for name in a) and numbers_of(whole) == numbers_of(tmp_path / "part")
 
 
 # ------------------------------------------------------------------------------------------- comparisons and reports
@@ -250,7 +203,7 @@ def test_the_documented_method_runs(data, tmp_path, monkeypatch):
     )
     assert all(torch.equal(neutral[name], plain[name]) for name in plain)
     assert not torch.equal(acting["head.weight"], plain["head.weight"])
-    joint, remix = lines(tmp_path / "a")
+    joint, remix = numbers_of(tmp_path / "a")
     assert joint["balance/moddrop_kept"] == 0.5, "each clip keeps one of two"
     # Each clip's unimodal loss is that of the modality it keeps, with the weight of batches of one modality, 1.
     unimodal = joint["train_loss"] - joint["train_ce_joint"]

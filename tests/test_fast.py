@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, make_folder, run, shown_in_table
+from helpers import TINY, in_two_processes, make_folder, run, shown_in_table
 
 import remix
 import train
@@ -154,12 +154,11 @@ def test_a_gpu_without_bfloat16_is_told_at_once(monkeypatch):
 
 def test_ranks_end_with_the_same_network_which_is_the_one_saved(data, tmp_path, capsys):
     """Parameters and BatchNorm statistics alike; one process evaluates the checkpoint to what two have reported."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(REPO / "tests" / "rank_states.py"), str(tmp_path), *TINY, "--train", "--data_root", str(data),
-               "--log_path", str(tmp_path), "--run_name", "two"]  # fmt: skip
-    command += ["--epochs", "2", "--warmup", "1", "--compile"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [str(REPO / "tests" / "rank_states.py"), str(tmp_path), *TINY, "--train", "--data_root", str(data),
+               "--log_path", str(tmp_path), "--run_name", "two", "--epochs", "2", "--warmup", "1",
+               "--compile"]  # fmt: skip
+    ((statuses, _, errors),) = in_two_processes(tmp_path / "said", command)
+    assert statuses == [0, 0], errors[-3000:]
     first, second = (torch.load(tmp_path / f"rank{rank}.pth", weights_only=True) for rank in (0, 1))
     saved = torch.load(tmp_path / "two" / "last.pth", weights_only=True)["model"]
     torch.manual_seed(42)
@@ -175,6 +174,16 @@ def test_ranks_end_with_the_same_network_which_is_the_one_saved(data, tmp_path, 
     last = metrics(tmp_path / "two")[-1]
     expected = [last[key] for key in ("test_acc", "test_acc_audio", "test_acc_video", "test_f1_macro")]
     assert shown == pytest.approx(expected, abs=5e-5)
+
+
+def test_torchrun_starts_processes_of_one_group(data, tmp_path):
+    """The launcher itself; tests of several processes fork them as it would, which saves their imports of PyTorch."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(REPO / "train.py"), *TINY, "--train", "--data_root", str(data), "--log_path", str(tmp_path),
+               "--batch_size", "3"]  # fmt: skip
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and said == ["error: --batch_size 3: BatchNorm needs 2 clips per process; use 4 or more"]
 
 
 # -------------------------------------------------------------------------------------------------------------- work

@@ -21,7 +21,6 @@ What a real GPU alone can show is the task of `python -m benchmarks.gpu`.
 
 import contextlib
 import io
-import json
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -29,7 +28,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, make_folder, shown_in_table
+from helpers import TINY, make_folder, numbers_of, shown_in_table
 from pretended_gpu import CUDA, PretendedGPU
 from test_modalities import make_five
 
@@ -154,13 +153,7 @@ def assert_same_runs(a, b) -> None:
     first, second = (torch.load(folder / "last.pth", weights_only=True) for folder in (a, b))
     assert list(first["model"]) == list(second["model"])
     assert [name for name, value in first["model"].items() if not torch.equal(value, second["model"][name])] == []
-    lines = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (a, b)]
-    for one, two in zip(*lines, strict=True):
-        one, two = (
-            {k: v for k, v in json.loads(line).items() if not k.startswith(("seconds", "clips_per"))}
-            for line in (one, two)
-        )
-        assert one == two
+    assert numbers_of(a) == numbers_of(b)
 
 
 class Case(SimpleNamespace):

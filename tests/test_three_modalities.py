@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, make_folder, run, shown_in_table
+from helpers import TINY, make_folder, numbers_of, run, shown_in_table
 from networks import network
 from torch.nn import functional as F
 
@@ -20,8 +20,6 @@ from utils.errors import UserError
 NAMES = ("audio", "video", "text")
 CLIPS, TEST = 26, 9
 FLAGS = ("--warmup", "1", "--diagnose", "--random_seed", "0")
-TIMES = ("seconds_score", "seconds_train", "seconds_eval", "seconds_diagnose", "seconds_save", "seconds_write",
-         "clips_per_second")  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -65,10 +63,6 @@ def runs(data, tmp_path_factory):
 
 def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(lines: list[dict]) -> list[dict]:
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def partition(folder) -> list[dict]:
@@ -140,7 +134,7 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(runs):
     whole, part = (torch.load(runs / name / "last.pth", weights_only=True) for name in ("whole", "part"))
     assert all(torch.equal(value, part["model"][name]) for name, value in whole["model"].items())
     assert torch.equal(whole["keep"], part["keep"]) and whole["keep"].shape == (CLIPS, 3)
-    assert timeless(metrics(runs / "whole")) == timeless(metrics(runs / "part"))
+    assert numbers_of(runs / "whole") == numbers_of(runs / "part")
     assert (runs / "whole" / "partition.csv").read_text() == (runs / "part" / "partition.csv").read_text()
 
 
@@ -178,7 +172,7 @@ def test_files_and_memory_train_the_same_network(runs, data, tmp_path):
     files = run(data, tmp_path, "files", *FLAGS, "--epochs", "3", "--num_workers", "0", "--cache", "none")
     first, second = (weights(folder / "last.pth") for folder in (files, runs / "whole"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert timeless(metrics(files)) == timeless(metrics(runs / "whole"))
+    assert numbers_of(files) == numbers_of(runs / "whole")
 
 
 @pytest.mark.parametrize("cache", ["ram", "none"])
@@ -255,7 +249,7 @@ def test_the_other_balance_methods_run_and_resume(methods, notes, data, tmp_path
     run(data, tmp_path, "part", *flags, "--epochs", "4", "--resume", "auto")
     first, second = (weights(folder / "last.pth") for folder in (whole, part))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert timeless(metrics(whole)) == timeless(metrics(part))
+    assert numbers_of(whole) == numbers_of(part)
     told = {key for line in metrics(whole) for key in line if key.startswith("balance/")}
     assert {f"balance/{note}_{name}" for note in notes for name in NAMES} <= told
     if "gblend" in methods:

@@ -31,17 +31,28 @@ def gpu_count(device: str) -> int:
     return count
 
 
+def chosen_gpus(gpu_ids: str | None, available: int) -> list[int]:
+    """The GPUs that `--gpu_ids` names; without the flag the first ones, one for each process of torchrun."""
+    if gpu_ids is not None:
+        return [int(part) for part in gpu_ids.split(",")]
+    return list(range(min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), available)))
+
+
 def has_bfloat16(gpu: int | torch.device) -> bool:
     """Whether a CUDA GPU computes in bfloat16: Ampere and later (PyTorch would emulate it on older ones)."""
     return torch.cuda.get_device_capability(gpu)[0] >= 8
+
+
+def computed_in(precision: str) -> torch.dtype:
+    """The type in which encoders of this `--precision` compute, and that images for them have on a GPU."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def default_precision(device: str, gpu_ids: str | None = None) -> str:
     """For the values of `--device` and `--gpu_ids`: bf16 where all these GPUs have it, else tf32; fp32 on a CPU."""
     if not (count := gpu_count(device)):
         return "fp32"
-    chosen = range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if gpu_ids is None else map(int, gpu_ids.split(","))
-    return "bf16" if all(has_bfloat16(gpu) for gpu in chosen if gpu < count) else "tf32"
+    return "bf16" if all(has_bfloat16(gpu) for gpu in chosen_gpus(gpu_ids, count) if gpu < count) else "tf32"
 
 
 def limit_threads() -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from utils.acceleration import gpu_count, limit_threads
+from utils.acceleration import chosen_gpus, gpu_count, limit_threads
 from utils.errors import Told, UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -38,8 +38,7 @@ def start(device: str = "cpu", gpu_ids: str | None = None, relaunch: bool = Fals
     here, local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     gpus: list[int] = []
     if available:
-        # Without --gpu_ids, torchrun's processes take the first GPUs, as many as they are.
-        gpus = list(range(min(here, available))) if gpu_ids is None else [int(part) for part in gpu_ids.split(",")]
+        gpus = chosen_gpus(gpu_ids, available)
         if max(gpus) >= available:
             raise UserError(f"--gpu_ids {gpu_ids}: this machine has {available} GPU(s), numbered from 0")
         if relaunch and len(gpus) > 1 and "WORLD_SIZE" not in os.environ:
@@ -101,8 +100,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def parallel(model: nn.Module, apart: Iterable[nn.Module] = ()) -> nn.Module:
-    """Have `backward` average the gradients of `model` over the processes, where there are several; returns `model`.
+def parallel(model: nn.Module, apart: Iterable[nn.Module] = ()) -> None:
+    """Have `backward` average the gradients of `model` over the processes, where there are several.
 
     After each `backward`, the gradients that it computed go through one flat all-reduce for each module of `apart` and
     one for the rest. Parameters that it did not reach (those of masked encoders) are not communicated, and their
@@ -114,7 +113,6 @@ def parallel(model: nn.Module, apart: Iterable[nn.Module] = ()) -> nn.Module:
         for values in (*model.parameters(), *model.buffers()):
             dist.broadcast(values.detach(), 0)
         _Average(model, apart)
-    return model
 
 
 class _Average:

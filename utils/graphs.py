@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from utils.distributed import is_main, world_size
 
 COMPILE = ("encoders", "graphs", "all")
+GRAPHS = COMPILE[1:]  # the values that ask for graphs of steps
 WARM_UP = 3  # eager steps of each kind first: cuDNN chooses kernels, the optimizer makes its state
 
 
@@ -123,7 +124,7 @@ def detached(tensors: Any) -> Any:
 def kind_of(batch: Any) -> tuple:
     """What one graph has in common: fed modalities, and shape, layout and type of each input."""
     inputs: Mapping[str, Tensor] = batch.inputs
-    return batch.fed, len(batch.labels), *((name, x.shape, x.stride(), x.dtype) for name, x in inputs.items())
+    return batch.fed, *((name, x.shape, x.stride(), x.dtype) for name, x in inputs.items())
 
 
 def replayed(own: Captured, batch: Any, optimizer: torch.optim.Optimizer) -> Any:
@@ -161,7 +162,7 @@ def told(why: str) -> None:
 
 def graphed(function: Callable[..., Any], args: Namespace, device: torch.device) -> Callable[..., Any]:
     """`function` replayed from CUDA graphs where the flags ask for it and nothing stands against it, else itself."""
-    if args.compile not in COMPILE[1:]:
+    if args.compile not in GRAPHS:
         return function
     why = None
     if device.type != "cuda":
