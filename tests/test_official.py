@@ -278,7 +278,8 @@ def test_the_masked_head_is_stepped_under_data_parallel_alone(clips, masked_enco
 def test_several_processes_leave_the_masked_head_without_a_gradient(clips, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        net = parallel(network(3))
+        net = network(3)
+        parallel(net)
         (batch,) = clips["train"].epoch([remix.Batch(torch.arange(4), VIDEO)], load_masked=True)
         output = net(batch.inputs, VIDEO)
         (output.joint.sum() + output.logits["video"].sum()).backward()
