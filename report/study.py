@@ -11,6 +11,7 @@ seed. Then all seeds are trained with that rate. The epoch is chosen on the vali
 the warm-up; the test accuracy of that epoch is reported. Run the same command again to resume.
 """
 
+import tempfile
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,9 @@ from balance import METHODS
 from dataset.specs import spec_of
 from report.compare import (
     Planned,
+    Worker,
     alone_in,
+    environments,
     exit_status,
     leading_words,
     planned,
@@ -34,7 +37,7 @@ from report.runs import Run, read_run
 from report.study_data import RECIPES, make
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
-from utils.run import write_json
+from utils.run import read_metrics, write_json
 
 RATES = ("3e-4", "1e-3", "3e-3")  # the grid of learning rates, for every method
 EPOCHS, WARMUP, DECAY = 24, 6, 18
@@ -154,6 +157,7 @@ STUDIES = {
 
 COMMANDS = {"evidence": "bash scripts/evidence.sh", "benchmark": "bash scripts/benchmark.sh",
             "ablations": "python -m report.study ablations"}  # fmt: skip
+TITLES = {"evidence": "Results", "benchmark": "Balance methods compared", "ablations": "Ablations"}
 
 
 # --------------------------------------------------------------------------------------------------------------- plan
@@ -302,6 +306,7 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
         for row in {name if name in own else "baseline": None for name in rows[setting.data]}:
             for rate in RATES if setting.validated else ():
                 grid[setting.rates, row, rate] = plan_run(source, own[row], rate, first, root, args, rest)
+    print_hours(args, rest, roots, grid, rows)
     status = run_all(list(grid.values()), log_path, args.jobs)
     tuned = {key: read_run(log_path / run.name) for key, run in grid.items()}
     tuned = {key: run for key, run in tuned.items() if not run.problem}
@@ -329,6 +334,55 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     return study._replace(runs=finished), status
 
 
+def print_hours(
+    args: Namespace, rest: list[str], roots: dict[str, Path], grid: dict[tuple[str, str, str], Planned],
+    rows: dict[str, dict[str, Entry]],
+) -> None:  # fmt: skip
+    """Print how many runs are left and how long they take, from timed epochs of the baseline on each dataset.
+
+    Methods cost more or less than the baseline, so this is a rough estimate. Without runs to train, nothing is timed.
+    """
+    log_path, left = Path(args.log_path), dict.fromkeys(roots, 0)
+    for (data, _, _), run in grid.items():
+        left[data] += take_stock(run, log_path) != "done"
+    for setting in args.settings:
+        seeds = seeds_of(args.seeds) if args.seeds else setting.seeds
+        shared = setting.validated and setting.rates == setting.data  # the first seed is one of the runs of the grid
+        for entry in rows[setting.data].values():
+            for seed in seeds[shared:]:
+                tried = (plan_run(setting, entry, rate, seed, roots[setting.data], args, rest) for rate in RATES)
+                left[setting.data] += not any(take_stock(run, log_path) == "done" for run in tried)
+    left = {name: count for name, count in left.items() if count}
+    if not left:
+        return
+    seconds = {name: epoch_seconds(roots[name], args, rest) for name in left}
+    flags = next(iter(grid.values())).flags if grid else {"device": "auto", "gpu_ids": None}
+    jobs = len(environments(args.jobs, flags["device"], flags["gpu_ids"]))
+    each = ", ".join(f"{name} {count} of about {EPOCHS * seconds[name]:.0f} s" for name, count in left.items())
+    hours = sum(count * EPOCHS * seconds[name] for name, count in left.items()) / jobs / 3600
+    print(f"{sum(left.values())} runs left, about {hours:.1f} hours with {jobs} at a time ({each}); two epochs of the "
+          "baseline on each dataset were timed", flush=True)  # fmt: skip
+
+
+def epoch_seconds(root: Path, args: Namespace, rest: Sequence[str]) -> float:
+    """Seconds of an epoch of the baseline, evaluation included: the second of a run that is deleted again."""
+    log_path = Path(args.log_path)
+    log_path.mkdir(parents=True, exist_ok=True)
+    words = ["--dataset", dataset_in(root), "--data_root", str(root), "--val_fraction", VAL_FRACTION, *rest]
+    with tempfile.TemporaryDirectory(prefix=".tmp-hours-", dir=log_path) as folder:
+        run = planned("baseline", 0, [("epochs", "2")], words, folder)
+        worker = Worker(run, "start", Path(folder), environments(args.jobs, run.flags["device"], None)[0])
+        try:
+            worker.process.wait()
+        finally:
+            worker.ask_to_stop()
+            worker.process.wait()
+        lines = read_metrics(worker.folder)
+        if worker.process.returncode or len(lines) < 2:
+            raise UserError(f"{root}: the timed run failed: {worker.last_words().removeprefix('error: ')}")
+        return sum(value for key, value in lines[-1].items() if key.startswith("seconds_"))
+
+
 def run_all(runs: Iterable[Planned], log_path: Path, jobs: int | None) -> int:
     """Train the missing ones of `runs`; returns the exit status."""
     with alone_in(log_path):
@@ -343,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     write_json(Path(args.log_path) / "rates.json", chosen)
     from report.study_page import write_page  # late: matplotlib is not needed before the end
 
-    write_page(study, args.command, Path(args.log_path), args.doc or Path(args.log_path) / "study.md", args.readme)
+    write_page(study, args)
     return status
 
 

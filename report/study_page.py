@@ -1,29 +1,18 @@
 """The page of a study: a table of all datasets, a table for each, forest plot, and what explains gain and loss."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from report.figures import Effect, effect, forest, plot_mean
-from report.runs import (
-    Difference,
-    Group,
-    Run,
-    epoch_cost,
-    group_of,
-    holm,
-    origin,
-    p_value,
-    paired_difference,
-    quantities,
-    spread,
-    values,
-)
-from report.study import EPOCHS, RATES, WARMUP, Setting, Study
-from report.tables import difference_cell, spread_cell, table
+from report.ranking import agreement, draw_ranking, gain_table, ranking_table
+from report.runs import Group, Run, epoch_cost, holm, origin, paired_difference, spread
+from report.study import EPOCHS, RATES, TITLES, WARMUP, Setting, Study
+from report.study_results import Result, against, alone, cell, chance, results_of
+from report.tables import spread_cell, table
 from report.write import replace_block, write_text
 from utils.run import write_json
 from utils.style import (
@@ -41,70 +30,7 @@ from utils.style import (
     styled,
 )
 
-
-class Result(NamedTuple):
-    """A row's numbers by seed, in [0, 1]: at the chosen epoch by quantity, and of the joint head after the last epoch.
-
-    `p` is of a paired t test against the row `base`, `corrected` the same after Holm's correction over the table.
-    """
-
-    key: str
-    label: str
-    base: str
-    group: Group
-    chosen: dict[str, dict[int, float]]
-    last: dict[int, float]
-    difference: Difference | None
-    p: float | None
-    corrected: float | None
-
-    @property
-    def fused(self) -> dict[int, float]:
-        return self.chosen["multimodal"]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(list(self.fused.values())))
-
-
-def results_of(study: Study, setting: Setting) -> dict[str, Result]:
-    """The finished rows of a dataset by key, in the order of the study."""
-    found: dict[str, Result] = {}
-    for key, entry in study.rows[setting.data].items():
-        runs = study.runs.get((setting.data, key))
-        if not runs:
-            continue
-        group = group_of(entry.label, runs)
-        chosen = {name: values(group, name, setting.protocol, WARMUP) for name in quantities(group.modalities)}
-        base = next((row for row in found.values() if row.label == entry.base), None)
-        pair = (chosen["multimodal"], base.fused) if base else ({}, {})
-        found[key] = Result(key, entry.label, entry.base, group, chosen, values(group, "multimodal"),
-                            paired_difference(*pair), p_value(*pair), None)  # fmt: skip
-    corrected = holm([row.p for row in found.values()])
-    return {key: row._replace(corrected=p) for (key, row), p in zip(found.items(), corrected, strict=True)}
-
-
-def alone(results: dict[str, Result]) -> list[Result]:
-    """The rows of the modalities that were trained alone."""
-    return [row for row in results.values() if row.key in row.group.modalities]
-
-
-def against(results: dict[str, Result], one: str, other: str) -> Difference | None:
-    """The paired difference of two rows' joint heads; None where one is missing."""
-    if one not in results or other not in results:
-        return None
-    return paired_difference(results[one].fused, results[other].fused)
-
-
 # -------------------------------------------------------------------------------------------------------------- tables
-
-
-def cell(found: Difference | None) -> str:
-    return "–" if found is None else difference_cell(found)
-
-
-def chance(p: float | None) -> str:
-    return "–" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def dataset_table(study: Study, setting: Setting, results: dict[str, Result]) -> str:
@@ -253,8 +179,13 @@ def as_json(study: Study, setting: Setting, results: dict[str, Result]) -> dict:
     return {"data": setting.data, "title": setting.title, "rows": rows}
 
 
-def write_page(study: Study, command: str, log_path: Path, doc: Path, readme: Path | None = None) -> None:
-    """Print the tables; write them to `doc` with figures beside, study.json next to the runs, and README's table."""
+def write_page(study: Study, args: Namespace) -> None:
+    """Print the tables; write them to the page with figures beside, study.json next to the runs, and the short table.
+
+    `args` are those of `report.study`.
+    """
+    log_path = Path(args.log_path)
+    doc = args.doc or log_path / "study.md"
     found = {setting.data: (setting, results_of(study, setting)) for setting in study.settings}
     found = {data: pair for data, pair in found.items() if pair[1]}
     if not found:
@@ -262,19 +193,19 @@ def write_page(study: Study, command: str, log_path: Path, doc: Path, readme: Pa
         return
     runs = [run for by_seed in study.runs.values() for run in by_seed.values()]
     stem = doc.parent / doc.stem
-    draw_forest(found, Path(f"{stem}-forest"))
-    pictures = ["![Difference of Remix to the baseline and to a random modality, by dataset]"
-                f"({stem.name}-forest.png)"]  # fmt: skip
-    if draw_gap(found, Path(f"{stem}-gap")) is not None:
-        pictures += ["", f"![Gain of Remix over the gap between the modalities]({stem.name}-gap.png)"]
-    cases = [found[data] for data in ("grid_digits_m10", "grid_digits_clean")
-             if data in found and {"baseline", "remix"} <= found[data][1].keys()]  # fmt: skip
+    ranked = {setting.title: results for setting, results in found.values() if setting.ranked}
+    if ranked:
+        summary, short = ranked_parts(ranked, stem), ranking_table(ranked)
+    else:
+        summary, short = compared_parts(found, stem), summary_table(found, short=True)
+    cases = [(setting, results) for setting, results in found.values()
+             if "--diagnose" in setting.quiet and {"baseline", "remix"} <= results.keys()]  # fmt: skip
     why: list[str] = []
     if cases:
         draw_why(cases, Path(f"{stem}-why"))
         why = ["## Why", "", f"![Training with and without Remix in two cases]({stem.name}-why.png)", "",
                *(line for setting, results in cases for line in (*diagnosis(setting, results), ""))]  # fmt: skip
-    lines = [*head_of(command, runs), "", "## All datasets", "", summary_table(found), "", LEGEND, "", *pictures, ""]
+    lines = [*head_of(args, runs), "", "## All datasets", "", *summary, ""]
     for setting, results in found.values():
         lines += [f"## {setting.title}", "", dataset_table(study, setting, results), "", finding(results), ""]
         if refused := {row: why for (data, row), why in study.refused.items() if data == setting.data}:
@@ -284,22 +215,45 @@ def write_page(study: Study, command: str, log_path: Path, doc: Path, readme: Pa
     lines += why
     print("\n" + "\n".join(lines))
     write_text(doc, "\n".join(lines).rstrip() + "\n")
-    about = {"command": command, "runs": len(runs), "origin": origin(runs)}
+    about = {"command": args.command, "runs": len(runs), "origin": origin(runs)}
     write_json(log_path / "study.json", {"about": about} | {key: as_json(study, *pair) for key, pair in found.items()})
-    if readme:
-        replace_block(readme, summary_table(found, short=True))
+    if args.readme:
+        replace_block(args.readme, short)
     print(f"\n{doc} written, figures beside")
 
 
 LEGEND = ("Test accuracy in percent at the epoch chosen on validation (last epoch: after the last one), mean ± sample "
           "standard deviation over n seeds. Differences are paired over seeds, in points, with a 95 % t interval; p "
-          "values are of paired t tests. Cost: seconds of scoring and training per epoch over the baseline's. In "
-          "this table Holm's correction is over the datasets, below over the rows of a table.")  # fmt: skip
+          "values are of paired t tests. Cost: seconds of scoring and training per epoch over the "
+          "baseline's.")  # fmt: skip
 
 
-def head_of(command: str, runs: Sequence[Run]) -> list[str]:
-    return ["# Results", "", f"Written by `{command}` from {len(runs)} runs ({origin(runs)}). The rules were fixed "
-            "before: [protocol.md](protocol.md)."]  # fmt: skip
+def compared_parts(found: dict[str, tuple[Setting, dict[str, Result]]], stem: Path) -> list[str]:
+    """Remix against the baseline over all datasets: the lines of its section; pictures are written beside `stem`."""
+    draw_forest(found, Path(f"{stem}-forest"))
+    lines = [summary_table(found), "",
+             f"{LEGEND} In this table Holm's correction is over the datasets, below over the rows of a table.", "",
+             "![Difference of Remix to the baseline and to a random modality, by dataset]"
+             f"({stem.name}-forest.png)"]  # fmt: skip
+    if draw_gap(found, Path(f"{stem}-gap")) is not None:
+        lines += ["", f"![Gain of Remix over the gap between the modalities]({stem.name}-gap.png)"]
+    return lines
+
+
+def ranked_parts(found: dict[str, dict[str, Result]], stem: Path) -> list[str]:
+    """All balance methods over all datasets: the lines of their section; the picture is written beside `stem`."""
+    draw_ranking(found, Path(f"{stem}-methods"))
+    return [ranking_table(found), "",
+            "Accuracy, and in parentheses its difference to the baseline; bold: significant at 5 % after Holm's "
+            f"correction over the dataset's rows. {LEGEND} Imbalance: best minus worst modality of the same network.",
+            "", f"![Difference of each method to the baseline, by dataset]({stem.name}-methods.png)", "",
+            "What Remix adds to each method:", "", gain_table(found), "",
+            "Do the datasets agree?", "", *agreement(found)]  # fmt: skip
+
+
+def head_of(args: Namespace, runs: Sequence[Run]) -> list[str]:
+    return [f"# {TITLES[args.study]}", "", f"Written by `{args.command}` from {len(runs)} runs ({origin(runs)}). The "
+            "rules were fixed before: [protocol.md](protocol.md)."]  # fmt: skip
 
 
 def diagnosis(setting: Setting, results: dict[str, Result]) -> list[str]:

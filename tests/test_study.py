@@ -10,8 +10,8 @@ import pytest
 from run_folders import make_run
 from scipy import stats
 
-from report import study, study_data, study_page
-from report.runs import protocol_line, read_run
+from report import ranking, study, study_data, study_page
+from report.runs import Difference, protocol_line, read_run
 from utils.errors import UserError
 from utils.run import read_metrics
 
@@ -139,6 +139,7 @@ def data(tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(study, "make", make)
+    monkeypatch.setattr(study, "epoch_seconds", lambda root, args, rest: 10.0)
     return tmp_path
 
 
@@ -158,6 +159,48 @@ def test_all_rows_share_the_schedule_and_the_validation_part(data, monkeypatch) 
     assert {run["val_fraction"] for run in flags} == {0.15} and {run["random_seed"] for run in flags} == {0}
     assert {Path(run["data_root"]).name for run in flags} == {"grid_digits_0"}  # where the rates are chosen
     assert {run["learning_rate"] for run in flags} == {3e-4, 1e-3, 3e-3}
+
+
+def test_the_hours_are_printed_first(data, monkeypatch, capsys) -> None:
+    """Four rows: a grid of three rates each, then four more seeds; finished runs are not counted."""
+    monkeypatch.setattr(study, "run_all", lambda runs, log_path, jobs: 1)
+    words = ("evidence", "views3", "--rows", "baseline,remix,random,x", "--jobs", "2")
+    study.train_study(start(data, *words), [])
+    assert "28 runs left, about 0.9 hours with 2 at a time (views3 28 of about 240 s)" in capsys.readouterr().out
+    done = {"folder-views3_baseline_learning_rate-1e-3_seed0", "folder-views3_x_learning_rate-3e-4_seed4"}
+    monkeypatch.setattr(study, "take_stock", lambda run, log_path: "done" if run.name in done else "start")
+    study.train_study(start(data, *words), [])
+    assert "26 runs left" in capsys.readouterr().out
+    monkeypatch.setattr(study, "take_stock", lambda run, log_path: "done")
+    study.train_study(start(data, *words), [])
+    assert "runs left" not in capsys.readouterr().out
+
+
+def test_the_seconds_of_an_epoch_are_those_of_the_second(tmp_path, monkeypatch) -> None:
+    class Timed:
+        def __init__(self, run, action, log_path, env) -> None:
+            assert run.flags["epochs"] == 2 and run.flags["method"] == "baseline"
+            self.folder, self.process = log_path, Namespace(wait=lambda: None, returncode=0)
+            lines = [{"epoch": 0, "seconds_train": 9.0}, {"epoch": 1, "seconds_train": 2.0, "seconds_eval": 0.5}]
+            (log_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+        def ask_to_stop(self) -> None: ...
+
+        def last_words(self) -> str:
+            return "error: broken"
+
+    monkeypatch.setattr(study, "Worker", Timed)
+    root = tmp_path / "views"
+    root.mkdir()
+    (root / "dataset.json").write_text(json.dumps({"modalities": [
+        {"name": name, "kind": "array", "folder": name} for name in ("x", "y")], "encoder": "mlp"}))  # fmt: skip
+    args = Namespace(log_path=str(tmp_path / "runs"), jobs=1)
+    assert study.epoch_seconds(root, args, []) == 2.5
+    assert not list((tmp_path / "runs").iterdir())
+    monkeypatch.setattr(Timed, "__init__", lambda self, *_: setattr(self, "folder", tmp_path) or setattr(
+        self, "process", Namespace(wait=lambda: None, returncode=2)))  # fmt: skip
+    with pytest.raises(UserError, match=r"views: the timed run failed: broken"):
+        study.epoch_seconds(root, args, [])
 
 
 def test_a_row_that_the_dataset_of_the_rates_lacks_uses_the_baselines(data, monkeypatch) -> None:
@@ -264,3 +307,45 @@ def test_a_ranked_table_is_in_the_order_of_accuracy(tmp_path) -> None:
     assert [line.split("|")[2].strip() for line in lines] == ["agm", "cml", "baseline"]
     assert [line.split("|")[1].strip() for line in lines] == ["1", "2", "3"]
     assert all(line.split("|")[-2].strip() == "10.0" for line in lines)  # audio - 0.1, video - 0.2
+
+
+def ranked(folder: Path, levels: dict[str, list[float]]) -> dict[str, study_page.Result]:
+    """The rows of a dataset whose runs have these accuracies, by seed."""
+    names, rows = ("audio", "video"), study.entries(("audio", "video"))
+    runs = {("d", key): {seed: run_of(folder, [0.5] * 8, [level] * 8, seed=seed, names=names, warmup=1,
+                                      name=f"{key}{seed}", lr_decay_step=4) for seed, level in enumerate(own)}
+            for key, own in levels.items()}  # fmt: skip
+    setting = study.Setting("d", "D", (), "d", ranked=True)
+    return study_page.results_of(study.Study([setting], {"d": {key: rows[key] for key in levels}}, runs, {}, {}, {}),
+                                 setting)  # fmt: skip
+
+
+def test_methods_are_ranked_over_the_datasets(tmp_path) -> None:
+    one = {"baseline": [0.50, 0.52, 0.51], "remix": [0.60, 0.63, 0.60], "agm": [0.40, 0.43, 0.40],
+           "agm+remix": [0.45, 0.47, 0.46], "opm": [0.70, 0.72, 0.71]}  # fmt: skip
+    other = {"baseline": [0.80, 0.81, 0.80], "remix": [0.70, 0.72, 0.70], "agm": [0.90, 0.92, 0.91],
+             "agm+remix": [0.85, 0.84, 0.86]}  # fmt: skip
+    found = {"A": ranked(tmp_path / "a", one), "B": ranked(tmp_path / "b", other)}
+    places = {"opm": 1, "agm + Remix": (4 + 2) / 2, "Remix": (2 + 4) / 2, "agm": (5 + 1) / 2, "baseline": (3 + 3) / 2}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ranking.ranking_table(found).splitlines()[2:]]
+    assert {line[0]: float(line[1]) for line in lines} == places
+    assert lines[0][0] == "opm" and lines[0][3] == "–"
+    mean = 100 * np.mean(np.subtract(one["agm"], one["baseline"]))
+    assert any(line[0] == "agm" and f"41.0 ({mean:+.1f} [" in line[2] for line in lines)
+    gains = ranking.gain_table(found)
+    low, high = stats.t.interval(0.95, 2, 5.0, 100 * stats.sem(np.subtract(one["agm+remix"], one["agm"])))
+    assert f"+5.0 [{low:+.1f}, {high:+.1f}]" in gains and "no balance method" in gains and "opm" not in gains
+    (words,) = ranking.agreement(found)
+    common = ["baseline", "remix", "agm", "agm+remix"]
+    tau = stats.kendalltau([np.mean(one[key]) for key in common], [np.mean(other[key]) for key in common]).statistic
+    assert f"{tau:+.2f}" in words
+    opposite = words.split("without 0: ")[1]
+    assert "agm (" in opposite and "Remix (" in opposite and "opm" not in opposite
+    ranking.draw_ranking(found, tmp_path / "methods")
+    assert (tmp_path / "methods.png").stat().st_size > 5_000
+
+
+def test_differences_are_opposed_only_where_both_intervals_exclude_zero() -> None:
+    up, down, unsure = Difference(3, 0.1, 0.05, 0.15), Difference(3, -0.1, -0.2, -0.01), Difference(3, -0.1, -0.2, 0.01)
+    assert ranking.opposed(up, down) and ranking.opposed(down, up)
+    assert not any(ranking.opposed(up, other) for other in (up, unsure, None, Difference(1, -0.1, None, None)))
