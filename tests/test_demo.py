@@ -260,7 +260,7 @@ def test_the_folder_has_the_training_layout(tiny):
 
 def test_a_validation_part_is_of_other_machines(tmp_path):
     root = tmp_path / "demo"
-    settings = replace(TINY, limit=240)
+    settings = replace(TINY, limit=120)
     ensure_demo(root, settings=settings, quiet=True)
     machine = {row["clip"]: row["machine"] for row in read_csv(root / "clips.csv")}
     folder = load_folder(root, get_spec("demo"))
