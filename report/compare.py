@@ -283,6 +283,19 @@ def run_all(todo: list[tuple[Planned, str]], log_path: Path, envs: list[dict]) -
     return [worker for worker in ended if worker.process.returncode]
 
 
+def timed_run(run: Planned, folder: Path, env: dict) -> Worker:
+    """Train `run` in `folder`, to time it before a comparison. Raises `UserError` if it fails."""
+    worker = Worker(run, "start", folder, env)
+    try:
+        worker.process.wait()
+    finally:
+        worker.ask_to_stop()
+        worker.process.wait()
+    if worker.process.returncode:
+        raise UserError(f"the timed run failed: {worker.last_words().removeprefix('error: ')}")
+    return worker
+
+
 def verdict(worker: Worker) -> str:
     """One line on a run that ended: its accuracies, or the last line of its log."""
     run = read_run(worker.folder)

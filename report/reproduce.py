@@ -42,7 +42,6 @@ from dataset.specs import SPECS, DatasetSpec
 from report.compare import (
     OURS,
     Planned,
-    Worker,
     alone_in,
     environments,
     exit_status,
@@ -52,6 +51,7 @@ from report.compare import (
     report,
     seeds_of,
     take_stock,
+    timed_run,
     train_missing,
 )
 from utils.cli import Parser, number, path_name
@@ -340,15 +340,8 @@ def _packed_bytes(flags: dict, sample: Path, spec: DatasetSpec) -> float:
 def _time_run(run: Planned, folder: Path, sizes: dict[str, int], envs: list[dict]) -> Cost:
     """Train on the sample, a few epochs of each phase; the last one of each phase is measured."""
     clock = time.perf_counter()
-    worker = Worker(run, "start", folder, envs[0])
-    try:
-        worker.process.wait()
-    finally:
-        worker.ask_to_stop()
-        worker.process.wait()
+    worker = timed_run(run, folder, envs[0])
     wall = time.perf_counter() - clock
-    if worker.process.returncode:
-        raise UserError(f"the timed run failed: {worker.last_words().removeprefix('error: ')}")
     lines, hardware = read_metrics(worker.folder), read_config(worker.folder)["hardware"]
     size = sum(path.stat().st_size for path in worker.folder.iterdir())
     joint, remix = (lines[end - 1] for end in (len(lines) // 2, len(lines)))

@@ -23,7 +23,6 @@ from balance import METHODS
 from dataset.specs import spec_of
 from report.compare import (
     Planned,
-    Worker,
     alone_in,
     environments,
     exit_status,
@@ -31,6 +30,7 @@ from report.compare import (
     planned,
     seeds_of,
     take_stock,
+    timed_run,
     train_missing,
 )
 from report.runs import Run, read_run
@@ -371,16 +371,8 @@ def epoch_seconds(root: Path, args: Namespace, rest: Sequence[str]) -> float:
     words = ["--dataset", dataset_in(root), "--data_root", str(root), "--val_fraction", VAL_FRACTION, *rest]
     with tempfile.TemporaryDirectory(prefix=".tmp-hours-", dir=log_path) as folder:
         run = planned("baseline", 0, [("epochs", "2")], words, folder)
-        worker = Worker(run, "start", Path(folder), environments(args.jobs, run.flags["device"], None)[0])
-        try:
-            worker.process.wait()
-        finally:
-            worker.ask_to_stop()
-            worker.process.wait()
-        lines = read_metrics(worker.folder)
-        if worker.process.returncode or len(lines) < 2:
-            raise UserError(f"{root}: the timed run failed: {worker.last_words().removeprefix('error: ')}")
-        return sum(value for key, value in lines[-1].items() if key.startswith("seconds_"))
+        worker = timed_run(run, Path(folder), environments(args.jobs, run.flags["device"], None)[0])
+        return sum(value for key, value in read_metrics(worker.folder)[-1].items() if key.startswith("seconds_"))
 
 
 def run_all(runs: Iterable[Planned], log_path: Path, jobs: int | None) -> int:

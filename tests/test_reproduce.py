@@ -263,7 +263,7 @@ def test_a_timed_run_is_read_by_phase(tmp_path, monkeypatch):
         def last_words(self):
             return "error: out of GPU memory"
 
-    monkeypatch.setattr(reproduce, "Worker", Done)
+    monkeypatch.setattr(compare, "Worker", Done)
     cost = reproduce._time_run(plan[1], tmp_path, {"train": 100, "test": 10}, [{}])
     assert cost[:3] == (5 / 100, (8 / 4 + 3) / 100, 2 / 10)
     assert cost.run == 0 and cost.size > 1000 and cost.machine == "a CPU, 2 threads"

@@ -10,7 +10,7 @@ import pytest
 from run_folders import make_run
 from scipy import stats
 
-from report import ranking, study, study_data, study_page
+from report import compare, ranking, study, study_data, study_page
 from report.runs import Difference, protocol_line, read_run
 from utils.errors import UserError
 from utils.run import read_metrics
@@ -189,7 +189,7 @@ def test_the_seconds_of_an_epoch_are_those_of_the_second(tmp_path, monkeypatch) 
         def last_words(self) -> str:
             return "error: broken"
 
-    monkeypatch.setattr(study, "Worker", Timed)
+    monkeypatch.setattr(compare, "Worker", Timed)
     root = tmp_path / "views"
     root.mkdir()
     (root / "dataset.json").write_text(json.dumps({"modalities": [
@@ -199,7 +199,7 @@ def test_the_seconds_of_an_epoch_are_those_of_the_second(tmp_path, monkeypatch) 
     assert not list((tmp_path / "runs").iterdir())
     monkeypatch.setattr(Timed, "__init__", lambda self, *_: setattr(self, "folder", tmp_path) or setattr(
         self, "process", Namespace(wait=lambda: None, returncode=2)))  # fmt: skip
-    with pytest.raises(UserError, match=r"views: the timed run failed: broken"):
+    with pytest.raises(UserError, match="the timed run failed: broken"):
         study.epoch_seconds(root, args, [])
 
 
