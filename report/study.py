@@ -39,7 +39,7 @@ from utils.cli import Parser, number
 from utils.errors import UserError, run_main
 from utils.run import read_metrics, write_json
 
-RATES = ("3e-4", "1e-3", "3e-3")  # the grid of learning rates, for every method
+RATES = ("3e-4", "1e-3", "3e-3", "1e-2")  # the grid of learning rates, for every method
 EPOCHS, WARMUP, DECAY = 24, 6, 18
 VAL_FRACTION = "0.15"  # of the training clips, the same clips for every seed
 
@@ -58,16 +58,15 @@ class Entry(NamedTuple):
 class Setting(NamedTuple):
     """A dataset of a study and its rows.
 
-    `rates` is the dataset on which the rows' learning rates are chosen, `quiet` flags that do not change the result.
-    Where validation clips say nothing about test clips, `validated` is False: all rows use the middle rate and report
-    the last epoch.
+    `rates` are the learning rates that each row chooses from, `quiet` flags that do not change the result. Where
+    validation clips say nothing about test clips, `validated` is False and the last epoch is reported.
     """
 
     data: str
     title: str
     rows: tuple[str, ...]
-    rates: str
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    rates: tuple[str, ...] = RATES
     quiet: tuple[str, ...] = ()
     validated: bool = True
     ranked: bool = False  # rows in the order of their accuracy
@@ -132,24 +131,24 @@ TEN = tuple(range(10))
 STUDIES = {
     "evidence": (
         *(Setting(f"grid_digits_{snr}", f"GRID digits, {title}", ALL if snr in ("clean", "m10") else MAIN,
-                  "grid_digits_0", quiet=("--diagnose",) if snr in ("clean", "m10") else ())
+                  quiet=("--diagnose",) if snr in ("clean", "m10") else ())
           for snr, title in (("m10", "babble at -10 dB"), ("clean", "clean sound"), ("0", "babble at 0 dB"),
                              ("p10", "babble at +10 dB"))),
-        Setting("mosi", "CMU-MOSI", ALL, "mosi", validated=False),
-        Setting("views3", "Multi-view digits, three views", ALL, "views3"),
-        Setting("views6", "Multi-view digits, six views", ALL, "views6"),
-        Setting("grid_letters_m10", "GRID letters, babble at -10 dB", MAIN, "grid_digits_0"),
-        Setting("grid_letters_clean", "GRID letters, clean sound", MAIN, "grid_digits_0"),
-        Setting("grid_flow_m10", "GRID digits with optical flow, babble at -10 dB", MAIN, "grid_digits_0"),
-        Setting("speech", "Real speech with real handwriting", MAIN, "speech"),
-        *(Setting(f"demo_draw{draw}", f"Demo, draw {draw}", MAIN, "demo_draw0") for draw in range(3)),
+        Setting("mosi", "CMU-MOSI", ALL, rates=("1e-3",), validated=False),
+        Setting("views3", "Multi-view digits, three views", ALL),
+        Setting("views6", "Multi-view digits, six views", ALL),
+        Setting("grid_letters_m10", "GRID letters, babble at -10 dB", MAIN),
+        Setting("grid_letters_clean", "GRID letters, clean sound", MAIN),
+        Setting("grid_flow_m10", "GRID digits with optical flow, babble at -10 dB", MAIN),
+        Setting("speech", "Real speech with real handwriting", MAIN),
+        *(Setting(f"demo_draw{draw}", f"Demo, draw {draw}", MAIN) for draw in range(3)),
     ),
     "ablations": (
         Setting("grid_digits_m10", "GRID digits, babble at -10 dB",
-                ("baseline", "remix", "masked_run", "rescore_4", "warmup_2", "warmup_12"), "grid_digits_0", TEN),
+                ("baseline", "remix", "masked_run", "rescore_4", "warmup_2", "warmup_12"), TEN),
     ),
     "benchmark": tuple(
-        Setting(data, title, ("baseline", "remix", "balance"), data, (0, 1, 2), ranked=True)
+        Setting(data, title, ("baseline", "remix", "balance"), (0, 1, 2), RATES[:3], ranked=True)
         for data, title in (("views3", "Multi-view digits, three views"),
                             ("grid_digits_m10", "GRID digits, babble at -10 dB"), ("demo_draw0", "Demo"))
     ),
@@ -260,7 +259,7 @@ def choose_rates(finished: dict[tuple[str, str, str], Run]) -> dict[tuple[str, s
 
 
 class Study(NamedTuple):
-    """The finished runs: {(dataset, row): {seed: run}}, the rates, the validation scores that chose them.
+    """The finished runs: {(dataset, row): {seed: run}}, the chosen rates, the validation scores that chose them.
 
     `refused`: the rows that train.py refuses on a dataset, with its reason.
     """
@@ -272,17 +271,11 @@ class Study(NamedTuple):
     scores: dict[tuple[str, str], dict[str, float]]
     refused: dict[tuple[str, str], str]
 
-    def rate_of(self, setting: Setting, row: str) -> str:
-        """The learning rate of a row; a row that the dataset of the rates does not have uses the baseline's."""
-        if not setting.validated:
-            return RATES[1]
-        return self.rates.get((setting.rates, row)) or self.rates[setting.rates, "baseline"]
-
 
 def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     """Train what is missing: first the grid of rates, then all seeds. Returns the study and the exit status."""
     log_path = Path(args.log_path)
-    needed = {name for setting in args.settings for name in (setting.data, setting.rates)}
+    needed = {setting.data for setting in args.settings}
     roots = {name: make(name, args.sources, args.data) for name in RECIPES if name in needed}
     names = {name: spec_of(dataset_in(root), root).names for name, root in roots.items()}
     rows = {setting.data: rows_of(setting, names[setting.data], args.rows) for setting in args.settings}
@@ -291,7 +284,7 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     for setting in args.settings:
         for row, entry in list(rows[setting.data].items()):
             try:
-                plan_run(setting, entry, RATES[0], first, roots[setting.data], args, rest)
+                plan_run(setting, entry, setting.rates[0], first, roots[setting.data], args, rest)
             except UserError as error:
                 if row not in balance_entries():
                     raise
@@ -299,13 +292,9 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
                 del rows[setting.data][row]
 
     # the grid of rates
-    grid: dict[tuple[str, str, str], Planned] = {}
-    for setting in args.settings:
-        own, root = entries(names[setting.rates]), roots[setting.rates]
-        source = setting._replace(data=setting.rates, quiet=())
-        for row in {name if name in own else "baseline": None for name in rows[setting.data]}:
-            for rate in RATES if setting.validated else ():
-                grid[setting.rates, row, rate] = plan_run(source, own[row], rate, first, root, args, rest)
+    grid = {(setting.data, row, rate): plan_run(setting, entry, rate, first, roots[setting.data], args, rest)
+            for setting in args.settings for row, entry in rows[setting.data].items()
+            for rate in setting.rates}  # fmt: skip
     print_hours(args, rest, roots, grid, rows)
     status = run_all(list(grid.values()), log_path, args.jobs)
     tuned = {key: read_run(log_path / run.name) for key, run in grid.items()}
@@ -322,7 +311,7 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     for setting in args.settings:
         seeds = seeds_of(args.seeds) if args.seeds else setting.seeds
         for row, entry in rows[setting.data].items():
-            rate = study.rate_of(setting, row)
+            rate = rates[setting.data, row]
             plan[setting.data, row] = {seed: plan_run(setting, entry, rate, seed, roots[setting.data], args, rest)
                                        for seed in seeds}  # fmt: skip
     ordered = sorted(((seed, run) for runs in plan.values() for seed, run in runs.items()), key=lambda item: item[0])
@@ -347,10 +336,10 @@ def print_hours(
         left[data] += take_stock(run, log_path) != "done"
     for setting in args.settings:
         seeds = seeds_of(args.seeds) if args.seeds else setting.seeds
-        shared = setting.validated and setting.rates == setting.data  # the first seed is one of the runs of the grid
         for entry in rows[setting.data].values():
-            for seed in seeds[shared:]:
-                tried = (plan_run(setting, entry, rate, seed, roots[setting.data], args, rest) for rate in RATES)
+            for seed in seeds[1:]:  # the first is one of the runs of the grid
+                tried = (plan_run(setting, entry, rate, seed, roots[setting.data], args, rest)
+                         for rate in setting.rates)  # fmt: skip
                 left[setting.data] += not any(take_stock(run, log_path) == "done" for run in tried)
     left = {name: count for name, count in left.items() if count}
     if not left:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from report.figures import Effect, effect, forest, plot_mean
 from report.ranking import agreement, draw_ranking, gain_table, ranking_table
 from report.runs import Group, Run, epoch_cost, holm, origin, paired_difference, spread
-from report.study import EPOCHS, RATES, TITLES, WARMUP, Setting, Study
+from report.study import EPOCHS, TITLES, WARMUP, Setting, Study
 from report.study_results import Result, against, alone, cell, chance, results_of
 from report.tables import spread_cell, table
 from report.write import replace_block, write_text
@@ -44,7 +44,7 @@ def dataset_table(study: Study, setting: Setting, results: dict[str, Result]) ->
     lines = []
     for key, row in results.items():
         cells = [spread_cell(spread(row.chosen[name].values())) for name in ("multimodal", *names, "macro F1")]
-        rate = study.rate_of(setting, key)
+        rate = study.rates[setting.data, key]
         cells = [row.label, rate, *cells, spread_cell(spread(row.last.values())), cell(row.difference), chance(row.p)]
         cost = epoch_cost(row.group, plain) if plain else None
         lines.append([*cells, chance(row.corrected), str(len(row.fused)), "–" if cost is None else f"{cost:.2f}"])
@@ -172,8 +172,8 @@ def draw_why(cases: Sequence[tuple[Setting, dict[str, Result]]], path: Path) -> 
 
 
 def as_json(study: Study, setting: Setting, results: dict[str, Result]) -> dict:
-    rows = {row.key: {"label": row.label, "base": row.base, "rate": study.rate_of(setting, key), "chosen": row.chosen,
-                      "last": row.last, "p": row.p, "holm": row.corrected,
+    rows = {row.key: {"label": row.label, "base": row.base, "rate": study.rates[setting.data, key],
+                      "chosen": row.chosen, "last": row.last, "p": row.p, "holm": row.corrected,
                       "difference": row.difference and row.difference._asdict()}
             for key, row in results.items()}  # fmt: skip
     return {"data": setting.data, "title": setting.title, "rows": rows}
@@ -211,7 +211,8 @@ def write_page(study: Study, args: Namespace) -> None:
         if refused := {row: why for (data, row), why in study.refused.items() if data == setting.data}:
             lines += ["Not possible here: " + "; ".join(f"`{row}` ({why})" for row, why in refused.items()) + ".", ""]
         if not setting.validated:
-            lines += [f"Learning rate {RATES[1]} and the last epoch for all rows (see Deviations of the protocol).", ""]
+            lines += [f"Learning rate {', '.join(setting.rates)} and the last epoch for all rows "
+                      "([protocol.md](protocol.md#training)).", ""]  # fmt: skip
     lines += why
     print("\n" + "\n".join(lines))
     write_text(doc, "\n".join(lines).rstrip() + "\n")
