@@ -87,7 +87,8 @@ def make_parser() -> Parser:
                    help="expected number of classes, checked against the data (default: the data's)")
     g.add_argument("--val_fraction", type=number(float, 0, 0.9), default=0.0, metavar="F",
                    help="fraction of train held out for validation, the same clips for every seed (default: 0)")
-    g.add_argument("--split", choices=("official", "actor"), help="actor: no shared actors (default: as prepared)")
+    g.add_argument("--split", choices=("official", "actor"), help="split into train and test; actor: no actor is in "
+                   "both (default: as prepared)")
     g.add_argument("--allow_missing", action="store_true", help="skip clips with missing files (default: stop)")
     g.add_argument("--image_size", type=number(int, 8, 4096), metavar="S",
                    help="side length in pixels of the frames fed to the network (default: the dataset's)")
@@ -107,7 +108,8 @@ def make_parser() -> Parser:
     g.add_argument("--fusion_method", choices=FUSIONS, help="fusion head (default: concat)")
     g.add_argument("--unimodal", default="heads", choices=UNIMODAL, help="source of unimodal predictions: unimodal "
                    "heads, or the joint head with other modalities masked and no heads' losses (default: heads)")
-    g.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate or load (default: none)")
+    g.add_argument("--checkpoint", type=path_name, metavar="FILE", help="weights to evaluate, or to start "
+                   "from with --train (default: none)")
     g.add_argument("--predictions", type=path_name, metavar="FILE", help="with --checkpoint: write the logits and "
                    "features of all clips to this .npz file (default: none)")
     g.add_argument("--clip", nargs="+", type=path_name, metavar="FILE", help="with --checkpoint: classify these raw "
@@ -116,10 +118,11 @@ def make_parser() -> Parser:
     g = p.add_argument_group("method")
     g.add_argument("--method", default="remix", metavar="NAME", help="training method: remix, baseline (joint "
                    "training), or the name of a modality to train it alone (default: remix)")
-    g.add_argument("--preset", default="fair", choices=PRESETS, help="defaults; see docs/fidelity.md (default: fair)")
+    g.add_argument("--preset", default="fair", choices=PRESETS, help="set of defaults; official: those of the "
+                   "official code, see docs/fidelity.md (default: fair)")
     g.add_argument("--warmup", type=number(int, 0, MANY), metavar="N", help="joint epochs before Remix (default: 10)")
     g.add_argument("--score", choices=remix.SCORES, help="difficulty score of a clip per modality (default: kl)")
-    g.add_argument("--keep", choices=remix.KEEP, help="which modality each clip keeps (default: hard)")
+    g.add_argument("--keep", choices=remix.KEEP, help="modality that each clip keeps (default: hard)")
     g.add_argument("--rescore_every", type=count, metavar="K", help="score the clips every K epochs (default: 1)")
     g.add_argument("--reassemble", choices=(*remix.ORDERS, *remix.ABLATIONS), help="order of homogeneous batches; off: "
                    "mixed batches with a mask per clip (decouple only); unmasked: homogeneous batches without masks "
@@ -128,19 +131,20 @@ def make_parser() -> Parser:
                    "it, run it, or run it and also update its head (default: skip)")
     g.add_argument("--batchnorm", choices=("refreshed", "running"), help="BatchNorm statistics for scoring and "
                    "evaluation: re-estimated after each epoch, or running statistics (default: refreshed)")
-    g.add_argument("--alpha", type=factor, help="audio loss weight in joint batches (default: 0.5)")
-    g.add_argument("--beta", type=factor, help="video loss weight in joint batches (default: 0.5)")
-    g.add_argument("--gamma1", type=factor, help="video loss weight in video batches (default: 1)")
-    g.add_argument("--gamma2", type=factor, help="audio loss weight in audio batches (default: 1)")
-    g.add_argument("--diagnose", action="store_true", help="log gradient conflict and imbalance (default: off)")
+    g.add_argument("--alpha", type=factor, metavar="F", help="audio loss weight in joint batches (default: 0.5)")
+    g.add_argument("--beta", type=factor, metavar="F", help="video loss weight in joint batches (default: 0.5)")
+    g.add_argument("--gamma1", type=factor, metavar="F", help="video loss weight in video batches (default: 1)")
+    g.add_argument("--gamma2", type=factor, metavar="F", help="audio loss weight in audio batches (default: 1)")
+    g.add_argument("--diagnose", action="store_true", help="log clash, imbalance and calibration (default: off)")
     g.add_argument("--balance", default="none", metavar="NAME[:OPTION=VALUE...][,NAME...]",
                    help="balance methods, on top of baseline or remix; list: python -m balance (default: none)")
 
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", "--epoch", type=count, metavar="N", help="epochs, warm-up included (default: 60)")
     g.add_argument("--batch_size", type=number(int, 2, MANY), metavar="B", help="global batch size (default: 64)")
-    g.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd: momentum 0.9 (default: adam)")
-    g.add_argument("--learning_rate", type=number(float, 0, MANY, True), help="initial rate (default: the dataset's)")
+    g.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd has momentum 0.9 (default: adam)")
+    g.add_argument("--learning_rate", type=number(float, 0, MANY, True), metavar="LR",
+                   help="initial learning rate (default: the dataset's)")
     g.add_argument("--lr_decay_step", type=count, metavar="N", help="decay the rate every N epochs (default: 30)")
     g.add_argument("--lr_decay_ratio", type=number(float, 0, 1, True), help="factor of each decay (default: 0.1)")
     g.add_argument("--encoder_lr_decay", type=each(factor), default=1.0, metavar="F", help="learning-rate multiplier "
@@ -151,14 +155,15 @@ def make_parser() -> Parser:
 
     g = p.add_argument_group("system")
     g.add_argument("--train", action="store_true", help="train; without it, evaluate --checkpoint (default: off)")
-    g.add_argument("--device", default="auto", choices=distributed.DEVICES, help="auto: CUDA if any (default: auto)")
-    g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="GPUs, one process each (default: the first visible)")
+    g.add_argument("--device", default="auto", choices=distributed.DEVICES, help="auto: CUDA or CPU (default: auto)")
+    g.add_argument("--gpu_ids", type=id_list, metavar="IDS", help="comma-separated GPUs, one process each "
+                   "(default: the first visible)")
     g.add_argument("--precision", choices=PRECISIONS, help="precision (default: fp32 on a CPU, bf16 on a GPU, "
                    "tf32 where it has no bfloat16)")
     g.add_argument("--compile", nargs="?", const=COMPILE[0], default=False, choices=COMPILE, help="torch.compile for "
                    "the encoders (no value), CUDA graphs of whole training steps, or all (default: off)")
-    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="parent folder (default: runs)")
-    g.add_argument("--run_name", type=path_name, metavar="NAME", help="run folder (default: from flags and time)")
+    g.add_argument("--log_path", type=path_name, default="runs", metavar="DIR", help="folder of runs (default: runs)")
+    g.add_argument("--run_name", type=path_name, metavar="NAME", help="folder's name (default: from flags and time)")
     g.add_argument("--resume", nargs="?", const="auto", type=path_name, metavar="RUN",
                    help="resume this run folder; auto: resume --run_name, or start it (default: off)")
     return p

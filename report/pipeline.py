@@ -34,9 +34,9 @@ THEMES = {
     "dark": {"ink": "#e6edf3", "muted": "#9198a1", "line": "#484f58", "panel": "#161b22", "paper": "#0d1117",
              "hard": "#f0883e", AUDIO: "#58a6e8", VIDEO: "#3fc99b"},
 }  # fmt: skip
-WIDTH, HEIGHT = 1200, 456
+WIDTH, HEIGHT = 1136, 456
 TOP, ROW, CELL = 106, 35, (56, 27)  # y of the first clip, distance of two, size of a cell
-SCORE, KEEP, BATCHES, TRAIN = 222, 402, 582, 846  # x of the columns
+SCORE, KEEP, BATCHES, TRAIN = 208, 368, 528, 780  # x of the columns
 FONT = "-apple-system, 'Segoe UI', Helvetica, Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 
 
@@ -128,7 +128,7 @@ def _box(
     d.rect(x, y, w, h, colour if on else "none", colour, opacity=0.14, dashed=not on, r=6)
     for i, line in enumerate(lines):
         d.text(
-            x + w / 2, y + h / 2 + 4.5 + 15 * (i - (len(lines) - 1) / 2), line, 12, "ink" if on else "muted", "middle"
+            x + w / 2, y + h / 2 + 4.5 + 17 * (i - (len(lines) - 1) / 2), line, 14, "ink" if on else "muted", "middle"
         )
 
 
@@ -140,12 +140,12 @@ def _head(d: Drawing, x: float, number: str, name: str, words: str) -> None:
         d.parts.append(f'<circle cx="{x + 11}" cy="26" r="11" fill="{d.colours["ink"]}"/>')
         d.text(x + 11, 31, number, 14, "paper", "middle", bold=True)
     d.text(x + (29 if number else 0), 32, name, 17, bold=True)
-    d.text(x, 60, words, 12.5, "muted")
+    d.text(x, 60, words, 14, "muted")
 
 
 def _names(d: Drawing, x: float) -> None:
     for m, name in enumerate(NAMES):
-        d.text(x + m * (CELL[0] + 4) + CELL[0] / 2, TOP - 10, name, 12.5, name, "middle", bold=True)
+        d.text(x + m * (CELL[0] + 4) + CELL[0] / 2, TOP - 10, name, 14, name, "middle", bold=True)
 
 
 def _clips(d: Drawing) -> None:
@@ -153,7 +153,7 @@ def _clips(d: Drawing) -> None:
     _names(d, 50)
     for i in range(len(DIFFICULTY)):
         y = TOP + i * ROW
-        d.text(34, y + CELL[1] / 2 + 4.5, str(i + 1), 13, "muted", "middle")
+        d.text(34, y + CELL[1] / 2 + 4.5, str(i + 1), 14, "muted", "middle")
         for m, name in enumerate(NAMES):
             _tile(d, name, i, 50 + m * (CELL[0] + 4), y)
 
@@ -170,12 +170,12 @@ def _scores(d: Drawing, keep: np.ndarray) -> None:
         for m, value in enumerate(row):
             x, y = SCORE + m * (CELL[0] + 4), TOP + i * ROW
             d.rect(x, y, *CELL, "hard", "hard" if keep[i, m] else "none", opacity=_shade(1 - value / log2(CLASSES)))
-            d.text(x + CELL[0] / 2, y + CELL[1] / 2 + 4.5, f"{value:.2f}", 13, anchor="middle")
+            d.text(x + CELL[0] / 2, y + CELL[1] / 2 + 4.5, f"{value:.2f}", 14, anchor="middle")
     y = TOP + len(DIFFICULTY) * ROW + 8
     for i in range(6):
         d.rect(SCORE + 34 + 8 * i, y, 8, 8, "hard", opacity=_shade(1 - i / 5), r=0)
-    d.text(SCORE + 28, y + 8, "hard", 11.5, "muted", "end")
-    d.text(SCORE + 88, y + 8, "easy", 11.5, "muted")
+    d.text(SCORE + 28, y + 8, "hard", 13.5, "muted", "end")
+    d.text(SCORE + 88, y + 8, "easy", 13.5, "muted")
 
 
 def _kept(d: Drawing, keep: np.ndarray) -> None:
@@ -187,7 +187,7 @@ def _kept(d: Drawing, keep: np.ndarray) -> None:
             _tile(d, NAMES[m], i, x, y)
         else:
             d.rect(x, y, *CELL, stroke="line", dashed=True)
-    d.text(KEEP + CELL[0] + 2, TOP + len(keep) * ROW + 16, "*k*_{i} = argmin_{m} *D*_{im}", 13, anchor="middle")
+    d.text(KEEP + CELL[0] + 2, TOP + len(keep) * ROW + 16, "*k*_{i} = argmin_{m} *D*_{im}", 14, anchor="middle")
 
 
 def _batches(d: Drawing, plan: list[remix.Batch]) -> None:
@@ -197,12 +197,12 @@ def _batches(d: Drawing, plan: list[remix.Batch]) -> None:
     for b, batch in enumerate(plan):
         y, (name,) = TOP + b * (high + gap), batch.fed
         d.rect(BATCHES, y, 210, high, "panel", name, r=8)
-        d.text(BATCHES + 12, y + 21, f"batch {b + 1}: {name}", 12.5, name, bold=True)
+        d.text(BATCHES + 12, y + 21, f"batch {b + 1}: {name}", 14, name, bold=True)
         for i, clip in enumerate(batch.clips.tolist()):
             x = BATCHES + 12 + 64 * i
             _tile(d, name, clip, x, y + 31)
-            d.text(x + CELL[0] / 2, y + 73, str(clip + 1), 12, "muted", "middle")
-    d.text(BATCHES + 105, TOP + len(DIFFICULTY) * ROW + 16, "shuffled within a modality", 12, "muted", "middle")
+            d.text(x + CELL[0] / 2, y + 73, str(clip + 1), 13.5, "muted", "middle")
+    d.text(BATCHES + 105, TOP + len(DIFFICULTY) * ROW + 16, "shuffled within a modality", 14, "muted", "middle")
 
 
 def _network(d: Drawing, fed: str) -> None:
@@ -228,11 +228,11 @@ def _network(d: Drawing, fed: str) -> None:
     both = (top + 87 + low + 23) / 2
     for y in (top + 87, low + 23):
         d.path(f"M{end + 3} {y}h14", arrow=True)
-        d.text(end + 32, y + 4.5, "CE", 12.5, anchor="middle")
+        d.text(end + 32, y + 4.5, "CE", 14, anchor="middle")
         d.path(f"M{end + 46} {y}Q{end + 58} {y} {end + 58} {(y + both) / 2}T{end + 70} {both}")
-    d.text(end + 74, both + 4.5, "loss", 12.5)
+    d.text(end + 74, both + 4.5, "loss", 14)
     y = TOP + len(DIFFICULTY) * ROW + 16
-    d.text(x + 135, y, "loss = CE(*o*, *y*) + *γ*_{m} CE(*o*_{m}, *y*)", 13, anchor="middle")
+    d.text(x + 135, y, "loss = CE(*o*, *y*) + *γ*_{m} CE(*o*_{m}, *y*)", 14, anchor="middle")
 
 
 # ---------------------------------------------------------------------------------------------------------- the figure
@@ -249,12 +249,12 @@ def pipeline(theme: str) -> str:
     _batches(d, plan)
     _network(d, plan[0].fed[0])
     middle = TOP + len(keep) * ROW / 2 - 4
-    for left, right in ((172, SCORE), (SCORE + 116, KEEP), (KEEP + 116, BATCHES), (BATCHES + 210, TRAIN)):
+    for left, right in ((166, SCORE), (SCORE + 116, KEEP), (KEEP + 116, BATCHES), (BATCHES + 210, TRAIN)):
         d.path(f"M{left + 10} {middle}H{right - 10}", arrow=True)
     low, text = HEIGHT - 20, ((SCORE + 58 + TRAIN + 135) / 2, 104)  # return arrow with a centred label
     d.path(f"M{TRAIN + 135} {low - 18}V{low - 8}q0 8 -8 8H{text[0] + text[1]}")
     d.path(f"M{text[0] - text[1]} {low}H{SCORE + 66}q-8 0 -8 -8V{low - 18}", arrow=True)
-    d.text(text[0], low + 4.5, "score again before every epoch", 12.5, "muted", "middle")
+    d.text(text[0], low + 4.5, "score again before every epoch", 14, "muted", "middle")
     return d.svg("Data Remixing: score every clip in each modality, keep its hardest modality, train on batches of one "
                  "modality")  # fmt: skip
 

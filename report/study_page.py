@@ -18,11 +18,11 @@ from utils.run import write_json
 from utils.style import (
     INK,
     METHOD_COLOURS,
-    MUTED,
     Look,
     caption,
     epoch_axis,
     label_ends,
+    label_points,
     mark_warmup,
     modality_colours,
     panels,
@@ -129,10 +129,10 @@ def draw_gap(found: dict[str, tuple[Setting, dict[str, Result]]], path: Path) ->
         if row.low is not None and row.high is not None:
             axis.plot([gap, gap], [row.low, row.high], color=METHOD_COLOURS["remix"], lw=1.2)
         axis.plot([gap], [row.mean], "o", color=METHOD_COLOURS["remix"], ms=5)
-        axis.annotate(row.label, (gap, row.mean), xytext=(5, 3), textcoords="offset points", fontsize=6.5,
-                      color=MUTED)  # fmt: skip
     axis.set(xlabel="best minus worst modality alone (points of test accuracy)", ylabel="Remix – baseline (points)")
+    axis.margins(x=0.12)  # room for names
     caption(figure, "Gain and imbalance of information", "Bars are 95 % t intervals over seeds.")
+    label_points(axis, [(row.label, gap, row.mean) for gap, row in points])
     save(figure, path)
     return figure
 

@@ -4,6 +4,7 @@ Numbers are percentages of test clips, except macro F1, which is 100 times the F
 """
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -92,7 +93,13 @@ def difference_text(mean: float, low: float | None, high: float | None, mark: st
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, aligned as plain text too: the first column left, the others right."""
+    """A Markdown table, aligned as plain text too: the first column left, the others right.
+
+    No-break spaces keep `81.2 ± 0.5` and `[+1.2, +5.0]` on one line: pages break the cells of a wide table.
+    """
+    rows = [
+        [re.sub(r" ± |, (?=[+-][\d.]+\])", lambda m: m[0].replace(" ", "\u00a0"), cell) for cell in row] for row in rows
+    ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     pad = [str.ljust, *[str.rjust] * (len(head) - 1)]
     lines = [

@@ -116,6 +116,23 @@ def test_broken_links_are_found():
     ]
 
 
+def bare_formulas(text: str) -> list[str]:
+    """Formulas written as $...$ or $$...$$, outside code. GitHub's Markdown removes their backslashes before signs."""
+    text = re.sub(r"\$`[^`\n]*`\$|`[^`\n]*`", "", FENCE.sub("", text))
+    return re.findall(r"\$\$[^$]+\$\$|\$[^$\n]+\$", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_formulas_are_written_as_github_reads_them(page):
+    r"""As $`...`$ or ```math. GitHub shows `\,` of $...$ as a comma (github/markup, issue 1746)."""
+    assert bare_formulas(page.read_text(encoding="utf-8")) == []
+
+
+def test_bare_formulas_are_found():
+    text = "$`a\\,b`$ and `$x` $c\\,d$\n```math\n\\|e\\|\n```\n$$f\n+ g$$\n"
+    assert bare_formulas(text) == ["$c\\,d$", "$$f\n+ g$$"]
+
+
 def test_every_picture_of_docs_is_linked():
     linked = {(page.parent / target).resolve() for page in PAGES for target in links(page.read_text(encoding="utf-8"))}
     assert [p.name for p in sorted(DOCS.rglob("*")) if p.suffix in PICTURES and p not in linked] == []

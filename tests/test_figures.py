@@ -31,6 +31,7 @@ from utils.style import (
     METHOD_COLOURS,
     MODALITY_COLOURS,
     label_ends,
+    label_points,
     looks,
     panels,
     readable,
@@ -124,6 +125,28 @@ def test_labels_at_line_ends_do_not_overlap_and_keep_the_order(values: list[floa
     assert [values[int(name)] for name, _ in boxes] == sorted(values)
     for (_, low), (_, high) in itertools.pairwise(boxes):
         assert high.y0 >= low.y1 - 1
+
+
+def test_names_of_points_stay_inside_and_apart() -> None:
+    """Points at the right edge and close together, one under a horizontal line, one beside another's bar."""
+    points = [("the first of two", 9.0, 0.0), ("the second of two", 9.1, 0.1), ("under the line", 1.0, 0.9),
+              ("beside a bar", 4.0, 0.5), ("the bar", 4.6, 0.4)]  # fmt: skip
+    with styled():
+        figure, axes = panels(1, width=4.0, height=2.0)
+        axis = axes[0, 0]
+        axis.axhline(0.95)
+        axis.plot([4.6, 4.6], [0.2, 0.7])
+        axis.set(xlim=(-0.5, 10), ylim=(-0.3, 1.3))
+        for _, x, y in points:
+            axis.plot([x], [y], "o")
+        label_points(axis, points)
+        figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert [text.get_text() for text in axis.texts] == [name for name, *_ in points]
+    assert all(axis.bbox.containsx(box.x0) and axis.bbox.containsx(box.x1) for box in boxes)
+    for i, box in enumerate(boxes):
+        others = [*boxes[:i], *boxes[i + 1 :], *(line.get_window_extent() for line in axis.lines)]
+        assert box.count_overlaps(others) == 0, points[i]
 
 
 # ----------------------------------------------------------------------------------------------------- differences

@@ -103,7 +103,7 @@ def test_csv_and_json_hold_what_numpy_says(tmp_path: Path, figures) -> None:
     whole = json.loads((tmp_path / "out" / "report.json").read_text())["datasets"]["demo"]
     assert whole[1]["numbers"][0]["by_seed"] == {"0": 0.75, "1": 0.80, "2": 0.70}
     assert whole[1]["minutes"]["mean"] == pytest.approx(2)
-    text = (tmp_path / "out" / "report.md").read_text()
+    text = (tmp_path / "out" / "report.md").read_text().replace("\xa0", " ")
     assert re.search(r"\| remix +\| 75.0 ± 5.0 \| 65.0 ± 5.0 \| 55.0 ± 5.0 \|", text)
     assert "+5.0 [-2.5, +12.5]" in text and "papers' protocol" in text
     for picture in ("curves", "differences", "shares"):
@@ -236,6 +236,11 @@ def test_a_repeated_run_counts_once(tmp_path: Path) -> None:
     assert [(run.folder.name, "newer" in why) for run, why in left_out] == [("older", True)]
 
 
+def test_numbers_of_a_table_are_not_broken_over_two_lines() -> None:
+    text = tables.table(["row", "a, b"], [["x ± 1, y", "81.2 ± 0.5"], ["two words", "**+3.1† [+1.2, -5.0]**"]])
+    assert "81.2\xa0±\xa00.5" in text and "+3.1† [+1.2,\xa0-5.0]" in text and "two words" in text and "1, y" in text
+
+
 def test_every_data_set_has_its_own_table(tmp_path: Path) -> None:
     make_run(tmp_path, "baseline", 0)
     make_run(tmp_path, "baseline", 0, data_root="data/demo_speech")
@@ -321,7 +326,7 @@ def test_ablations_are_told_with_the_standard_error_of_paired_differences(tmp_pa
         make_run(tmp_path, "remix", seed, [0.5] * 3 + [loss[seed]], score="loss")
         make_run(tmp_path, "remix", seed, [0.5] * 3 + [easy[seed]], warmup=2)
         make_run(tmp_path, "remix", seed, [0.5] * 3 + [easy[seed]], warmup=2, alpha=0.1)  # two flags away
-    text = tables.ablation_table(groups_of(tmp_path))
+    text = tables.ablation_table(groups_of(tmp_path)).replace("\xa0", " ")
     rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines()[2:]}
     assert len(rows) == 2  # nothing of the baseline, nor of what differs in two flags
 
@@ -343,7 +348,7 @@ def test_diagnostics_are_in_the_report_where_runs_have_them(tmp_path: Path, figu
         more = {"diagnose/ece_joint": 0.1 + 0.2 * seed, "diagnose/moved": None}
         edit_metrics(folder, lambda line, more=more: line | more)
     make_report(tmp_path)
-    text = (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "report.md").read_text().replace("\xa0", " ")
     assert re.search(r"\| remix +\| +0.200 ± 0.141 \|", text) and "demo-diagnostics.png" in text
 
 
@@ -533,7 +538,7 @@ def private_runs(root: Path) -> Path:
 def test_a_shared_result_has_everything_but_names(tmp_path: Path, capsys) -> None:
     runs = private_runs(tmp_path)
     make_report("--share", runs)
-    text = capsys.readouterr().out
+    text = capsys.readouterr().out.replace("\xa0", " ")
     assert [secret for secret in (*SECRETS, str(tmp_path)) if secret in text] == []
     assert "### CREMAD, actor split" in text
     assert "| baseline |" in text and " 71.0 ± 1.4 |" in text and "+6.5 [-12.6, +25.6]" in text

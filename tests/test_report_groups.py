@@ -23,7 +23,7 @@ NAMES = ("audio", "video", "text")
 
 
 def cell(text: str, label: str, column: str) -> str:
-    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in text.replace("\xa0", " ").splitlines()]
     return next(row for row in rows if row[0] == label)[rows[0].index(column)]
 
 

@@ -20,7 +20,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import blended_transform_factory
+from matplotlib.transforms import BboxBase, blended_transform_factory
 
 from utils.files import atomic_path
 
@@ -202,6 +202,30 @@ def _apart(wanted: np.ndarray, gap: float) -> np.ndarray:
 
     least = gap * np.arange(len(wanted))
     return isotonic_regression(wanted - least).x + least
+
+
+def label_points(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """Name points (name, x, y) at their side: inside the axes, clear of its lines and of other names where possible.
+
+    Lines are single points, or parallel to an axis. To be called when limits and caption are final.
+    """
+    figure = axis.get_figure(root=True)
+    if figure is None:
+        return
+    figure.draw_without_rendering()  # the layout is not known before
+    taken: list[BboxBase] = [line.get_window_extent() for line in axis.lines]
+    for name, *place in points:
+        text = axis.annotate(name, place, xytext=(0, 0), textcoords="offset points", fontsize=6.5, color=MUTED,
+                             va="center_baseline")  # fmt: skip
+        costs = {}
+        for height, side in itertools.product((4, -6, 12, -14, 20, -22, 0), ("left", "right")):
+            text.set(ha=side, position=(5 if side == "left" else -5, height))
+            box = text.get_window_extent()
+            outside = box.x0 < axis.bbox.x0 or box.x1 > axis.bbox.x1 or not axis.bbox.y0 < box.y0 < axis.bbox.y1
+            costs[height, side] = 10 * outside + box.count_overlaps(taken), box
+        height, side = min(costs, key=lambda key: costs[key][0])  # the first of equals: close, at the right
+        text.set(ha=side, position=(5 if side == "left" else -5, height))
+        taken.append(costs[height, side][1])
 
 
 # ------------------------------------------------------------------------------------------------------------ files
