@@ -262,7 +262,6 @@ class Parts:
         self.clips = self.data.clips["train"]
         self.model = train.make_model(self.args, self.data, CUDA)
         self.optimizer = train.make_optimizer(self.model, self.args)
-        self.network = train.few_sizes(self.model, self.args, CUDA)
         context = Context(self.model, self.data.clips, self.args, self.optimizer, train.train_epoch, lambda: None)
         self.balance = balances.make_balance(context)
 
@@ -325,6 +324,17 @@ def test_no_pass_waits_for_each_of_its_batches(made):
             parts.epoch([remix.Batch(torch.arange(4), KINDS["joint"])] * plan)
             counts.append(len(gpu.waits) - before)
         assert counts[2] == counts[3] <= 10
+
+
+def test_copies_that_a_method_trains_have_few_sizes_of_batches_too(made, monkeypatch):
+    sizes, forward = set(), torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: (
+        sizes.add(len(x)) if x.requires_grad else None, forward(self, x))[1])  # fmt: skip
+    with PretendedGPU():
+        parts = made("--balance", "gblend:probe=1", *VALIDATION)
+        assert len(parts.clips) % 8 > 1
+        parts.balance.start_epoch(0)
+    assert sizes == {8, 16}  # spectrograms, two frames of each clip
 
 
 def test_clips_of_the_host_are_uploaded_beside_the_step_before(made):
