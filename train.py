@@ -47,7 +47,7 @@ from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_p
 from utils.cli import Parser, check_modalities, each, factors, id_list, number, path_name, with_default
 from utils.console import epoch_line, lap, progress, start_lines
 from utils.errors import UserError, run_main
-from utils.graphs import COMPILE, detached, graphed
+from utils.graphs import COMPILE, compiles_encoders, detached, graphed
 from utils.memory import usable_cores
 from utils.metrics import Tally
 from utils.run import Run, check_same_run, continues, environment, take_flags_of_run, update_best
@@ -291,7 +291,7 @@ def train_step(
 
 
 def train_epoch(
-    network: nn.Module,
+    model: MultimodalClassifier,
     clips: Clips,
     plan: list[remix.Batch],
     optimizer: torch.optim.Optimizer,
@@ -306,7 +306,8 @@ def train_epoch(
     Raises `UserError` with epoch, batch and clips if the loss of a batch is not finite.
     """
     balance, tally = balance or Balance(), Tally(len(plan), ("joint", *trained_heads(args)))
-    network.train()
+    model.train()
+    network = few_sizes(model, args, next(model.parameters()).device)
     views = epoch_generator(args.random_seed, epoch, "views")
     with progress(f"epoch {epoch + 1} train", sum(len(batch.clips) for batch in plan), distributed.is_main()) as bar:
         for i, batch in enumerate(clips.epoch(plan, views, args.masked_encoder != "skip")):
@@ -379,7 +380,7 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
                         args.precision, device, args.unimodal, args.model, args.image_size)  # fmt: skip
     balances.replace_heads(model, args)
     synchronise_batchnorm(model, device)
-    if args.compile and args.compile != "graphs":  # True in runs of earlier versions
+    if compiles_encoders(args.compile):
         compile_in_place(list(model.encoders.values()), device)
     model.freeze(name for name, factor in factors(args.encoder_lr_decay, model.names).items() if factor == 0)
     if not continues(args):
@@ -416,7 +417,6 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
     fed, size = fed_to(args, names), 4 * args.batch_size  # of joint batches and predictions, of predictions
     model = make_model(args, data, device)
     distributed.parallel(model, model.encoders.values())
-    network = few_sizes(model, args, device)
     run_step = graphed(train_step, args, device)
 
     # optimizer
@@ -457,7 +457,7 @@ def train(args: Namespace, device: torch.device, run: Run) -> None:
         numbers: dict = {"epoch": epoch} | found | {"lr": scheduler.get_last_lr()[-1]}
         numbers["seconds_score"], clock = lap(clock)
 
-        numbers |= train_epoch(network, clips, plan, optimizer, epoch, args, balance, run.check, run_step)
+        numbers |= train_epoch(model, clips, plan, optimizer, epoch, args, balance, run.check, run_step)
         distributed.same_buffers(model)
         if args.batchnorm == "refreshed":
             reestimate(model, clips, fed, args.batch_size, args.random_seed, epoch)

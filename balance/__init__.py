@@ -28,6 +28,7 @@ from balance.resample import Resample
 from balance.umt import UMT
 from models import MODELS, SLICED, MultimodalClassifier
 from utils.errors import UserError
+from utils.graphs import compiles_encoders
 
 __all__ = ["METHODS", "Balance", "Context", "Method", "Option", "Step", "make_balance", "replace_heads", "settle"]
 
@@ -124,7 +125,7 @@ def _refuse(args: Namespace, names: tuple[str, ...], method: type[Method], other
     elif method.needs_slices and args.fusion_method not in SLICED:
         reason = (f"needs joint logits that are one part per modality, which --fusion_method {args.fusion_method} "
                   f"does not have; use --fusion_method {' or '.join(SLICED)}")  # fmt: skip
-    elif args.train and not method.compiles and args.compile:
+    elif args.train and not method.compiles and compiles_encoders(args.compile):
         reason = "cannot act in a compiled network; leave --compile out"
     elif args.train:
         reason = method.refuse(args, Namespace(**args.balance_options[method.name]))

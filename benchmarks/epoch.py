@@ -49,7 +49,6 @@ from dataset.build import Data, build_data
 from models import MODELS
 from models.batchnorm import CLIPS, reestimate
 from models.inference import predict
-from models.padding import few_sizes
 from utils import distributed
 from utils.acceleration import compiled, computed_in, set_precision, use_huge_pages
 from utils.cli import Parser, number
@@ -138,7 +137,7 @@ class Setting:
         self.model = train.make_model(args, data, device)
         if not choices.get("channels_last", True):
             self.model = self.model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        self.network, self.run_step = few_sizes(self.model, args, device), graphed(train.train_step, args, device)
+        self.run_step = graphed(train.train_step, args, device)
         self.optimizer = train.make_optimizer(self.model, args)
         self.ready = None
 
@@ -184,7 +183,7 @@ class Setting:
             pass
 
     def train(self, plan: list[remix.Batch]) -> None:
-        train.train_epoch(self.network, self.clips["train"], plan, self.optimizer, 0, self.args, run_step=self.run_step)
+        train.train_epoch(self.model, self.clips["train"], plan, self.optimizer, 0, self.args, run_step=self.run_step)
 
     @torch.inference_mode()
     def forward(self) -> None:

@@ -11,6 +11,7 @@ from models.intermediate import CentralNet, MMTMNet
 from models.timm_encoders import TIMM
 from utils.cli import per_modality
 from utils.errors import UserError
+from utils.graphs import compiles_encoders
 
 MODELS: dict[str, type[MultimodalClassifier]] = {
     "late": MultimodalClassifier,
@@ -37,8 +38,9 @@ def check_model(model: str, fusion_method: str, compile: str | bool) -> None:
     """Raise `UserError` for flags that the architecture `model` has no use for or cannot do."""
     if not MODELS[model].fuses and fusion_method != "concat":
         raise UserError(f"--fusion_method {fusion_method}: --model {model} has its own joint head; leave the flag out")
-    if compile and not MODELS[model].late:
-        raise UserError(f"--compile: --model {model} runs encoders stage by stage, uncompiled; leave it out")
+    if compiles_encoders(compile) and not MODELS[model].late:
+        raise UserError(f"--compile: --model {model} runs encoders stage by stage, uncompiled; use --compile graphs, "
+                        "or leave it out")  # fmt: skip
 
 
 def build_model(

@@ -78,7 +78,8 @@ def appended(x: Tensor, rows: int) -> Tensor:
 
 def few_sizes(network: MultimodalClassifier, args: Namespace, device: torch.device) -> nn.Module:
     """`network` for training on `device`: on a CUDA GPU with last batches filled up, unless the numbers must be those
-    of the official code to the last bit, or the architecture averages over clips itself (the running means of MMTM)."""
-    if device.type != "cuda" or args.precision == "official" or args.model != "late":
+    of the official code to the last bit. Networks that run their encoders stage by stage stay as they are: an encoder
+    is never called as a whole, and the running means of MMTM would count the zeros."""
+    if device.type != "cuda" or args.precision == "official" or not network.late:
         return network
     return FilledUp(network, args.batch_size // world_size())

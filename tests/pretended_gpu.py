@@ -14,8 +14,11 @@ block torch.cuda reports one GPU, and
   `torch.cuda.set_sync_debug_mode` reports, and copies from memory that is not pinned
 - `gpu.kernels` counts the operations that launch a kernel, by name; an operation can launch more than one
 - `gpu.layouts` lists the convolutions whose input is not channels-last
+- an operation raises if it reads or writes memory that another stream, or a copy, may still be using: what is not
+  ordered by a wait may happen in any order. `gpu.races` lists memory that was freed while another stream used it
+- `gpu.uploads` notes of each copy from pinned memory whether it waits for kernels
 
-It does not simulate precision, memory, streams, NCCL, torch.compile or CUDA graphs.
+It does not simulate precision, memory, NCCL, torch.compile or CUDA graphs.
 """
 
 import sys
@@ -23,7 +26,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -70,6 +73,15 @@ def is_pinned(tensor: Tensor) -> bool:
     return getattr(tensor.untyped_storage(), "pinned", False)
 
 
+def uses_of(tensor: Tensor) -> "Uses | None":
+    return getattr(tensor.untyped_storage(), "uses", None)
+
+
+def track(tensor: Tensor, uses: "Uses") -> "Uses":
+    tensor.untyped_storage().uses = uses  # pyright: ignore[reportAttributeAccessIssue]
+    return uses
+
+
 def place(tensor: Tensor, gpu: bool) -> Tensor:
     tensor.untyped_storage().on_gpu = gpu  # pyright: ignore[reportAttributeAccessIssue]
     return tensor
@@ -78,6 +90,54 @@ def place(tensor: Tensor, gpu: bool) -> Tensor:
 def pin(tensor: Tensor) -> Tensor:
     tensor.untyped_storage().pinned = True  # pyright: ignore[reportAttributeAccessIssue]
     return tensor
+
+
+class Stream:
+    """Work in the order it is given in. `seen`: of each stream, how much work is done before what comes next here."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[Stream] = Counter()
+
+    def next(self) -> int:
+        self.seen[self] += 1
+        return self.seen[self]
+
+    def wait_stream(self, other: Any) -> None:
+        self.seen |= other.seen
+
+    wait_event = wait_stream
+
+
+class Uses:
+    """When each stream has last read and written a piece of memory. Kept for memory that not one stream alone uses.
+
+    `gpu` is where to note that the memory is freed too early: a later allocation of `owner`, the stream it was
+    allocated on, can be given it. None for memory of the host, whose allocator knows what uses it.
+    """
+
+    def __init__(self, owner: Stream, gpu: "PretendedGPU | None" = None):
+        self.owner, self.gpu = owner, gpu
+        self.read: Counter[Stream] = Counter()
+        self.written: Counter[Stream] = Counter()
+        self.recorded = {owner}
+
+    def by(self, stream: Stream, writes: bool, name: str) -> None:
+        before = self.read | self.written if writes else self.written
+        if not before <= stream.seen:
+            raise RuntimeError(f"{name}: {'writes' if writes else 'reads'} memory that another stream may still use")
+        (self.written if writes else self.read)[stream] = stream.next()
+
+    def __del__(self) -> None:
+        for stream, when in (self.read | self.written).items():
+            if self.gpu is not None and stream not in self.recorded and self.owner.seen[stream] < when:
+                self.gpu.races.append("memory of one stream is freed while another uses it (record_stream)")
+
+
+def written_by(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The operands that an operation writes to."""
+    operands = [(i, operand) for i, operand in enumerate(func._schema.arguments)
+                if operand.alias_info is not None and operand.alias_info.is_write]  # fmt: skip
+    return list(tensors_of(args[i] if i < len(args) else kwargs.get(operand.name) for i, operand in operands))
 
 
 class PretendedGPU(TorchDispatchMode):
@@ -89,13 +149,51 @@ class PretendedGPU(TorchDispatchMode):
         self.waits: list[Wait] = []
         self.kernels: Counter[str] = Counter()
         self.layouts: list[tuple[str, tuple[int, ...]]] = []
+        self.main, self.host = Stream(), Stream()  # the default stream; what the host does
+        self.stream = self.main
+        self.streams = [self.main]
+        self.races: list[str] = []
+        self.uploads: list[bool] = []
         self.generators: set[int] = set()  # the device's, by the address of the C++ object
         self.patches = ExitStack()
         self.depth = 0
 
-    def wait(self, why: str, operation: str) -> None:
+    def wait(self, why: str, operation: str, *on: Any) -> None:
+        """The host waits for `on`, streams or events (none: the current stream)."""
+        for done in on or (self.stream,):
+            self.host.wait_stream(done)
         if threading.current_thread() is threading.main_thread():  # a thread that writes checkpoints may wait
             self.waits.append(Wait(why, operation, caller()))
+
+    # ---------------------------------------------------------------------------------------------------- streams
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """A new tensor of the device, allocated and written on the current stream."""
+        place(tensor, True)
+        if self.stream is not self.main:
+            track(tensor, Uses(self.stream, self)).by(self.stream, True, "allocation")
+        return tensor
+
+    def order(self, func: Any, args: tuple, kwargs: dict, tensors: list[Tensor], stream: Stream) -> None:
+        """Check and note what an operation on `stream` (the host's, for one of the CPU) reads and writes."""
+        stream.next()
+        if stream not in (self.main, self.host):
+            for x in tensors:
+                if on_gpu(x) and uses_of(x) is None:
+                    track(x, Uses(self.main, self)).written[self.main] = self.main.seen[self.main]
+        if any(uses_of(x) for x in tensors):
+            written = {x.untyped_storage()._cdata for x in written_by(func, args, kwargs)}
+            for x in tensors:
+                if uses := uses_of(x):
+                    uses.by(stream, x.untyped_storage()._cdata in written, func._schema.name)
+
+    def crosses(self, source: Tensor, into: Tensor) -> None:
+        """A copy between the device and pinned memory, which the host does not wait for."""
+        if on_gpu(into):
+            self.uploads.append(self.stream.seen[self.main] > self.host.seen[self.main])
+        self.stream.wait_stream(self.host)  # the device begins it after the host has asked for it
+        pinned = source if on_gpu(into) else into
+        (uses_of(pinned) or track(pinned, Uses(self.host))).by(self.stream, pinned is into, "copy")
 
     # ------------------------------------------------------------------------------------------------- operations
 
@@ -119,6 +217,9 @@ class PretendedGPU(TorchDispatchMode):
         made_here = made_here and name.startswith(("new_", "empty_like", "zeros_like"))
         there = made_there or (any(map(on_gpu, tensors)) and not made_here)
         self.check_generator(name, kwargs.get("generator"), there)
+        compute = not func.is_view and name not in NO_KERNEL
+        if compute:
+            self.order(func, args, kwargs, tensors, self.stream if there else self.host)
         if not there:
             out = func(*args, **kwargs)
             return pin(out) if pinned else out
@@ -127,7 +228,7 @@ class PretendedGPU(TorchDispatchMode):
         known = {tensor.untyped_storage()._cdata for tensor in tensors}
         for tensor in tensors_of((out,)):
             if tensor.untyped_storage()._cdata not in known:
-                place(tensor, True)
+                self.placed(tensor)
         return out
 
     def check_generator(self, name: str, generator: Any, there: bool) -> None:
@@ -166,6 +267,8 @@ class PretendedGPU(TorchDispatchMode):
             self.wait("copies memory that is not pinned", "copy_")
         elif not non_blocking:
             self.wait("copies without non_blocking", "copy_")
+        else:
+            self.crosses(source, into)
 
     def check_indexing(self, name: str, args: tuple) -> None:
         array, indices = args[0], [index for index in args[1] if index is not None]
@@ -190,12 +293,16 @@ class PretendedGPU(TorchDispatchMode):
         copy = bool(crosses or kwargs.get("copy"))
         out = PLAIN.to(tensor, dtype=dtype or tensor.dtype, copy=copy, memory_format=layout)
         if crosses:
-            out = place(out, not on_gpu(tensor))
+            out = self.placed(out) if not on_gpu(tensor) else place(out, False)
+            if uses := uses_of(tensor):
+                uses.by(self.stream, False, "to")
             # From the device `non_blocking` copies to pinned memory, which PyTorch allocates.
             if not non_blocking:
                 self.wait("copies without non_blocking", "to")
             elif on_gpu(out) and not is_pinned(tensor):
                 self.wait("copies memory that is not pinned", "to")
+            else:
+                self.crosses(tensor, out)
         return out
 
     def made(self, function: Any, gpu: bool, *args: Any, **kwargs: Any) -> Tensor:
@@ -256,12 +363,32 @@ class PretendedGPU(TorchDispatchMode):
             device = property(lambda self: self.own)  # pyright: ignore[reportAssignmentType]
 
         class Event:
-            """All that it waits for is done, but the host does not know."""
+            """What its stream was given before `record`."""
 
-            def __init__(self, **_: Any): ...
-            def record(self, stream: Any = None) -> None: ...
+            def __init__(self, **_: Any):
+                self.seen: Counter[Stream] = Counter()
+
+            def record(self, stream: Stream | None = None) -> None:
+                self.seen = Counter((stream or gpu.stream).seen)
+
             def synchronize(self) -> None:
-                gpu.wait("synchronizes", "torch.cuda.Event.synchronize")
+                gpu.wait("synchronizes", "torch.cuda.Event.synchronize", self)
+
+        @contextmanager
+        def on_stream(stream: Stream) -> Iterator[None]:
+            before, gpu.stream = gpu.stream, stream
+            try:
+                yield
+            finally:
+                gpu.stream = before
+
+        def make_stream(*_: Any, **__: Any) -> Stream:
+            gpu.streams.append(Stream())
+            return gpu.streams[-1]
+
+        def record_stream(tensor: Tensor, stream: Stream) -> None:
+            if uses := uses_of(tensor):
+                uses.recorded.add(stream)
 
         class Autocast(torch.autocast):
             def __init__(self, device_type: str, *args: Any, **kwargs: Any):
@@ -289,6 +416,7 @@ class PretendedGPU(TorchDispatchMode):
             "numpy": lambda self, **kwargs: gpu.numpy(self, **kwargs),
             "tolist": lambda self: gpu.tolist(self),
             "new_tensor": new_tensor,
+            "record_stream": record_stream,
         }
         cuda = {
             "is_available": lambda: True,
@@ -305,7 +433,7 @@ class PretendedGPU(TorchDispatchMode):
             "max_memory_allocated": lambda device=None: 0,
             "reset_peak_memory_stats": lambda device=None: None,
             "empty_cache": lambda: None,
-            "synchronize": lambda device=None: gpu.wait("synchronizes", "torch.cuda.synchronize"),
+            "synchronize": lambda device=None: gpu.wait("synchronizes", "torch.cuda.synchronize", *gpu.streams),
             "manual_seed": lambda seed: None,
             "manual_seed_all": lambda seed: None,
             "get_rng_state": lambda device="cuda": zeros,
@@ -313,7 +441,9 @@ class PretendedGPU(TorchDispatchMode):
             "get_rng_state_all": lambda: [zeros],
             "set_rng_state_all": lambda states: None,
             "is_current_stream_capturing": lambda: False,
-            "current_stream": lambda device=None: None,
+            "current_stream": lambda device=None: gpu.stream,
+            "stream": on_stream,
+            "Stream": make_stream,
             "Event": Event,
         }
         accelerator = {"is_available": lambda: True, "current_accelerator": lambda *_: torch.device("cuda"),

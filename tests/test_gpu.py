@@ -14,6 +14,8 @@ Faults planted in the code, each caught (`FAULTS` and the tests after it):
     maps brought to contiguous memory between two stages                                              a layout
     BatchNorm's statistics read from the device for every batch of an epoch                           a wait
     an operation more for each parameter of a step                                                    the budget
+    no wait for the copy of a batch; one pinned buffer used again for the next batch                  raises
+    no record_stream for a batch; a batch copied on the stream of the step                            noted
     frames mirrored the other way by the code for the GPU                                             the comparison
 
 What a real GPU alone can show is the task of `python -m benchmarks.gpu`.
@@ -29,7 +31,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import TINY, make_folder, numbers_of, shown_in_table
-from pretended_gpu import CUDA, PretendedGPU
+from pretended_gpu import CUDA, PretendedGPU, Stream
 from test_modalities import make_five
 
 import balance as balances
@@ -106,6 +108,32 @@ def test_it_notes_every_wait_and_no_other():
         torch.randn(3, generator=torch.Generator(CUDA), device=CUDA)
         assert len(gpu.waits) == before
     assert torch.ones(2).device == CPU and not torch.cuda.is_available()
+
+
+def test_it_refuses_what_streams_may_reorder():
+    with PretendedGPU() as gpu:
+        copies, done = torch.cuda.Stream(), torch.cuda.Event()
+        host = torch.ones(3).pin_memory()
+        with torch.cuda.stream(copies):
+            there = host.to(CUDA, non_blocking=True)
+            done.record(copies)
+        with pytest.raises(RuntimeError, match="reads memory"):
+            there.mul(2)
+        torch.cuda.current_stream().wait_event(done)
+        there.mul(2)
+        with pytest.raises(RuntimeError, match="writes memory"):
+            host.fill_(0)  # the copy may not have begun
+        done.synchronize()
+        host.fill_(0)
+        with torch.cuda.stream(copies), pytest.raises(RuntimeError, match="writes memory"):
+            there.fill_(1)  # the default stream may not have read it yet
+        back = torch.empty(3, pin_memory=True).copy_(there, non_blocking=True)
+        with pytest.raises(RuntimeError, match="reads memory"):
+            back.sum()
+        torch.cuda.synchronize()
+        assert back.sum() == 3 and gpu.races == []
+        del there  # without record_stream
+        assert len(gpu.races) == 1
 
 
 # ----------------------------------------------------------------------------------------------------- whole runs
@@ -201,7 +229,7 @@ def test_a_run_is_that_of_the_cpu_and_no_step_waits(name, data, five, tmp_path, 
     steps = Steps(monkeypatch, gpu)
     found = run(folder, tmp_path, "gpu", *case.flags, gpu=gpu)
     assert_same_runs(expected, found)
-    assert steps.waits == []
+    assert steps.waits == gpu.races == []
     assert set(case.kinds) <= set(steps.kinds)
     assert gpu.layouts == []
 
@@ -234,7 +262,6 @@ class Parts:
         self.clips = self.data.clips["train"]
         self.model = train.make_model(self.args, self.data, CUDA)
         self.optimizer = train.make_optimizer(self.model, self.args)
-        self.network = train.few_sizes(self.model, self.args, CUDA)
         context = Context(self.model, self.data.clips, self.args, self.optimizer, train.train_epoch, lambda: None)
         self.balance = balances.make_balance(context)
 
@@ -299,6 +326,26 @@ def test_no_pass_waits_for_each_of_its_batches(made):
         assert counts[2] == counts[3] <= 10
 
 
+def test_copies_that_a_method_trains_have_few_sizes_of_batches_too(made, monkeypatch):
+    sizes, forward = set(), torch.nn.Conv2d.forward
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda self, x: (
+        sizes.add(len(x)) if x.requires_grad else None, forward(self, x))[1])  # fmt: skip
+    with PretendedGPU():
+        parts = made("--balance", "gblend:probe=1", *VALIDATION)
+        assert len(parts.clips) % 8 > 1
+        parts.balance.start_epoch(0)
+    assert sizes == {8, 16}  # spectrograms, two frames of each clip
+
+
+def test_clips_of_the_host_are_uploaded_beside_the_step_before(made):
+    with PretendedGPU() as gpu:
+        parts, ends = made("--cache", "ram"), []
+        for fed in KINDS.values():
+            parts.epoch([remix.Batch(torch.arange(8), fed)] * 3, lambda: ends.append(len(gpu.uploads)))
+            assert gpu.uploads[ends[-3] : ends[-1]] == [False] * 2 * len(fed)
+        assert gpu.races == []
+
+
 # -------------------------------------------------------------------------------------------------- planted faults
 
 
@@ -350,12 +397,31 @@ def host_means(patch, parts):
     method.load_state_dict({"means": method.means.cpu()})
 
 
+def without_wait(patch, parts):
+    patch.setattr(Stream, "wait_stream", lambda self, other: None)
+
+
+def one_pinned_buffer(patch, parts):
+    buffers, empty = {}, torch.empty
+
+    def reused(shape, *rest, pin_memory=False, **named):
+        if not pin_memory:
+            return empty(shape, *rest, **named)
+        if shape not in buffers:
+            buffers[shape] = empty(shape, *rest, pin_memory=True, **named)
+        return buffers[shape]
+
+    patch.setattr(torch, "empty", reused)
+
+
 RAISES = {
     "labels on the host": ([], host_labels),
     "a constant on the host": ([], in_loss(lambda loss: loss * torch.ones(3))),
     "a generator of the host": (["--balance", "ogm_ge"], host_generator),
     "state left on the host by a resume": (["--balance", "agm"], host_means),
     "a device tensor as an array": ([], in_loss(lambda loss: np.asarray(loss.detach()))),
+    "a step that does not wait for its clips": (["--cache", "ram"], without_wait),
+    "a pinned buffer that a copy still reads": (["--cache", "ram"], one_pinned_buffer),
 }
 WAITS = {
     "item": in_loss(lambda loss: loss.item()),
@@ -377,7 +443,7 @@ def test_a_planted_fault_raises(name, made, monkeypatch):
     with PretendedGPU() as gpu:
         parts = made(*flags)
         assert parts.step(gpu) == []
-        with monkeypatch.context() as patch, pytest.raises((RuntimeError, TypeError), match=r"device|numpy"):
+        with monkeypatch.context() as patch, pytest.raises((RuntimeError, TypeError), match=r"device|numpy|memory"):
             plant(patch, parts)
             parts.step(gpu)
 
@@ -391,6 +457,20 @@ def test_a_planted_wait_is_noted(name, made, monkeypatch):
         assert len(parts.step(gpu, mixed=mixed)) == 1
         monkeypatch.undo()
         assert parts.step(gpu, mixed=mixed) == []
+
+
+def test_planted_reuse_of_memory_that_a_step_reads_is_noted(made, monkeypatch):
+    with PretendedGPU() as gpu:
+        parts = made("--cache", "ram")
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+        parts.step(gpu)
+        assert gpu.races
+
+
+def test_planted_uploads_on_the_stream_of_the_step_are_noted(made, monkeypatch):
+    monkeypatch.setattr(dataset_clips.Clips, "_upload", lambda self, values: values.to(CUDA, non_blocking=True))
+    with pytest.raises(AssertionError):
+        test_clips_of_the_host_are_uploaded_beside_the_step_before(made)
 
 
 def test_a_planted_layout_is_noted(made, monkeypatch):

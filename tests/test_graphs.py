@@ -119,10 +119,10 @@ def arguments(*more: str) -> Namespace:
     return train.parse_args([*words, *more])
 
 
-def twelve_steps(args, run_step, make_optimizer=train.make_optimizer):
+def twelve_steps(args, run_step, make_optimizer=train.make_optimizer, model="late"):
     """Weights, and what every step returned, after joint, video, audio batches in turn; the rate is halved twice."""
     torch.manual_seed(0)
-    net = network(3).train()
+    net = network(3, model=model).train()
     optimizer = make_optimizer(net, args)
     draw, found = torch.Generator().manual_seed(1), []
     for i in range(12):
@@ -147,6 +147,15 @@ def test_steps_from_graphs_equal_eager_ones_for_each_optimizer(optimizer, monkey
     monkeypatch.setattr(graphs, "WARM_UP", 1)
     args, capture = arguments("--optimizer", optimizer), StandInCapture()
     assert same(twelve_steps(args, GraphedSteps(train.train_step, capture)), twelve_steps(args, train.train_step))
+    assert [graph.replays for graph in capture.graphs] == [5, 1, 2]
+
+
+@pytest.mark.parametrize("model", ["mmtm", "centralnet"])
+def test_steps_of_staged_networks_from_graphs_equal_eager_ones(model, monkeypatch):
+    monkeypatch.setattr(graphs, "WARM_UP", 1)
+    args, capture = arguments("--model", model, "--compile", "graphs"), StandInCapture()
+    ours = twelve_steps(args, GraphedSteps(train.train_step, capture), model=model)
+    assert same(ours, twelve_steps(args, train.train_step, model=model))
     assert [graph.replays for graph in capture.graphs] == [5, 1, 2]
 
 
@@ -197,9 +206,10 @@ def test_what_cannot_be_captured_runs_eagerly_after_one_line(monkeypatch, capsys
 @pytest.mark.parametrize(("words", "why"), [
     ("--compile graphs", "needs a CUDA GPU, and this run uses cpu"),
     ("--compile all --balance pmr", "--balance pmr acts inside the step"),
+    ("--compile graphs --balance reconboost", "--balance reconboost acts inside the step"),
 ])  # fmt: skip
 def test_what_stands_against_graphs_is_one_line(words, why, capsys):
-    device = CPU if "pmr" not in words else torch.device("cuda", 0)
+    device = CPU if "--balance" not in words else torch.device("cuda", 0)
     assert graphed(train.train_step, arguments(*words.split()), device) is train.train_step
     assert why in capsys.readouterr().out
     assert graphed(train.train_step, arguments("--compile"), CPU) is train.train_step

@@ -8,7 +8,7 @@ import torch
 from networks import network
 from torch.nn import functional as F
 
-from models import padding
+from models import MODELS, padding
 from models.padding import FilledUp, few_sizes
 
 NAMES = ("audio", "video")
@@ -55,8 +55,9 @@ def test_batchnorm_that_sees_the_filling_gives_other_numbers(monkeypatch):
     assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(ours, expected, strict=True))
 
 
-def test_a_network_that_averages_over_clips_is_not_filled_up():
-    """The running means of MMTM's squeezes and gates would count the zeros."""
-    for model, wrapped in (("late", True), ("mmtm", False)):
-        net, args = network(3, model=model), Namespace(precision="fp32", batch_size=4, model=model)
-        assert isinstance(few_sizes(net, args, torch.device("cuda", 0)), FilledUp) == wrapped
+@pytest.mark.parametrize("model", MODELS)
+def test_networks_that_run_their_encoders_whole_are_filled_up(model):
+    net, args, device = network(3, model=model), Namespace(precision="fp32", batch_size=4), torch.device("cuda", 0)
+    assert isinstance(few_sizes(net, args, device), FilledUp) == (model == "late")
+    args.precision = "official"
+    assert few_sizes(net, args, device) is net

@@ -367,6 +367,8 @@ def test_the_length_of_sound(tmp_path):
     assert fitting_seconds([Clip("a", path, path, 1.0, 1.25), Clip("b", path, path, 0.0, 0.3)]) == 0.3
     assert fitting_seconds([Clip("a", path, path)]) == pytest.approx(2, abs=0.11)
     assert fitting_seconds([Clip("a", path, path, 1.0, None)]) == pytest.approx(1, abs=0.11)
+    cut = [Clip("a", path, path, 0.0, 0.5)] * 20  # how long its file is does not count
+    assert fitting_seconds([*cut, Clip("b", path, path, 1.5, None)]) == pytest.approx(0.55, abs=0.11)
     assert (
         fitting_seconds([Clip("a", path, path, 0.0, 99.0)]) == 10 == fitting_seconds([Clip("a", None, tmp_path / "x")])
     )

@@ -750,11 +750,12 @@ def test_mistakes_are_one_line(flags, message, tmp_path, data):
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 
-def test_a_mistake_exits_with_status_2_and_no_stack_trace():
+@pytest.mark.parametrize("command", [["train.py", "--train"], ["-m", "benchmarks.gpu"]])
+def test_a_mistake_exits_with_status_2_and_no_stack_trace(command):
     """And libgomp, asked to say so when it is loaded, has been told how long threads spin."""
     free = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "train.py", "--train", "--epochs", "x"], cwd=REPO, capture_output=True,
-                          text=True, env=free | {"OMP_DISPLAY_ENV": "VERBOSE"})  # fmt: skip
+    done = subprocess.run([sys.executable, *command, "--epochs", "x"], cwd=REPO, capture_output=True, text=True,
+                          env=free | {"OMP_DISPLAY_ENV": "VERBOSE"})  # fmt: skip
     said = [line for line in done.stderr.splitlines() if line and not line.startswith(("OPENMP DISPLAY", "  "))]
     assert done.returncode == 2 and len(said) == 1 and said[0].startswith("error: "), done.stderr
     spins = set(re.findall(r"GOMP_SPINCOUNT = '(.*)'", done.stderr))  # none where PyTorch has another OpenMP

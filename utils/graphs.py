@@ -23,6 +23,11 @@ GRAPHS = COMPILE[1:]  # the values that ask for graphs of steps
 WARM_UP = 3  # eager steps of each kind first: cuDNN chooses kernels, the optimizer makes its state
 
 
+def compiles_encoders(value: str | bool) -> bool:
+    """Whether a value of `--compile` asks for compiled encoders. Runs of earlier versions have True."""
+    return bool(value) and value != "graphs"
+
+
 class Replayable(Protocol):
     """The attributes used of a captured `torch.cuda.CUDAGraph`."""
 

@@ -120,13 +120,13 @@ def with_arrays(args, spec: DatasetSpec, clips: list[str]) -> tuple[DatasetSpec,
 def fitting_seconds(clips: Sequence[Clip]) -> float:
     """Duration of the spectrograms in seconds: that of the longest clip, 10 at most.
 
-    The duration is known for clips with an `end`. If some have none, the first 20 files are read. The result is rounded
+    The duration is known for clips with an `end`. Of those without, the first 20 files are read. The result is rounded
     up to a tenth of a second.
     """
     known = [clip.end - (clip.start or 0) for clip in clips if clip.end is not None]
-    if len(known) < len(clips):
-        found = [(seconds_of(clip.audio), clip.start or 0) for clip in clips[:PROBED] if clip.audio is not None]
-        known += [length - start for length, start in found if length is not None and length > start]
+    whole = [(clip.audio, clip.start or 0) for clip in clips if clip.end is None and clip.audio is not None]
+    found = [(seconds_of(audio), start) for audio, start in whole[:PROBED]]
+    known += [length - start for length, start in found if length is not None and length > start]
     longest = max(known, default=LONGEST)
     return min(LONGEST, math.ceil(round(10 * longest, 3)) / 10)
 
