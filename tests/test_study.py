@@ -326,12 +326,15 @@ def test_methods_are_ranked_over_the_datasets(tmp_path) -> None:
              "agm+remix": [0.85, 0.84, 0.86]}  # fmt: skip
     found = {"A": ranked(tmp_path / "a", one), "B": ranked(tmp_path / "b", other)}
     places = {"opm": 1, "agm + Remix": (4 + 2) / 2, "Remix": (2 + 4) / 2, "agm": (5 + 1) / 2, "baseline": (3 + 3) / 2}
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ranking.ranking_table(found).splitlines()[2:]]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in ranking.ranking_table(found).replace("\xa0", " ").splitlines()[2:]
+    ]
     assert {line[0]: float(line[1]) for line in lines} == places
     assert lines[0][0] == "opm" and lines[0][3] == "–"
     mean = 100 * np.mean(np.subtract(one["agm"], one["baseline"]))
     assert any(line[0] == "agm" and f"41.0 ({mean:+.1f} [" in line[2] for line in lines)
-    gains = ranking.gain_table(found)
+    gains = ranking.gain_table(found).replace("\xa0", " ")
     low, high = stats.t.interval(0.95, 2, 5.0, 100 * stats.sem(np.subtract(one["agm+remix"], one["agm"])))
     assert f"+5.0 [{low:+.1f}, {high:+.1f}]" in gains and "no balance method" in gains and "opm" not in gains
     (words,) = ranking.agreement(found)
