@@ -25,8 +25,9 @@ RUN PIP_EXTRA_INDEX_URL="$TORCH_INDEX" pip install --no-cache-dir -r requirement
 
 COPY . .
 RUN mkdir -p data runs && chmod 777 data runs
-# Any user may run it: caches go to /tmp, runs to the mounted folder.
-ENV HOME=/tmp PYTHONUNBUFFERED=1
+# Any user may run it: caches go to /tmp, runs to the mounted folder. PyTorch asks for the user's name, and an id
+# without an entry in /etc/passwd has none.
+ENV HOME=/tmp USER=remix PYTHONUNBUFFERED=1
 USER 1000:1000
 # `docker stop` sends SIGTERM: train.py stops after the current step, and --resume continues the run.
 ENTRYPOINT ["python", "train.py"]

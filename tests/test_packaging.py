@@ -1,6 +1,7 @@
 """What people install and cite: extras, requirements files and lock agree, workflows run what exists, code imports
 without POSIX."""
 
+import getpass
 import json
 import os
 import re
@@ -139,6 +140,19 @@ def test_the_image_copies_what_exists_and_no_data():
     ignored = (REPO / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert {".git", "data/*", "runs", "**/*.pth"} <= set(ignored)
     assert not {name for line in lines for name in files_named(line) if name in ignored}
+
+
+def test_the_image_names_users_without_an_account(monkeypatch):
+    """`docker run --user ID` and the image's own user have no entry in /etc/passwd; PyTorch asks getpass for a name."""
+    accounts = pytest.importorskip("pwd")
+    lines = (REPO / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    given = dict(word.split("=") for line in lines if line.startswith("ENV ") for word in line.split()[1:])
+    monkeypatch.setattr(accounts, "getpwuid", {}.__getitem__)  # KeyError for every id
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert getpass.getuser() == "remix"
 
 
 def test_the_paper_is_the_preferred_citation():
