@@ -35,11 +35,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import remix
 import train
 from benchmarks.common import CREMAD_SHAPE, fed_in, flops_per_clip, generate_folder, machine, product_rate, save
+from benchmarks.counting import Operations
 from benchmarks.epoch import Setting, measure, median_rows
 from dataset.build import Data, build_data
 from dataset.clips import ClipBatch, Clips
@@ -180,24 +180,12 @@ def kinds(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 # ------------------------------------------------------------------------------------------------------------- steps
 
 
-class Operations(TorchDispatchMode):
-    """Counts operations that compute something: neither views nor allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not (func.is_view or "empty" in func._schema.name or func._schema.name == "aten::detach")
-        return func(*args, **(kwargs or {}))
-
-
 def launches(function: Callable[[], None], device: torch.device) -> tuple[int, int | None]:
     """Kernels that `function` runs on a GPU and the host's launches of them; else operations, and None."""
     if device.type != "cuda":
         with Operations() as operations:
             function()
-        return operations.count, None
+        return len(operations.done), None
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:

@@ -35,12 +35,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 import remix
 from benchmarks.common import generate_folder, machine, save
+from benchmarks.counting import Operation, Operations
 from benchmarks.packing import Peaks
 from dataset.augment import draw_views
 from dataset.files import fed_frames
@@ -184,40 +182,19 @@ def start_up(files: int, clips: int) -> list[dict]:
 # -------------------------------------------------------------------------------------------------------- calculated
 
 
-class Count(TorchDispatchMode):
-    """Counts operators that read or write memory: (bytes, floating-point operations) of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators: list[tuple[float, float]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.is_view or func.overloadpacket in FREE:
-            return out
-        tensors = [value for value in tree_leaves((args, kwargs, out)) if isinstance(value, Tensor)]
-        moved = sum(value.numel() * value.element_size() for value in tensors)
-        flops = flop_registry.get(func.overloadpacket)
-        self.operators.append((moved, flops(*args, **(kwargs or {}), out_val=out) if flops else 0))
-        return out
-
-    def seconds(self, gpu: Gpu, precision: str, graphs: bool) -> float:
-        """Predicted seconds. bf16 halves the bytes: activations are most of them."""
-        peak, share = (gpu.bf16, 0.5) if precision == "bf16" else (gpu.tf32, 1.0)
-        least = 0.0 if graphs else LAUNCH
-        return sum(max(least, share * moved / (BANDWIDTH * gpu.memory), flops / (PEAK * peak))
-                   for moved, flops in self.operators)  # fmt: skip
-
-
-aten = torch.ops.aten
-FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.detach, aten.view, aten._unsafe_view, aten.is_same_size}
+def seconds(operations: list[Operation], gpu: Gpu, precision: str, graphs: bool) -> float:
+    """Predicted seconds of counted operations. bf16 halves the bytes: activations are most of them."""
+    peak, share = (gpu.bf16, 0.5) if precision == "bf16" else (gpu.tf32, 1.0)
+    least = 0.0 if graphs else LAUNCH
+    return sum(max(least, share * one.bytes / (BANDWIDTH * gpu.memory), one.flops / (PEAK * peak))
+               for one in operations)  # fmt: skip
 
 
 class Steps(NamedTuple):
     """Counted work of a training step by what is fed, of a scoring batch (four times the clips); parameters."""
 
-    train: dict[str, Count]
-    score: Count
+    train: dict[str, list[Operation]]
+    score: list[Operation]
     parameters: dict[str, int]
     batch: int
 
@@ -230,27 +207,27 @@ def count_steps(shape: Shape, batch: int, encoder: str) -> Steps:
         network = build_model(modalities, shapes, shape.classes, encoder, device="meta", image_size=shape.side)
         train = {}
         for name, fed in {"joint": network.names, **{name: (name,) for name in network.names}}.items():
-            with Count() as counted:
+            with Operations() as counted:
                 losses_of(network, inputs_of(shape, batch, fed, modalities), fed).backward()
             stepped = sum(p.numel() for p in network.parameters() if p.grad is not None)
             # Fused Adam in float32: weight, gradient and two moments are read, all but the gradient written.
-            counted.operators.append((28 * stepped, 0))
+            counted.done.append(Operation("optimizer", 28 * stepped, 0))
             if len(fed) > 1 or any(m.kind == "frames" for m in modalities if m.name in fed):
-                counted.operators.append(augmentation(shape, batch))
+                counted.done.append(augmentation(shape, batch))
             network.zero_grad(set_to_none=True)
-            train[name] = counted
+            train[name] = counted.done
         network.eval()
-        with torch.no_grad(), Count() as score:
+        with torch.no_grad(), Operations() as score:
             network(inputs_of(shape, 4 * batch, network.names, modalities), network.names)
-        score.operators.append(augmentation(shape, 4 * batch))
+        score.done.append(augmentation(shape, 4 * batch))
     parameters = {name: sum(p.numel() for p in own.parameters()) for name, own in network.encoders.items()}
     parameters["heads"] = sum(p.numel() for p in network.parameters()) - sum(parameters.values())
-    return Steps(train, score, parameters, batch)
+    return Steps(train, score.done, parameters, batch)
 
 
-def augmentation(shape: Shape, batch: int) -> tuple[float, float]:
-    """Traffic and operations of resizing the frames of a batch."""
-    return AUGMENT * math.prod(shape.frame) * shape.fed * batch, 0.0
+def augmentation(shape: Shape, batch: int) -> Operation:
+    """Resizing the frames of a batch."""
+    return Operation("augmentation", AUGMENT * math.prod(shape.frame) * shape.fed * batch, 0)
 
 
 def inputs_of(shape: Shape, batch: int, fed: tuple[str, ...], modalities: tuple[Modality, ...]) -> dict[str, Tensor]:
@@ -285,7 +262,7 @@ def epoch(
     """
     rounds = shape.clips / (steps.batch * gpus)
     kinds = [name for name in steps.train if (name == "joint") != remixed]
-    step = statistics.mean(steps.train[name].seconds(gpu, precision, graphs) for name in kinds)
+    step = statistics.mean(seconds(steps.train[name], gpu, precision, graphs) for name in kinds)
     reduce = 0.0
     if gpus > 1:
         sent = 4 * statistics.mean(steps.parameters["heads"] + sum(
@@ -293,7 +270,7 @@ def epoch(
             for name in kinds)  # fmt: skip
         layers = 20 * (1 if remixed else 2)  # BatchNorm layers: statistics forward, gradients backward
         reduce = 2 * (gpus - 1) / gpus * sent / LINK + (1 + 2 * layers) * LATENCY
-    score = (steps.score.seconds(gpu, precision, graphs) * rounds / 4 + serial) if remixed else 0.0
+    score = (seconds(steps.score, gpu, precision, graphs) * rounds / 4 + serial) if remixed else 0.0
     if remixed and gpus > 1:
         score += 2 * 4 * 3 * shape.clips * shape.classes / LINK  # logits of three heads, summed over processes
     frames, array = shape.fed * 3 * math.prod(shape.frame), 4 * math.prod(shape.array)
@@ -338,7 +315,7 @@ def memory(shape: Shape, encoder: str) -> list[dict]:
     """Bytes that a run needs, by what and where."""
     steps = count_steps(shape, 64, encoder)
     weights, frames = sum(steps.parameters.values()), len(fed_frames(shape.stored, shape.fed))
-    largest = max(sum(moved for moved, _ in one.operators) for one in steps.train.values())
+    largest = max(sum(one.bytes for one in done) for done in steps.train.values())
     arrays, rows = 4 * math.prod(shape.array) * shape.clips, []
     for side in (None, 256, 128):
         scale = 1 if side is None else min(1, side / min(shape.frame))

@@ -35,6 +35,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.counting import computes, name_of
+
 CUDA, HOST = torch.device("cuda", 0), torch.device("cpu")
 ROOT = f"{Path(__file__).resolve().parents[1]}/"
 PLAIN = torch._C.TensorBase  # its attributes are those of the CPU tensor
@@ -44,8 +46,6 @@ READS = {"_local_scalar_dense", "equal", "is_nonzero"}
 SIZED = {"nonzero", "argwhere", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive",
          "unique_dim_consecutive", "bincount"}  # fmt: skip
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view",
-             "_reshape_alias", "lift_fresh", "resize_", "is_pinned", "_local_scalar_dense", "set_"}  # fmt: skip
 
 
 class Wait(NamedTuple):
@@ -201,7 +201,7 @@ class PretendedGPU(TorchDispatchMode):
         if torch.is_inference_mode_enabled() and func._can_decompose():
             with self:  # outside inference mode PyTorch decomposes before it gets here
                 return func.decompose(*args, **(kwargs or {}))
-        kwargs, name = dict(kwargs or {}), func._schema.name.removeprefix("aten::")
+        kwargs, name = dict(kwargs or {}), name_of(func)
         tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
         device = kwargs.get("device")
         made_there = device is not None and torch.device(device).type == "cuda"
@@ -217,8 +217,7 @@ class PretendedGPU(TorchDispatchMode):
         made_here = made_here and name.startswith(("new_", "empty_like", "zeros_like"))
         there = made_there or (any(map(on_gpu, tensors)) and not made_here)
         self.check_generator(name, kwargs.get("generator"), there)
-        compute = not func.is_view and name not in NO_KERNEL
-        if compute:
+        if computes(func):
             self.order(func, args, kwargs, tensors, self.stream if there else self.host)
         if not there:
             out = func(*args, **kwargs)
@@ -238,7 +237,7 @@ class PretendedGPU(TorchDispatchMode):
 
     def check(self, func: Any, name: str, args: tuple, kwargs: dict, tensors: list[Tensor]) -> None:
         """An operation that involves the device."""
-        if not func.is_view and name not in NO_KERNEL:
+        if computes(func):
             self.kernels[name] += 1
         if name in READS:
             self.wait("reads a value", name)
