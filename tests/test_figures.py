@@ -180,7 +180,7 @@ def test_the_forest_plot_draws_and_prints_the_numbers_of_the_table(tmp_path: Pat
         assert to_hex(dot.get_color()) == METHOD_COLOURS["remix"]
     table = maintable(groups)
     texts = [text.get_text() for text in axis.texts]
-    assert texts[2:4] == ["+5.0 [-2.5, +12.5]", "3"] and "+5.0 [-2.5, +12.5]" in table
+    assert texts[2:4] == ["+5.0 [-2.5, +12.5]", "3"] and "+5.0 [-2.5, +12.5]" in table.replace("\xa0", " ")
 
 
 def test_a_forest_plot_of_given_rows(tmp_path: Path) -> None:

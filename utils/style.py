@@ -214,8 +214,8 @@ def label_points(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None
         return
     figure.draw_without_rendering()  # the layout is not known before
     taken: list[BboxBase] = [line.get_window_extent() for line in axis.lines]
-    for name, *place in points:
-        text = axis.annotate(name, place, xytext=(0, 0), textcoords="offset points", fontsize=6.5, color=MUTED,
+    for name, x, y in points:
+        text = axis.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=6.5, color=MUTED,
                              va="center_baseline")  # fmt: skip
         costs = {}
         for height, side in itertools.product((4, -6, 12, -14, 20, -22, 0), ("left", "right")):
