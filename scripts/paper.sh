@@ -4,8 +4,8 @@
 #   bash scripts/paper.sh table1                                  # fusion heads: 40 runs of the demo (8 rows, 5 seeds)
 #   bash scripts/paper.sh table5 figure3                          # ablations and analysis
 #   bash scripts/paper.sh all --dataset CREMAD --gpu_ids 0        # all tables; other flags: train.py --help
-# Run the same command again to resume after an interruption. docs/paper.md is its output for table1, table5 and figure3
-# on the demo with --seeds 0,1,2: 30 runs, 1.3 hours of training in all.
+# Run the same command again to resume after an interruption. docs/paper.md is the output of
+#   bash scripts/paper.sh all --doc docs/paper.md             # 139 runs, 3.3 hours of training in all, two at a time
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 env_paths "$@"
 exec "$PYTHON" -m report.paper ${ARGS[@]+"${ARGS[@]}"}

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from helpers import TINY, in_processes, make_folder
+from run_folders import make_run
 from scipy import stats
 
 from report import paper
+from report.runs import group_of, read_run
 from utils.errors import UserError
 
 
@@ -50,6 +52,17 @@ def test_the_mean_gain_averages_heads_within_each_seed() -> None:
     found = paper.mean_gain(results, [("A", "A + Remix"), ("B", "B + Remix")])
     assert found.mean == pytest.approx(np.mean([(0.1 - 0.1) / 2, (0.2 + 0.2) / 2])) and found.n == 2
     assert paper.mean_gain(results, [("A", "C")]) is None
+
+
+def test_seconds_are_the_median_over_seeds(tmp_path) -> None:
+    """One run that other jobs slowed down does not count; scoring, training and evaluation do."""
+    runs = {seed: read_run(make_run(tmp_path, "baseline", seed, [0.5, 0.6])) for seed in range(3)}  # 60 s each
+    for run, train in zip(runs.values(), (500.0, 8.0, 28.0), strict=True):
+        run.config["data"]["clips"] = {"train": 10}
+        for line in run.history:
+            line |= {"n_fed": 10, "seconds_train": train}
+    (found,) = paper.results_of([paper.CONCAT], {"Concat": group_of("Concat", runs)})
+    assert found.seconds == 60.0
 
 
 def test_the_order_of_rows_is_compared_pair_by_pair() -> None:
