@@ -15,7 +15,8 @@ block torch.cuda reports one GPU, and
 - `gpu.kernels` counts the operations that launch a kernel, by name; an operation can launch more than one
 - `gpu.layouts` lists the convolutions whose input is not channels-last
 - an operation raises if it reads or writes memory that another stream, or a copy, may still be using: what is not
-  ordered by a wait may happen in any order. `gpu.races` lists memory that was freed while another stream used it
+  ordered by a wait may happen in any order. `gpu.races` lists memory that was freed, and allocated again, while
+  another stream used it
 - `gpu.uploads` notes of each copy from pinned memory whether it waits for kernels
 
 It does not simulate precision, memory, NCCL, torch.compile or CUDA graphs.
@@ -111,8 +112,8 @@ class Stream:
 class Uses:
     """When each stream has last read and written a piece of memory. Kept for memory that not one stream alone uses.
 
-    `gpu` is where to note that the memory is freed too early: a later allocation of `owner`, the stream it was
-    allocated on, can be given it. None for memory of the host, whose allocator knows what uses it.
+    Once it is freed, `owner`, the stream it was allocated on, can be given it again. `gpu` is told which streams may
+    still use it then; None for memory of the host, whose allocator knows.
     """
 
     def __init__(self, owner: Stream, gpu: "PretendedGPU | None" = None):
@@ -128,9 +129,11 @@ class Uses:
         (self.written if writes else self.read)[stream] = stream.next()
 
     def __del__(self) -> None:
-        for stream, when in (self.read | self.written).items():
-            if self.gpu is not None and stream not in self.recorded and self.owner.seen[stream] < when:
-                self.gpu.races.append("memory of one stream is freed while another uses it (record_stream)")
+        # The allocator waits for what recorded streams were given before now, and for what those waited for.
+        left = Counter({stream: when for stream, when in (self.read | self.written).items()
+                        if all(own.seen[stream] < when for own in self.recorded)})  # fmt: skip
+        if self.gpu is not None and left:
+            self.gpu.freed.append((self.owner, left))
 
 
 def written_by(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
@@ -152,6 +155,7 @@ class PretendedGPU(TorchDispatchMode):
         self.main, self.host = Stream(), Stream()  # the default stream; what the host does
         self.stream = self.main
         self.streams = [self.main]
+        self.freed: list[tuple[Stream, Counter[Stream]]] = []
         self.races: list[str] = []
         self.uploads: list[bool] = []
         self.generators: set[int] = set()  # the device's, by the address of the C++ object
@@ -170,6 +174,10 @@ class PretendedGPU(TorchDispatchMode):
     def placed(self, tensor: Tensor) -> Tensor:
         """A new tensor of the device, allocated and written on the current stream."""
         place(tensor, True)
+        for owner, left in [own for own in self.freed if own[0] is self.stream]:
+            self.freed.remove((owner, left))
+            if not left <= owner.seen:
+                self.races.append("memory is used again while another stream still uses it (record_stream)")
         if self.stream is not self.main:
             track(tensor, Uses(self.stream, self)).by(self.stream, True, "allocation")
         return tensor
@@ -441,6 +449,7 @@ class PretendedGPU(TorchDispatchMode):
             "set_rng_state_all": lambda states: None,
             "is_current_stream_capturing": lambda: False,
             "current_stream": lambda device=None: gpu.stream,
+            "graph_pool_handle": lambda: (0, 0),
             "stream": on_stream,
             "Stream": make_stream,
             "Event": Event,

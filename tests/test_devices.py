@@ -38,10 +38,7 @@ def test_nothing_on_mps_is_float64():
         with pytest.raises(TypeError, match="float64 on MPS"):
             labels.double()
         tally = Tally(1, tuple(logits))
-        tally.losses, tally.heads = (
-            torch.empty(1, device="mps"),
-            {name: torch.empty(3, device="mps") for name in logits},
-        )
+        tally.losses, tally.sums = torch.empty(1, device="mps"), {tuple(logits): torch.empty(3, 3, device="mps")}
         until_read(tally.numbers, ("joint", "audio"))
         until_read(accuracy, logits["joint"], labels)
         until_read(calibration_error, logits["joint"], labels)

@@ -32,14 +32,15 @@ def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
 class Tally:
     """Sums of a training epoch of `batches` batches, kept on the device until the epoch ends.
 
-    `losses` (batches,) holds each batch's loss summed over this process's clips, `heads` for each head of `trained` the
-    sums (cross entropy, correct predictions, clips) over the clips that were fed to it. The others say nothing.
+    `losses` (batches,) holds each batch's loss summed over this process's clips, `sums` for the heads that were trained
+    together (heads, 3): cross entropy, correct predictions and clips, over the clips that were fed to each. Only heads
+    of `trained` are counted.
     """
 
     def __init__(self, batches: int, trained: tuple[str, ...]):
         self.batches, self.trained = batches, trained
         self.losses: Tensor | None = None
-        self.heads: dict[str, Tensor] = {}
+        self.sums: dict[tuple[str, ...], Tensor] = {}
 
     @torch.no_grad()
     def add(
@@ -59,18 +60,18 @@ class Tally:
         """
         if self.losses is None:
             self.losses = torch.zeros(self.batches, device=loss.device)
+            self.whole = torch.ones(len(self.trained), device=loss.device)  # share of the batch that each head is fed
         torch.mul(loss, n, out=self.losses[i])
-        names = [name for name in entropies if name in self.trained]
+        names = tuple(name for name in entropies if name in self.trained)
         right = torch.stack([logits[name] for name in names]).argmax(2) == labels  # (heads, B)
         if given:
             everyone = torch.ones_like(labels, dtype=torch.bool)
             fed = torch.stack([given.get(name, everyone) for name in names])
-            counted = [(right & fed).float().mean(1), fed.float().mean(1)]
+            counted = [(right & fed).mean(1, dtype=torch.float32), fed.mean(1, dtype=torch.float32)]
         else:
-            counted = [right.float().mean(1), torch.ones(len(names), device=loss.device)]
+            counted = [right.mean(1, dtype=torch.float32), self.whole[: len(names)]]
         own = torch.stack([torch.stack([entropies[name] for name in names]).float(), *counted], dim=1) * n
-        for name, row in zip(names, own, strict=True):
-            self.heads[name] = self.heads[name].add_(row) if name in self.heads else row.clone()
+        self.sums[names] = self.sums[names].add_(own) if names in self.sums else own
 
     def numbers(self, heads: tuple[str, ...]) -> dict[str, float | None]:
         """`train_loss`, the mean loss of a clip, and for each of `heads` `train_ce_<head>` and `train_acc_<head>`.
@@ -80,11 +81,15 @@ class Tally:
         """
         numbers: dict[str, float | None] = {}
         if self.losses is not None:
-            rows = [self.heads.get(name, torch.zeros(3, device=self.losses.device)) for name in heads]
-            sums = sum_over_ranks(in_double(torch.stack([self.losses.sum().expand(3), *rows]))).tolist()
-            clips = sum_over_ranks(in_double(self.heads["joint"][2:]).clone()).item()
-            numbers["train_loss"] = sums[0][0] / clips
-            for name, (entropy, correct, count) in zip(heads, sums[1:], strict=True):
+            found = dict.fromkeys(("joint", *heads), torch.zeros(3, device=self.losses.device))
+            for names, rows in self.sums.items():
+                found |= {name: found[name] + row for name, row in zip(names, rows, strict=True) if name in found}
+            rows = in_double(torch.stack([self.losses.sum().expand(3), *found.values()]))
+            loss, *sums = sum_over_ranks(rows).tolist()
+            by_head = dict(zip(found, sums, strict=True))
+            numbers["train_loss"] = loss[0] / by_head["joint"][2]
+            for name in heads:
+                entropy, correct, count = by_head[name]
                 numbers[f"train_ce_{name}"] = entropy / count if count else None
                 numbers[f"train_acc_{name}"] = correct / count if count else None
         return numbers
