@@ -648,7 +648,7 @@ def _lines(journal: Path) -> int:
 
 def _wait_for_the_workers(group: int) -> None:
     """Workers end with their parent, so none writes beside the next run."""
-    for _ in range(100):
+    for _ in range(600):  # 30 s: one that is still importing is slow on a busy machine
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
