@@ -244,12 +244,13 @@ def compared_parts(found: dict[str, tuple[Setting, dict[str, Result]]], stem: Pa
 def ranked_parts(found: dict[str, dict[str, Result]], stem: Path) -> list[str]:
     """All balance methods over all datasets: the lines of their section; the picture is written beside `stem`."""
     draw_ranking(found, Path(f"{stem}-methods"))
+    agree = agreement(found)
     return [ranking_table(found), "",
             "Accuracy, and in parentheses its difference to the baseline; bold: significant at 5 % after Holm's "
             f"correction over the dataset's rows. {LEGEND} Imbalance: best minus worst modality of the same network.",
             "", f"![Difference of each method to the baseline, by dataset]({stem.name}-methods.png)", "",
-            "What Remix adds to each method:", "", gain_table(found), "",
-            "Do the datasets agree?", "", *agreement(found)]  # fmt: skip
+            "What Remix adds to each method:", "", gain_table(found),
+            *(["", "Do the datasets agree?", "", *agree] if agree else [])]  # fmt: skip
 
 
 def head_of(args: Namespace, runs: Sequence[Run]) -> list[str]:
