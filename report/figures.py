@@ -17,6 +17,7 @@ from report.runs import (
     ablations,
     diagnoses,
     differing_flags,
+    excludes_zero,
     mean_by_epoch,
     paired_difference,
     quantities,
@@ -111,15 +112,11 @@ def forest(
     for row, place in zip(rows, places, strict=True):
         _beside(axis, place, difference_text(row.mean, row.low, row.high, row.mark), str(row.n))
     _align_left(axis)
-    words = "Filled: the interval excludes zero." if any(_excludes_zero(row) for row in rows) else ""
+    words = "Filled: the interval excludes zero." if any(excludes_zero(row.low, row.high) for row in rows) else ""
     caption(figure, title, " ".join(text for text in (note, words) if text))
     if path:
         save(figure, path, formats)
     return figure
-
-
-def _excludes_zero(row: Effect) -> bool:
-    return row.low is not None and row.high is not None and (row.low > 0 or row.high < 0)
 
 
 def _limits(rows: Sequence[Effect]) -> tuple[float, float]:
@@ -139,7 +136,7 @@ def _draw_effect(axis: Axes, row: Effect, y: float, look: Look, limits: tuple[fl
         for end, wanted, marker in zip(ends, (row.low, row.high), ("<", ">"), strict=True):
             shown = "|" if end == wanted else marker
             axis.plot([end], [y], shown, color=look.colour, ms=4, clip_on=False)
-    face = look.colour if _excludes_zero(row) else "white"
+    face = look.colour if excludes_zero(row.low, row.high) else "white"
     axis.plot([row.mean], [y], look.marker, color=look.colour, mfc=face, mew=1.2, ms=5, zorder=3)
 
 

@@ -25,6 +25,7 @@ from report.runs import (
     Difference,
     Group,
     Run,
+    excludes_zero,
     group_of,
     holm,
     origin,
@@ -353,7 +354,7 @@ def ordering(results: list[Result], column: int) -> str:
     clear = []
     for a, b in pairs:
         found = paired_difference(a.by_seed["multimodal"], b.by_seed["multimodal"])
-        if found is not None and found.low is not None and found.high is not None and found.low * found.high > 0:
+        if found is not None and excludes_zero(found.low, found.high):
             clear.append(found.mean > 0)
     return f"{told}; of the {len(clear)} pairs whose 95 % interval excludes 0, {sum(clear)}." if clear else f"{told}."
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau, rankdata
 
-from report.runs import Difference
+from report.runs import Difference, excludes_zero
 from report.study_results import Result, against, cell
 from report.tables import table
 from utils.style import INK, METHOD_COLOURS, caption, save, styled
@@ -57,7 +57,7 @@ def gain_table(found: Found) -> str:
     """What Remix adds to each method: the difference of its rows with and without Remix."""
     lines = []
     for name, remixed in methods_of(found):
-        gains = [against(dict(rows), remixed, name) for rows in found.values()]
+        gains = [against(rows, remixed, name) for rows in found.values()]
         if any(gains):
             label = "no balance method" if name == PLAIN else name
             lines.append([label, *(cell(gain) for gain in gains)])
@@ -83,15 +83,9 @@ def agreement(found: Found) -> list[str]:
 
 def opposed(one: Difference | None, other: Difference | None) -> bool:
     """Whether two differences have opposite signs and both intervals exclude zero."""
-    signs = [_sign(found) for found in (one, other)]
-    return signs[0] * signs[1] < 0
-
-
-def _sign(found: Difference | None) -> int:
-    """1 or -1 where the interval excludes zero, else 0."""
-    if found is None or found.low is None or found.high is None:
-        return 0
-    return 1 if found.low > 0 else -1 if found.high < 0 else 0
+    if one is None or other is None:
+        return False
+    return all(excludes_zero(found.low, found.high) for found in (one, other)) and one.mean * other.mean < 0
 
 
 @styled()
@@ -122,7 +116,15 @@ def draw_ranking(found: Found, path: Path) -> Figure:
 def _draw_difference(axis: Axes, found: Difference, y: float, colour: str) -> None:
     if found.low is not None and found.high is not None:
         axis.plot([100 * found.low, 100 * found.high], [y, y], color=colour, lw=1.2)
-    axis.plot([100 * found.mean], [y], "o", color=colour, mfc=colour if _sign(found) else "white", ms=4, zorder=3)
+    axis.plot(
+        [100 * found.mean],
+        [y],
+        "o",
+        color=colour,
+        mfc=colour if excludes_zero(found.low, found.high) else "white",
+        ms=4,
+        zorder=3,
+    )
 
 
 def _limits(rows: Mapping[str, Result]) -> tuple[float, float]:

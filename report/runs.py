@@ -390,6 +390,11 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
     return Difference(found.n, found.mean, float(found.mean - half), float(found.mean + half))
 
 
+def excludes_zero(low: float | None, high: float | None) -> bool:
+    """Whether there is an interval, and zero is not in it."""
+    return low is not None and high is not None and (low > 0 or high < 0)
+
+
 def p_value(ours: dict[int, float], theirs: dict[int, float]) -> float | None:
     """p value of a two-sided paired t test over the common seeds; None for fewer than two seeds or zero variance."""
     pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]

@@ -33,11 +33,11 @@ from report.compare import (
     timed_run,
     train_missing,
 )
-from report.runs import Run, read_run
+from report.runs import Run, read_run, seconds
 from report.study_data import RECIPES, make
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
-from utils.run import read_metrics, write_json
+from utils.run import write_json
 
 RATES = ("3e-4", "1e-3", "3e-3", "1e-2")  # the grid of learning rates, for every method
 EPOCHS, WARMUP, DECAY = 24, 6, 18
@@ -211,6 +211,10 @@ def dataset_in(root: Path) -> str:
     return "demo" if (root / "demo.json").is_file() else "folder"
 
 
+def seeds_for(setting: Setting, args: Namespace) -> Sequence[int]:
+    return seeds_of(args.seeds) if args.seeds else setting.seeds
+
+
 def words_of(setting: Setting, entry: Entry, root: Path, rest: Sequence[str]) -> list[str]:
     """The flags of all runs of a row which are not in their names."""
     given = {word.split("=")[0] for word in rest} | {f"--{flag}" for flag, _ in entry.flags}
@@ -309,11 +313,10 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
 
     plan: dict[tuple[str, str], dict[int, Planned]] = {}
     for setting in args.settings:
-        seeds = seeds_of(args.seeds) if args.seeds else setting.seeds
         for row, entry in rows[setting.data].items():
             rate = rates[setting.data, row]
             plan[setting.data, row] = {seed: plan_run(setting, entry, rate, seed, roots[setting.data], args, rest)
-                                       for seed in seeds}  # fmt: skip
+                                       for seed in seeds_for(setting, args)}  # fmt: skip
     ordered = sorted(((seed, run) for runs in plan.values() for seed, run in runs.items()), key=lambda item: item[0])
     status = run_all(list({run.name: run for _, run in ordered}.values()), log_path, args.jobs)
     finished = {}
@@ -335,20 +338,19 @@ def print_hours(
     for (data, _, _), run in grid.items():
         left[data] += take_stock(run, log_path) != "done"
     for setting in args.settings:
-        seeds = seeds_of(args.seeds) if args.seeds else setting.seeds
         for entry in rows[setting.data].values():
-            for seed in seeds[1:]:  # the first is one of the runs of the grid
+            for seed in seeds_for(setting, args)[1:]:  # the first is one of the runs of the grid
                 tried = (plan_run(setting, entry, rate, seed, roots[setting.data], args, rest)
                          for rate in setting.rates)  # fmt: skip
                 left[setting.data] += not any(take_stock(run, log_path) == "done" for run in tried)
     left = {name: count for name, count in left.items() if count}
     if not left:
         return
-    seconds = {name: epoch_seconds(roots[name], args, rest) for name in left}
-    flags = next(iter(grid.values())).flags if grid else {"device": "auto", "gpu_ids": None}
+    each_run = {name: EPOCHS * epoch_seconds(roots[name], args, rest) for name in left}
+    flags = next(iter(grid.values())).flags
     jobs = len(environments(args.jobs, flags["device"], flags["gpu_ids"]))
-    each = ", ".join(f"{name} {count} of about {EPOCHS * seconds[name]:.0f} s" for name, count in left.items())
-    hours = sum(count * EPOCHS * seconds[name] for name, count in left.items()) / jobs / 3600
+    each = ", ".join(f"{name} {count} of about {each_run[name]:.0f} s" for name, count in left.items())
+    hours = sum(count * each_run[name] for name, count in left.items()) / jobs / 3600
     print(f"{sum(left.values())} runs left, about {hours:.1f} hours with {jobs} at a time ({each}); two epochs of the "
           "baseline on each dataset were timed", flush=True)  # fmt: skip
 
@@ -360,8 +362,9 @@ def epoch_seconds(root: Path, args: Namespace, rest: Sequence[str]) -> float:
     words = ["--dataset", dataset_in(root), "--data_root", str(root), "--val_fraction", VAL_FRACTION, *rest]
     with tempfile.TemporaryDirectory(prefix=".tmp-hours-", dir=log_path) as folder:
         run = planned("baseline", 0, [("epochs", "2")], words, folder)
-        worker = timed_run(run, Path(folder), environments(args.jobs, run.flags["device"], None)[0])
-        return sum(value for key, value in read_metrics(worker.folder)[-1].items() if key.startswith("seconds_"))
+        env = environments(args.jobs, run.flags["device"], run.flags["gpu_ids"])[0]
+        timed = read_run(timed_run(run, Path(folder), env).folder)
+        return seconds(timed._replace(history=timed.history[-1:]))
 
 
 def run_all(runs: Iterable[Planned], log_path: Path, jobs: int | None) -> int:

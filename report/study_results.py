@@ -1,5 +1,6 @@
 """The numbers of a study's rows: accuracies at the chosen epoch, differences to the row they are compared with."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ def alone(results: dict[str, Result]) -> list[Result]:
     return [row for row in results.values() if row.key in row.group.modalities]
 
 
-def against(results: dict[str, Result], one: str, other: str) -> Difference | None:
+def against(results: Mapping[str, Result], one: str, other: str) -> Difference | None:
     """The paired difference of two rows' joint heads; None where one is missing."""
     if one not in results or other not in results:
         return None
