@@ -310,7 +310,7 @@ class _Stored:
         """The rows (B, ...) with these numbers, in `out` where it is given."""
         if len(self.shards) == 1:
             return self.shards[0][rows] if out is None else torch.index_select(self.shards[0], 0, rows, out=out)
-        # Row by row: `out[mask] = ...` for each shard takes nine times as long.
+        # Row by row: `out[mask] = ...` for each shard takes several times as long.
         return torch.stack([self[row] for row in rows.tolist()], out=out)
 
 
