@@ -96,10 +96,10 @@ def forest(
         y += 1
     figure = Figure(figsize=(6.75, 0.95 + 0.19 * (y + 1)), layout="constrained")
     axis = figure.subplots()
-    low, high = _limits(rows)
+    low, high = limits_of(rows)
     axis.axvline(0, color=INK, lw=0.8)
     for row, place in zip(rows, places, strict=True):
-        _draw_effect(axis, row, place, drawn[row.label], (low, high))
+        draw_effect(axis, row, place, drawn[row.label], (low, high))
     axis.set(xlim=(low, high), ylim=(y - 0.3, -0.9), xlabel=xlabel)
     axis.grid(True, axis="x")
     axis.grid(False, axis="y")
@@ -119,7 +119,7 @@ def forest(
     return figure
 
 
-def _limits(rows: Sequence[Effect]) -> tuple[float, float]:
+def limits_of(rows: Sequence[Effect]) -> tuple[float, float]:
     """Limits that show zero and every mean, and intervals up to twice that span beyond them."""
     means = [0.0, *(row.mean for row in rows)]
     span = max(max(means) - min(means), 0.1)
@@ -129,7 +129,8 @@ def _limits(rows: Sequence[Effect]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _draw_effect(axis: Axes, row: Effect, y: float, look: Look, limits: tuple[float, float]) -> None:
+def draw_effect(axis: Axes, row: Effect, y: float, look: Look, limits: tuple[float, float]) -> None:
+    """Draw a mean with its interval at height y: filled where it excludes zero, with an arrow where it is cut off."""
     if row.low is not None and row.high is not None:
         ends = np.clip([row.low, row.high], *limits)
         axis.plot(ends, [y, y], color=look.colour, lw=1.4, solid_capstyle="butt")

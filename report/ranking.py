@@ -5,14 +5,14 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau, rankdata
 
+from report.figures import draw_effect, effect, limits_of
 from report.runs import Difference, excludes_zero
 from report.study_results import Result, against, cell
 from report.tables import table
-from utils.style import INK, METHOD_COLOURS, caption, save, styled
+from utils.style import INK, METHOD_COLOURS, Look, caption, save, styled
 
 Found = Mapping[str, Mapping[str, Result]]  # a dataset's title -> its rows by key, such as "agm" and "agm+remix"
 PLAIN, REMIXED = "baseline", "remix"  # the pair of rows without a balance method
@@ -99,36 +99,17 @@ def draw_ranking(found: Found, path: Path) -> Figure:
         axis.set_title(title)
         axis.grid(True, axis="x")
         axis.grid(False, axis="y")
+        effects = {key: effect(row.label, row.difference) for key, row in rows.items() if row.difference}
+        limits = limits_of(list(effects.values()))
         for y, pair in enumerate(pairs):
             for key, shift, colour in zip(pair, (-0.17, 0.17), (INK, METHOD_COLOURS["remix"]), strict=True):
-                if (row := rows.get(key)) is not None and row.difference is not None:
-                    _draw_difference(axis, row.difference, y + shift, colour)
-        axis.set_xlim(*_limits(rows))
+                if key in effects:
+                    draw_effect(axis, effects[key], y + shift, Look(colour, "-", "o"), limits)
+        axis.set_xlim(*limits)
     axes[0].set_yticks(range(len(pairs)), ["no balance method" if name == PLAIN else name for name, _ in pairs])
     axes[0].set_ylim(len(pairs) - 0.4, -0.6)
     axes[len(axes) // 2].set_xlabel("difference to the baseline in test accuracy (points)")
     caption(figure, "Balance methods without Remix (black) and with Remix (orange)",
-            "95 % t intervals over seeds, cut off at the edge. Filled: the interval excludes zero.")  # fmt: skip
+            "95 % t intervals over seeds. Filled: the interval excludes zero.")  # fmt: skip
     save(figure, path)
     return figure
-
-
-def _draw_difference(axis: Axes, found: Difference, y: float, colour: str) -> None:
-    if found.low is not None and found.high is not None:
-        axis.plot([100 * found.low, 100 * found.high], [y, y], color=colour, lw=1.2)
-    axis.plot(
-        [100 * found.mean],
-        [y],
-        "o",
-        color=colour,
-        mfc=colour if excludes_zero(found.low, found.high) else "white",
-        ms=4,
-        zorder=3,
-    )
-
-
-def _limits(rows: Mapping[str, Result]) -> tuple[float, float]:
-    """Limits that show all means, and intervals as far as twice the spread of the means."""
-    means = [100 * row.difference.mean for row in rows.values() if row.difference] or [0.0]
-    room = max(1.0, 0.25 * (max(means) - min(means)))
-    return min(*means, 0.0) - room, max(*means, 0.0) + room
