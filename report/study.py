@@ -33,7 +33,7 @@ from report.compare import (
     timed_run,
     train_missing,
 )
-from report.runs import Run, read_run, seconds
+from report.runs import Run, excludes_zero, read_run, seconds
 from report.study_data import RECIPES, make
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
@@ -59,13 +59,15 @@ class Setting(NamedTuple):
     """A dataset of a study and its rows.
 
     `rates` are the learning rates that each row chooses from, `quiet` flags that do not change the result. Where
-    validation clips say nothing about test clips, `validated` is False and the last epoch is reported.
+    validation clips say nothing about test clips, `validated` is False and the last epoch is reported. `more_seeds`
+    are added for the rows in `MORE_ROWS` where the interval of Remix against the baseline includes zero.
     """
 
     data: str
     title: str
     rows: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    more_seeds: tuple[int, ...] = (5, 6, 7, 8, 9)
     rates: tuple[str, ...] = RATES
     quiet: tuple[str, ...] = ()
     validated: bool = True
@@ -124,6 +126,7 @@ def balance_entries() -> dict[str, Entry]:
     return found
 
 
+MORE_ROWS = ("baseline", "remix", "random")
 MAIN = ("baseline", "remix", "random", "alone")  # "alone": each modality
 ALL = ("baseline", "joint_only", "remix", "random", "keep_all", "keep_all_steps", "alone")
 TEN = tuple(range(10))
@@ -145,10 +148,10 @@ STUDIES = {
     ),
     "ablations": (
         Setting("grid_digits_m10", "GRID digits, babble at -10 dB",
-                ("baseline", "remix", "masked_run", "rescore_4", "warmup_2", "warmup_12"), TEN),
+                ("baseline", "remix", "masked_run", "rescore_4", "warmup_2", "warmup_12"), TEN, ()),
     ),
     "benchmark": tuple(
-        Setting(data, title, ("baseline", "remix", "balance"), (0, 1, 2), RATES[:3], ranked=True)
+        Setting(data, title, ("baseline", "remix", "balance"), (0, 1, 2), (), RATES[:3], ranked=True)
         for data, title in (("views3", "Multi-view digits, three views"),
                             ("grid_digits_m10", "GRID digits, babble at -10 dB"), ("demo_draw0", "Demo"))
     ),
@@ -311,19 +314,41 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     if status:
         return study, status
 
-    plan: dict[tuple[str, str], dict[int, Planned]] = {}
-    for setting in args.settings:
-        for row, entry in rows[setting.data].items():
-            rate = rates[setting.data, row]
-            plan[setting.data, row] = {seed: plan_run(setting, entry, rate, seed, roots[setting.data], args, rest)
-                                       for seed in seeds_for(setting, args)}  # fmt: skip
+    def train_seeds(setting: Setting, row: str, seeds: Sequence[int]) -> dict[int, Planned]:
+        entry, rate = rows[setting.data][row], rates[setting.data, row]
+        return {seed: plan_run(setting, entry, rate, seed, roots[setting.data], args, rest) for seed in seeds}
+
+    plan = {(setting.data, row): train_seeds(setting, row, seeds_for(setting, args))
+            for setting in args.settings for row in rows[setting.data]}  # fmt: skip
+    study, status = run_seeds(study, plan, log_path, args.jobs)
+    decided = status or args.seeds
+    followed = [] if decided else [each for each in args.settings if each.more_seeds and undecided(study, each)]
+    for setting in followed:
+        seeds = ", ".join(map(str, setting.more_seeds))
+        print(f"{setting.title}: the interval of Remix against the baseline includes zero; seeds {seeds} follow for "
+              f"{', '.join(MORE_ROWS)}", flush=True)  # fmt: skip
+        for row in (row for row in MORE_ROWS if row in rows[setting.data]):
+            plan[setting.data, row] |= train_seeds(setting, row, setting.more_seeds)
+    return run_seeds(study, plan, log_path, args.jobs) if followed else (study, status)
+
+
+def run_seeds(
+    study: Study, plan: dict[tuple[str, str], dict[int, Planned]], log_path: Path, jobs: int | None
+) -> tuple[Study, int]:
+    """Train the missing runs of `plan`, seed by seed. Returns the study with all finished ones, and the exit status."""
     ordered = sorted(((seed, run) for runs in plan.values() for seed, run in runs.items()), key=lambda item: item[0])
-    status = run_all(list({run.name: run for _, run in ordered}.values()), log_path, args.jobs)
-    finished = {}
-    for key, by_seed in plan.items():
-        read = {seed: read_run(log_path / run.name) for seed, run in by_seed.items()}
-        finished[key] = {seed: run for seed, run in read.items() if not run.problem}
+    status = run_all(list({run.name: run for _, run in ordered}.values()), log_path, jobs)
+    read = {key: {seed: read_run(log_path / run.name) for seed, run in runs.items()} for key, runs in plan.items()}
+    finished = {key: {seed: run for seed, run in runs.items() if not run.problem} for key, runs in read.items()}
     return study._replace(runs=finished), status
+
+
+def undecided(study: Study, setting: Setting) -> bool:
+    """Whether the 95 % interval of Remix against the baseline includes zero."""
+    from report.study_results import against, results_of  # late: it imports this module
+
+    found = against(results_of(study, setting), "remix", "baseline")
+    return found is not None and not excludes_zero(found.low, found.high)
 
 
 def print_hours(
