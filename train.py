@@ -31,7 +31,7 @@ from balance.diagnostics import diagnose, partition_moves
 from dataset.build import Data, build_data
 from dataset.clips import CACHES, Clips
 from dataset.folder import digest
-from dataset.specs import AUDIO, SPECS, VIDEO, get_spec
+from dataset.specs import SPECS, VIDEO, get_spec
 from evaluation.checkpoint import evaluate_checkpoint
 from evaluation.numbers import evaluate, fed_to, trained_heads
 from evaluation.trained import check_evaluation, take_flags_of_checkpoint, trained_spec
@@ -131,10 +131,11 @@ def make_parser() -> Parser:
                    "it, run it, or run it and also update its head (default: skip)")
     g.add_argument("--batchnorm", choices=("refreshed", "running"), help="BatchNorm statistics for scoring and "
                    "evaluation: re-estimated after each epoch, or running statistics (default: refreshed)")
-    g.add_argument("--alpha", type=factor, metavar="F", help="audio loss weight in joint batches (default: 0.5)")
-    g.add_argument("--beta", type=factor, metavar="F", help="video loss weight in joint batches (default: 0.5)")
-    g.add_argument("--gamma1", type=factor, metavar="F", help="video loss weight in video batches (default: 1)")
-    g.add_argument("--gamma2", type=factor, metavar="F", help="audio loss weight in audio batches (default: 1)")
+    g.add_argument("--alpha", type=factor, metavar="F", help="weight in joint batches of the losses of audio and "
+                   "all other modalities except video (default: 0.5)")
+    g.add_argument("--beta", type=factor, metavar="F", help="weight of the video loss in joint batches (default: 0.5)")
+    g.add_argument("--gamma1", type=factor, metavar="F", help="weight of the video loss in video batches (default: 1)")
+    g.add_argument("--gamma2", type=factor, metavar="F", help="as --alpha, in batches of one modality (default: 1)")
     g.add_argument("--diagnose", action="store_true", help="log clash, imbalance and calibration (default: off)")
     g.add_argument("--balance", default="none", metavar="NAME[:OPTION=VALUE...][,NAME...]",
                    help="balance methods, on top of baseline or remix; list: python -m balance (default: none)")
@@ -197,11 +198,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 
 
 def loss_weights(args: Namespace, names: Names) -> tuple[dict[str, float], dict[str, float]]:
-    """Weights of the unimodal losses in joint and in homogeneous batches. The flags exist for audio and video only."""
+    """Weights of the unimodal losses in joint and in homogeneous batches.
+
+    The official flags are for audio and video. All other modalities have audio's weights.
+    """
     if args.unimodal == "masked":
         return dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    joint, alone = {AUDIO: args.alpha, VIDEO: args.beta}, {AUDIO: args.gamma2, VIDEO: args.gamma1}
-    return {name: joint.get(name, 0.5) for name in names}, {name: alone.get(name, 1.0) for name in names}
+    joint = {name: args.beta if name == VIDEO else args.alpha for name in names}
+    return joint, {name: args.gamma1 if name == VIDEO else args.gamma2 for name in names}
 
 
 def check_args(args: Namespace, names: Names) -> None:

@@ -31,7 +31,8 @@ ORDER = ("baseline", "joint_only", "remix", "remix_random")  # first rows; the m
 IRRELEVANT = HOW | {"random_seed", "dataset", "data_root", "n_classes", "allow_missing"}
 NOT_FLAGS = {"from_preset", "data", "versions", "git_commit", "hardware", "command"}
 REMIX_ONLY = {"warmup", "score", "keep", "rescore_every", "reassemble", "masked_encoder"}
-# Official flags: the weight of a modality's loss in joint batches, and in its homogeneous batches.
+# Official flags: the weight of a modality's loss in joint batches, and in its homogeneous batches. All modalities but
+# video have audio's.
 WEIGHTS = {AUDIO: ("alpha", "gamma2"), VIDEO: ("beta", "gamma1")}
 # Balance options of older runs were flags with these prefixes: --ogm_alpha is now the option alpha of ogm_ge.
 FORMER_PREFIXES = {name: name for name in ("agm", "dr", "gblend", "mmcosine", "mmpareto", "opm", "pmr")} | {
@@ -78,7 +79,9 @@ def unread(method: str) -> set[str]:
     if method == "baseline":
         return REMIX_ONLY | gammas
     alphas = {joint for joint, _ in WEIGHTS.values()}
-    return (REMIX_ONLY | alphas | gammas | {"balance", "balance_options"}) - set(WEIGHTS.get(method, ())[1:])
+    return (REMIX_ONLY | alphas | gammas | {"balance", "balance_options"}) - set(
+        WEIGHTS.get(method, WEIGHTS[AUDIO])[1:]
+    )
 
 
 class Run(NamedTuple):

@@ -203,6 +203,6 @@ def test_flags_that_a_method_does_not_read_are_not_its_own() -> None:
     config = {"epochs": 1, "alpha": 0.1, "gamma1": 0.2, "gamma2": 0.3, "warmup": 4, "balance": "none", "data": {}}
     assert flags_of(config | {"method": "audio"}) == {"epochs": 1, "gamma2": 0.3}
     assert flags_of(config | {"method": "video"}) == {"epochs": 1, "gamma1": 0.2}
-    assert flags_of(config | {"method": "text"}) == {"epochs": 1}
+    assert flags_of(config | {"method": "text"}) == {"epochs": 1, "gamma2": 0.3}  # all but video have audio's weights
     assert flags_of(config | {"method": "baseline"}) == {"alpha": 0.1, "epochs": 1}
     assert flags_of(config | {"method": "remix"}).keys() == {"epochs", "alpha", "gamma1", "gamma2", "warmup"}

@@ -213,6 +213,17 @@ def test_the_third_modality_is_trained_alone(data, tmp_path, capsys):
     assert float(shown[0]) == pytest.approx(last["test_acc"], abs=5e-5)
 
 
+def test_the_joint_loss_alone_trains_no_unimodal_head(data, tmp_path):
+    """The official flags name audio and video; the third modality has audio's weights."""
+    words = ["--train", "--dataset", "folder", "--data_root", str(data)]
+    args = train.parse_args([*words, "--alpha", "0.2", "--beta", "0.3", "--gamma1", "4", "--gamma2", "5"])
+    assert args.joint_weights == {"audio": 0.2, "video": 0.3, "text": 0.2}
+    assert args.alone_weights == {"audio": 5, "video": 4, "text": 5}
+    folder = run(data, tmp_path, "x", "--method", "baseline", "--alpha", "0", "--beta", "0", "--epochs", "2")
+    for line in metrics(folder):
+        assert line["train_loss"] == line["train_ce_joint"] and line["test_acc_text"] is None
+
+
 def test_a_modality_that_the_folder_does_not_name_is_no_method(data):
     one_line("--method smell: unknown; allowed: remix, baseline, audio, video, text", "--data_root", str(data),
              "--method", "smell")  # fmt: skip
