@@ -43,7 +43,7 @@ from models.padding import few_sizes
 from models.pretrained import check_files, load_initial
 from models.rates import make_optimizer
 from utils import distributed
-from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision, use_huge_pages
+from utils.acceleration import PRECISIONS, compile_in_place, compiled, default_precision, set_precision
 from utils.cli import Parser, check_modalities, each, factors, id_list, number, path_name, with_default
 from utils.console import epoch_line, lap, progress, start_lines
 from utils.errors import UserError, run_main
@@ -394,8 +394,6 @@ def make_model(args: Namespace, data: Data, device: torch.device) -> MultimodalC
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.device != "cuda":
-        use_huge_pages()
     device = distributed.start(args.device, args.gpu_ids, relaunch=argv is None and args.train)
     with distributed.together():
         if args.train and args.batch_size < (least := 2 * distributed.world_size()):

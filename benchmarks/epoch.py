@@ -50,7 +50,7 @@ from models import MODELS
 from models.batchnorm import CLIPS, reestimate
 from models.inference import predict
 from utils import distributed
-from utils.acceleration import compiled, computed_in, set_precision, use_huge_pages
+from utils.acceleration import compiled, computed_in, set_precision
 from utils.cli import Parser, number
 from utils.console import lap
 from utils.errors import UserError, run_main
@@ -67,16 +67,15 @@ PRESETS = {
              "image_size": 32, "audio_shape": (33, 24), "encoder": "resnet18_thin"},
 }  # fmt: skip
 USUAL = CREMAD_SHAPE | {"batch_size": 64, "workers": 2}  # where a preset does not say
-# What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision, on a
-# CPU huge pages.
+# What a setting changes of ours: resident clips, the masked encoder skipped, channels last, the default precision.
 SETTINGS = {
     "ours": {},
-    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False, "huge_pages": False},
+    "official": {"cache": "none", "masked_encoder": "run", "channels_last": False},
     "files": {"cache": "none"},
     "ram": {"cache": "ram"},
     "run": {"masked_encoder": "run"},
     "default_layout": {"channels_last": False},
-    "small_pages": {"huge_pages": False},
+    "huge_pages": {"huge_pages": True},
     "fp32": {"precision": "fp32"},
     "tf32": {"precision": "tf32"},
     "bf16": {"precision": "bf16"},
@@ -129,7 +128,7 @@ class Setting:
     ):
         self.name, self.args, self.data, self.device = name, args, data, device
         self.clips, self.fed = data.clips, data.spec.names
-        self.huge_pages = choices.get("huge_pages", True)
+        self.huge_pages = choices.get("huge_pages", False)
         self.run = Run(log_path, name, resume=False)
         self.run.writes = False  # nor prints
         self.take_over()
@@ -282,7 +281,7 @@ def ratio_rows(seconds: dict, names: list[str]) -> list[dict]:
 
 def choose_settings(text: str, device: torch.device) -> list[str]:
     """Names asked for, ours first. `all` leaves out what is the same as another on this device."""
-    same = {"cuda": ("small_pages",), "cpu": ("ram", "fp32", "tf32")}[device.type]
+    same = {"cuda": ("huge_pages",), "cpu": ("ram", "fp32", "tf32")}[device.type]
     names = [name for name in SETTINGS if name not in same] if text == "all" else text.split(",")
     for name in names:
         if name not in SETTINGS:
@@ -315,7 +314,7 @@ def flags_of(choices: dict, args: argparse.Namespace, data: str, device: str, ca
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    use_huge_pages()
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch asks for them, `allow_huge_pages` decides
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -45,7 +45,7 @@ from dataset.build import Data, build_data
 from dataset.clips import ClipBatch, Clips
 from models.inference import predict
 from utils import distributed
-from utils.acceleration import computed_in, set_precision, use_huge_pages
+from utils.acceleration import computed_in, set_precision
 from utils.cli import Parser, number
 from utils.errors import UserError, run_main
 from utils.graphs import graphed
@@ -387,7 +387,6 @@ class Benchmark:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device, timer = choose_device(args.device), Timer(args.limit)
-    use_huge_pages()
     about = machine(device)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         root = generate_folder(Path(folder) / "data", args.clips, args.test_clips, args.frame_size, args.audio_shape,

@@ -98,17 +98,21 @@ def finding(results: dict[str, Result]) -> str:
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def draw_forest(found: dict[str, tuple[Setting, dict[str, Result]]], path: Path) -> None:
+def draw_forest(found: dict[str, tuple[Setting, dict[str, Result]]], stem: Path) -> None:
     """Remix against the baseline and against a random modality, a row per dataset."""
     rows: list[Effect] = []
     for base, title in (("baseline", "Remix – baseline"), ("random", "Remix – random modality")):
         for setting, results in found.values():
             if (pair := against(results, "remix", base)) is not None:
                 rows.append(effect(setting.title, pair, title))
-    look = Look(METHOD_COLOURS["remix"], "-", "o")
     if rows:
-        forest(rows, path, "Where Remix helps", note="Joint head, epoch chosen on validation, paired over seeds.",
-               drawn=dict.fromkeys((row.label for row in rows), look))  # fmt: skip
+        forest_of_remix(rows, stem, "Where Remix helps")
+
+
+def forest_of_remix(rows: Sequence[Effect], stem: Path, title: str) -> None:
+    look = Look(METHOD_COLOURS["remix"], "-", "o")
+    forest(rows, Path(f"{stem}-forest"), title, note="Joint head, epoch chosen on validation, paired over seeds.",
+           drawn=dict.fromkeys((row.label for row in rows), look))  # fmt: skip
 
 
 @styled()
@@ -197,7 +201,8 @@ def write_page(study: Study, args: Namespace) -> None:
     if ranked:
         summary, short = ranked_parts(ranked, stem), ranking_table(ranked)
     else:
-        summary, short = compared_parts(found, stem), summary_table(found, short=True)
+        summary = compared_parts(found, stem) if len(found) > 1 else single_parts(*next(iter(found.values())), stem)
+        short = summary_table(found, short=True)
     cases = [(setting, results) for setting, results in found.values()
              if "--diagnose" in setting.quiet and {"baseline", "remix"} <= results.keys()]  # fmt: skip
     why: list[str] = []
@@ -205,7 +210,7 @@ def write_page(study: Study, args: Namespace) -> None:
         draw_why(cases, Path(f"{stem}-why"))
         why = ["## Why", "", f"![Training with and without Remix in two cases]({stem.name}-why.png)", "",
                *(line for setting, results in cases for line in (*diagnosis(setting, results), ""))]  # fmt: skip
-    lines = [*head_of(args, runs), "", "## All datasets", "", *summary, ""]
+    lines = [*head_of(args, runs), "", *(["## All datasets", ""] if ranked or len(found) > 1 else []), *summary, ""]
     for setting, results in found.values():
         lines += [f"## {setting.title}", "", dataset_table(study, setting, results), "", finding(results), ""]
         if refused := {row: why for (data, row), why in study.refused.items() if data == setting.data}:
@@ -231,7 +236,7 @@ LEGEND = ("Test accuracy in percent at the epoch chosen on validation (last epoc
 
 def compared_parts(found: dict[str, tuple[Setting, dict[str, Result]]], stem: Path) -> list[str]:
     """Remix against the baseline over all datasets: the lines of its section; pictures are written beside `stem`."""
-    draw_forest(found, Path(f"{stem}-forest"))
+    draw_forest(found, stem)
     lines = [summary_table(found), "",
              f"{LEGEND} In this table Holm's correction is over the datasets, below over the rows of a table.", "",
              "![Difference of Remix to the baseline and to a random modality, by dataset]"
@@ -239,6 +244,16 @@ def compared_parts(found: dict[str, tuple[Setting, dict[str, Result]]], stem: Pa
     if draw_gap(found, Path(f"{stem}-gap")) is not None:
         lines += ["", f"![Gain of Remix over the gap between the modalities]({stem.name}-gap.png)"]
     return lines
+
+
+def single_parts(setting: Setting, results: dict[str, Result], stem: Path) -> list[str]:
+    """A study of one dataset: the differences of its rows; the picture is written beside `stem`."""
+    rows = [effect(row.label, row.difference, f"difference to {row.base}")
+            for row in results.values() if row.difference]  # fmt: skip
+    if not rows:
+        return [LEGEND]
+    forest_of_remix(rows, stem, setting.title)
+    return [LEGEND, "", f"![Difference of each row to the one it is compared with]({stem.name}-forest.png)"]
 
 
 def ranked_parts(found: dict[str, dict[str, Result]], stem: Path) -> list[str]:

@@ -298,36 +298,6 @@ def test_growth_is_fitted_by_a_line():
     assert fits["flat"]["R2"] is None and float(fits["square"]["R2"]) < 0.95
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
-
-
-def huge_pages_on_request() -> bool:
-    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return switch.is_file() and "[madvise]" in switch.read_text()
-
-
-@pytest.mark.skipif(not huge_pages_on_request(), reason="this system gives huge pages always or never")
-def test_large_tensors_lie_on_huge_pages():
-    """Counted by the system: a page fault for every 4 KB without, for every 2 MB with them."""
-    script = """
-import resource, sys
-import torch
-from utils.acceleration import use_huge_pages
-if sys.argv[1] == "huge":
-    use_huge_pages()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(25_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    faults = {}
-    for how in ("huge", "small"):
-        environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"} | {"PYTHONPATH": str(REPO)}
-        done = subprocess.run([sys.executable, "-c", script, how], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        faults[how] = int(done.stdout)
-    assert faults["huge"] < faults["small"] / 2  # a system short of whole 2 MB pieces may give fewer
-
-
 def test_a_benchmark_never_overwrites_a_result(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "RESULTS", tmp_path / "results")
     for clips in (1, 2, 3):

@@ -320,6 +320,27 @@ def test_the_page_has_the_numbers_of_the_chosen_epochs(data, monkeypatch, capsys
     assert "written" in capsys.readouterr().out
 
 
+def test_a_study_of_one_dataset_shows_the_differences_of_its_rows(data, monkeypatch) -> None:
+    rng = np.random.default_rng(2)
+    drawn = {}
+
+    def values(run) -> np.ndarray:
+        return rng.uniform(0.4, 0.5, size=(2, run.flags["epochs"]))
+
+    monkeypatch.setattr(study, "run_all", lambda runs, log_path, jobs: trained_by_hand(runs, log_path, values))
+    monkeypatch.setattr(study_page, "forest", lambda rows, path, title, **_: drawn.update({path.name: rows}))
+    page = data / "ablations.md"
+    assert study.main(["ablations", "--data", str(data / "data"), "--log_path", str(data / "runs"), "--seeds", "0,1,2",
+                       "--doc", str(page)]) == 0  # fmt: skip
+    text = page.read_text()
+    assert "All datasets" not in text and "(ablations-forest.png)" in text
+    rows = drawn["ablations-forest"]
+    assert [row.label for row in rows][:2] == ["Remix", "Remix, masked encoder runs"] and len(rows) == 5
+    saved = json.loads((data / "runs" / "study.json").read_text())["grid_digits_m10"]["rows"]
+    means = {row["label"]: row["difference"]["mean"] for row in saved.values() if row["difference"]}
+    assert {row.label: row.mean for row in rows} == pytest.approx({label: 100 * mean for label, mean in means.items()})
+
+
 def test_a_ranked_table_is_in_the_order_of_accuracy(tmp_path) -> None:
     names, rows = ("audio", "video"), study.entries(("audio", "video"))
     runs = {}

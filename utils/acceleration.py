@@ -1,4 +1,4 @@
-"""Precision, compilation and huge pages: faster computation of the same network."""
+"""Precision and compilation: faster computation of the same network."""
 
 import os
 import shutil
@@ -98,17 +98,6 @@ def set_precision(precision: str, device: torch.device) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.backends.cudnn.deterministic = precision == "official"
     torch.set_float32_matmul_precision("highest" if precision in ("fp32", "official") else "high")
-
-
-def use_huge_pages() -> None:
-    """Have PyTorch ask the system for pages of 2 MB, not 4 KB, for large tensors in the machine's own memory.
-
-    On a CPU every activation of every step is a new block whose pages the system has to find and zero one by one
-    (`benchmarks.epoch --settings small_pages` tells what that costs). To be called before the first tensor is made, for
-    PyTorch looks once. Nothing happens where the system has no such pages (macOS, a Linux set to `never`), nor if the
-    user has set the variable.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def compile_in_place(modules: list[nn.Module], device: torch.device) -> None:
