@@ -127,7 +127,7 @@ def balance_entries() -> dict[str, Entry]:
 
 
 MORE_ROWS = ("baseline", "remix", "random")
-MAIN = ("baseline", "remix", "random", "alone")  # "alone": each modality
+MAIN = (*MORE_ROWS, "alone")  # "alone": each modality
 ALL = ("baseline", "joint_only", "remix", "random", "keep_all", "keep_all_steps", "alone")
 TEN = tuple(range(10))
 
@@ -314,22 +314,23 @@ def train_study(args: Namespace, rest: list[str]) -> tuple[Study, int]:
     if status:
         return study, status
 
-    def train_seeds(setting: Setting, row: str, seeds: Sequence[int]) -> dict[int, Planned]:
+    def plan_seeds(setting: Setting, row: str, seeds: Sequence[int]) -> dict[int, Planned]:
         entry, rate = rows[setting.data][row], rates[setting.data, row]
         return {seed: plan_run(setting, entry, rate, seed, roots[setting.data], args, rest) for seed in seeds}
 
-    plan = {(setting.data, row): train_seeds(setting, row, seeds_for(setting, args))
+    plan = {(setting.data, row): plan_seeds(setting, row, seeds_for(setting, args))
             for setting in args.settings for row in rows[setting.data]}  # fmt: skip
     study, status = run_seeds(study, plan, log_path, args.jobs)
-    decided = status or args.seeds
-    followed = [] if decided else [each for each in args.settings if each.more_seeds and undecided(study, each)]
-    for setting in followed:
+    if status or args.seeds:
+        return study, status
+    extended = [setting for setting in args.settings if setting.more_seeds and undecided(study, setting)]
+    for setting in extended:
         seeds = ", ".join(map(str, setting.more_seeds))
         print(f"{setting.title}: the interval of Remix against the baseline includes zero; seeds {seeds} follow for "
               f"{', '.join(MORE_ROWS)}", flush=True)  # fmt: skip
         for row in (row for row in MORE_ROWS if row in rows[setting.data]):
-            plan[setting.data, row] |= train_seeds(setting, row, setting.more_seeds)
-    return run_seeds(study, plan, log_path, args.jobs) if followed else (study, status)
+            plan[setting.data, row] |= plan_seeds(setting, row, setting.more_seeds)
+    return run_seeds(study, plan, log_path, args.jobs) if extended else (study, status)
 
 
 def run_seeds(
